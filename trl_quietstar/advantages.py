@@ -1,0 +1,113 @@
+"""Advantages: how much better a thought was than expected, token by token."""
+
+import torch
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> torch.Tensor:
+    """
+    Generalised advantage estimation (Schulman et al., 2016, eq. 16) over the tokens of each thought.
+
+    `delta_k = r_k + gamma * V_{k+1} - V_k` and `A_k = delta_k + gamma * lambda * A_{k+1}`, where V and A are 0 after
+    the last token. Nothing flows between thoughts.
+
+    Args:
+        rewards, values (`torch.Tensor` of shape `(..., L)`):
+            Reward given at each token and value of the state it was drawn in.
+        mask (`torch.Tensor` of shape `(..., L)`, bool):
+            Which tokens exist; they come first.
+        gamma, gae_lambda (`float`):
+            Discount and trace decay, in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(..., L)`; 0 where masked.
+    """
+    rewards, values = rewards * mask, values * mask
+    next_values = torch.nn.functional.pad(values[..., 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[..., 0])
+    for k in range(deltas.shape[-1] - 1, -1, -1):
+        running = deltas[..., k] + gamma * gae_lambda * running
+        advantages[..., k] = running
+    return advantages * mask
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """
+    Mean reward of the *other* thoughts at the same position (RLOO, huggingface.co/papers/2402.14740, eq. 7).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            One for each thought.
+
+    Raises:
+        `ValueError`: if G is 1.
+    """
+    G = rewards.shape[-1]
+    if G < 2:
+        raise ValueError("A leave-one-out baseline needs `num_thoughts` of at least 2, got 1.")
+    return (rewards.sum(-1, keepdim=True) - rewards) / (G - 1)
+
+
+def thought_advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    baseline: str = "value",
+    use_gae: bool = True,
+    gamma: float = 0.99,
+    gae_lambda: float = 0.95,
+    normalize: bool = False,
+    positive_only: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantage of each thought token, and the return its value should have predicted.
+
+    The reward comes at the thought's last token. Without a value function there is nothing to bootstrap from, so the
+    baselines `"leave_one_out"` and `"none"` give every token of a thought the same, undiscounted advantage.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            Reward of each thought.
+        values, mask (`torch.Tensor` of shape `(B, J, G, L)`):
+            Value of the state each token was drawn in, and which tokens exist.
+        baseline (`str`):
+            `"value"`, `"leave_one_out"`, `"both"` (the value head then predicts the centred reward) or `"none"`.
+        use_gae (`bool`):
+            With a value head: multi-step GAE; otherwise reward minus value.
+        gamma, gae_lambda (`float`):
+            Of GAE.
+        normalize (`bool`):
+            To mean 0 and standard deviation 1 over all thought tokens given.
+        positive_only (`bool`):
+            Negative advantages become 0 (Quiet-STaR, section 4.4.1).
+
+    Returns:
+        `tuple`: advantages and returns of shape `(B, J, G, L)`, without gradient, 0 where masked.
+    """
+    values = values.detach()
+    if baseline in ("leave_one_out", "both"):
+        rewards = rewards - leave_one_out(rewards)
+    spread = rewards[..., None].expand_as(values) * mask
+    if baseline not in ("value", "both"):
+        advantages, returns = spread, spread
+    elif use_gae:
+        last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
+        advantages = gae(spread * last, values, mask, gamma, gae_lambda)
+        returns = (advantages + values) * mask
+    else:
+        advantages, returns = (spread - values) * mask, spread
+    if normalize:
+        chosen = advantages[mask]
+        advantages = (advantages - chosen.mean()) / (chosen.std(correction=0) + 1e-8) * mask
+    return advantages.clamp(min=0) if positive_only else advantages, returns
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of the returns' variance that the values predict: 1 is perfect, 0 no better than their mean. NaN where
+    the returns do not vary."""
+    values, returns = values.detach()[mask], returns[mask]
+    variance = returns.var(correction=0)
+    return torch.where(variance > 0, 1 - (returns - values).var(correction=0) / variance, torch.nan)

@@ -1,0 +1,100 @@
+"""Datasets in, padded texts out; what cannot be trained on is refused here, before any compute."""
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ._compat import prepare_dataset
+from .config import QuietStarConfig
+
+
+def prepare_texts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    name: str,
+    packing: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Tokenizes, cuts and masks a dataset as `SFTTrainer` does, and drops texts with no token to predict.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With a text column, `prompt` and `completion`, `messages`, or `input_ids`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The processing class.
+        args ([`QuietStarConfig`]):
+            Lengths and masks.
+        name (`str`):
+            For messages: "train" or "eval".
+        packing (`bool`):
+            Whether to pack.
+
+    Returns:
+        The dataset with `input_ids`, `labels` and, when packed, `seq_lengths`.
+
+    Raises:
+        `TypeError`: if it is not a dataset.
+        `ValueError`: if it is empty, lacks the columns, or holds no usable thought position.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty; give at least one text.")
+    _check_columns(first, args.dataset_text_field, name)
+    completion_only = args.completion_only_loss
+    if completion_only is None:
+        completion_only = "prompt" in first and "completion" in first
+    dataset = prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
+    dataset = dataset.filter(_has_position)
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
+            "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."
+        )
+    return dataset
+
+
+def _check_columns(example: dict, text_field: str, name: str) -> None:
+    columns = set(example)
+    wanted = [{"input_ids"}, {text_field}, {"prompt", "completion"}, {"messages"}, {"conversations"}]
+    if not any(group <= columns for group in wanted):
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(columns)}; it needs {text_field!r} (see "
+            "`dataset_text_field`), 'prompt' and 'completion', 'messages', or 'input_ids'."
+        )
+
+
+def _has_position(example: dict) -> bool:
+    return any(label != -100 for label in example["labels"][1:])
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions the model knows, or None where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(longest: int, thought_length: int, limit: int | None) -> None:
+    """
+    Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
+
+    A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
+
+    Raises:
+        `ValueError`: if it does not fit.
+    """
+    if limit is not None and longest + thought_length + 1 > limit:
+        raise ValueError(
+            f"A text of {longest} tokens with `thought_length` {thought_length} and its start and end needs "
+            f"{longest + thought_length + 1} positions, and the model has {limit}; lower `max_length` to "
+            f"{limit - thought_length - 1}."
+        )
+
+
+def longest_text(dataset: Dataset | IterableDataset, max_length: int | None) -> int | None:
+    """Tokens of the longest document; for a stream `max_length`, which may be None."""
+    if isinstance(dataset, IterableDataset):
+        return max_length
+    if "seq_lengths" in dataset.column_names:
+        return max(max(lengths) for lengths in dataset["seq_lengths"])
+    return max(len(ids) for ids in dataset["input_ids"])

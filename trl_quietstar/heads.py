@@ -1,0 +1,152 @@
+"""The heads a thinking model has beyond its base: thought embeddings, mixing head and value head.
+
+They are one submodule, `model.quietstar`, kept in a file of their own, so that the base checkpoint stays what it was.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+
+VALUE_HEAD_TYPES = ("linear", "mlp", "transformer")
+
+
+@dataclass(frozen=True)
+class QuietStarSettings:
+    """
+    What a saved model needs to think again; stored under `quietstar` in `config.json`.
+
+    Parameters:
+        thought_length (`int`):
+            L, thought tokens.
+        talk_length (`int`):
+            M, text tokens a thought is read for.
+        prediction (`str`):
+            `"mixed"` (mixing head weighs the predictions with and without the thought) or `"thought"`.
+        value_head_type (`str`):
+            `"linear"`, `"mlp"` or `"transformer"`.
+        value_head_hidden_size (`int`):
+            Width of the last two.
+    """
+
+    thought_length: int = 8
+    talk_length: int = 4
+    prediction: str = "mixed"
+    value_head_type: str = "mlp"
+    value_head_hidden_size: int = 256
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class MixingHead(nn.Module):
+    """
+    Weight of the thought in the prediction, from the hidden states without and with it (Quiet-STaR, section 4.2).
+
+    Starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does;
+    the sigmoid still passes gradient.
+    """
+
+    INITIAL_WEIGHT = 0.05
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden = nn.Linear(2 * hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, torch.logit(torch.tensor(self.INITIAL_WEIGHT)).item())
+
+    def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
+        """Weights of shape `(...)`, in (0, 1), for two hidden states of shape `(..., H)`."""
+        pair = torch.cat([base, thought], dim=-1).to(self.out.weight.dtype)
+        return torch.sigmoid(self.out(torch.relu(self.hidden(pair)))).squeeze(-1)
+
+
+class LinearValueHead(nn.Module):
+    """One linear map, in the layout of TRL's former `ValueHead` (`v_head.summary.*`)."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.summary(hidden).squeeze(-1)
+
+
+class MLPValueHead(nn.Module):
+    """Two layers; starts at value 0."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.nn.functional.gelu(self.hidden(hidden))).squeeze(-1)
+
+
+class TransformerValueHead(nn.Module):
+    """One causal block over the thought's hidden states; starts at value 0."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.project = nn.Linear(hidden_size, width)
+        heads = next(n for n in (4, 2, 1) if width % n == 0)
+        self.block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = self.project(hidden).flatten(0, -3)  # (branches, L, width)
+        mask = nn.Transformer.generate_square_subsequent_mask(rows.shape[1], device=rows.device, dtype=rows.dtype)
+        values = self.out(self.block(rows, src_mask=mask, is_causal=True))
+        return values.view(hidden.shape[:-1])
+
+
+class QuietStarHeads(nn.Module):
+    """
+    Start and end embeddings, mixing head and value head.
+
+    Args:
+        hidden_size (`int`):
+            H, the width the LM head reads.
+        embedding_size (`int`):
+            Width of the input embeddings.
+        settings ([`QuietStarSettings`]):
+            Kind and width of the value head.
+
+    Raises:
+        `ValueError`: if the value head's type is unknown.
+    """
+
+    def __init__(self, hidden_size: int, embedding_size: int, settings: QuietStarSettings):
+        super().__init__()
+        heads = {"linear": LinearValueHead, "mlp": MLPValueHead, "transformer": TransformerValueHead}
+        if settings.value_head_type not in heads:
+            raise ValueError(
+                f"`value_head_type` is {settings.value_head_type!r}; choose one of {', '.join(VALUE_HEAD_TYPES)}."
+            )
+        self.start_embedding = nn.Parameter(torch.zeros(embedding_size))
+        self.end_embedding = nn.Parameter(torch.zeros(embedding_size))
+        self.mixing_head = MixingHead(hidden_size)
+        self.value_head = heads[settings.value_head_type](hidden_size, settings.value_head_hidden_size)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Value of each thought state.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(B, J, G, L, H)`):
+                Hidden states from which each thought token was drawn. They are detached: the value loss trains this
+                head only.
+
+        Returns:
+            `torch.Tensor` of shape `(B, J, G, L)`, in the head's dtype.
+        """
+        return self.value_head(hidden.detach().to(self.start_embedding.dtype))

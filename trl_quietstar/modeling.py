@@ -1,0 +1,332 @@
+"""`QuietStarForCausalLM`: any causal LM of Transformers, with heads for thinking.
+
+The model is the family's own class with a mixin (`QuietStarLlamaForCausalLM`, …), never a wrapper: base weights keep
+their names, so plain loading, adapters, merging and serving keep working. On disk:
+
+- `model.safetensors`, `config.json`: the base, with its own `model_type` and `architectures`, and a `quietstar` entry;
+- `quietstar.safetensors`: the heads.
+
+An adapter repository (PEFT) holds the adapter's files, `config.json` and `quietstar.safetensors`.
+"""
+
+import functools
+import json
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ._compat import set_unsaved_keys
+from .heads import QuietStarHeads, QuietStarSettings
+from .scoring import ScoreRequest, score
+
+
+HEADS_NAME = "quietstar.safetensors"
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class QuietStarMixin:
+    """What a model class gains: the submodule `quietstar`, scoring in its forward, and a checkpoint that others read
+    as the plain base model."""
+
+    quietstar: QuietStarHeads
+    fresh_thought_embeddings = False  # True until they are set from a tokenizer or read from a file
+    _plain_class: type[PreTrainedModel]
+
+    @property
+    def quietstar_settings(self) -> QuietStarSettings:
+        """The settings saved in the config."""
+        return QuietStarSettings(**self.config.quietstar)
+
+    def initialize_thought_embeddings(
+        self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—"
+    ) -> None:
+        """
+        Sets the start and end embeddings to the mean input embedding of a string's tokens (Quiet-STaR, appendix A:
+        an em dash, which writers use for a pause).
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                The model's tokenizer.
+            start, end (`str`):
+                The strings.
+
+        Raises:
+            `ValueError`: if a string has no tokens.
+        """
+        table = self.get_input_embeddings()
+        targets = ((start, self.quietstar.start_embedding), (end, self.quietstar.end_embedding))
+        for string, embedding in targets:
+            ids = tokenizer(string, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
+            with torch.no_grad():
+                embedding.copy_(table(torch.tensor(ids, device=table.weight.device)).mean(0))
+        self.fresh_thought_embeddings = False
+
+    def adopt_settings(self, settings: QuietStarSettings) -> None:
+        """
+        Takes over lengths and prediction for what follows.
+
+        Args:
+            settings ([`QuietStarSettings`]):
+                The new settings.
+
+        Raises:
+            `ValueError`: if they ask for another value head than the model has.
+        """
+        for name in ("value_head_type", "value_head_hidden_size"):
+            own, wanted = getattr(self.quietstar_settings, name), getattr(settings, name)
+            if own != wanted:
+                raise ValueError(f"The model's heads have `{name}` {own!r}, not {wanted!r}; set `{name}={own!r}`.")
+        self.config.quietstar = settings.to_dict()
+
+    def save_heads(self, save_directory: str) -> None:
+        """Writes `quietstar.safetensors`."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.quietstar.state_dict().items()}
+        save_file(tensors, FilePath(save_directory) / HEADS_NAME, metadata={"format": "pt"})
+
+    def load_heads(self, path: str) -> None:
+        """
+        Reads the heads from a `quietstar.safetensors`.
+
+        Args:
+            path (`str`):
+                The file, or the directory that holds it.
+
+        Raises:
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if the heads were saved for another model or with other head settings.
+        """
+        path = FilePath(path)
+        tensors = load_file(path / HEADS_NAME if path.is_dir() else path)
+        shapes, saved = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.quietstar.state_dict(), tensors))
+        wrong = sorted(name for name in shapes | saved if shapes.get(name) != saved.get(name))
+        if wrong:
+            raise ValueError(
+                f"The heads in {str(path)!r} do not fit this model: {', '.join(wrong)} differ in name or shape. Load "
+                "them into the model they were trained with, with the same `value_head_type` and "
+                "`value_head_hidden_size`."
+            )
+        self.quietstar.load_state_dict(tensors)
+        self.fresh_thought_embeddings = False
+
+    def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs) -> None:
+        """Saves the base model in its family's own format, and the heads beside it."""
+        set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            save_config(self, save_directory)
+            self.save_heads(save_directory)
+
+
+def save_config(model: PreTrainedModel, save_directory: str) -> None:
+    """Writes `config.json` with the plain class as architecture, so that plain loading finds it."""
+    model.config.architectures = [model._plain_class.__name__]
+    model.config.save_pretrained(save_directory)
+
+
+@functools.cache
+def quietstar_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The family's class with the mixin, made once for each family."""
+
+    @functools.wraps(base.forward)  # `generate` and `Trainer` read the signature
+    def forward(self, *args, quietstar_request: ScoreRequest | None = None, **kwargs):
+        if quietstar_request is not None:
+            return score(self, quietstar_request)
+        return base.forward(self, *args, **kwargs)
+
+    return type(f"QuietStar{base.__name__}", (QuietStarMixin, base), {"forward": forward, "_plain_class": base})
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, inside a `PeftModel` or not."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrainedModel:
+    """
+    Turns a causal LM, in place, into its thinking class, with fresh heads.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A decoder with an LM head; inside a `PeftModel`, its base (so that no adapter lands on the heads).
+        settings ([`QuietStarSettings`]):
+            What the heads are.
+
+    Returns:
+        The same object.
+
+    Raises:
+        `ValueError`: if the model is an encoder-decoder or has no LM head.
+    """
+    check_causal_lm(model)
+    if not isinstance(model, QuietStarMixin):
+        model.__class__ = quietstar_class(type(model))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    heads = QuietStarHeads(head.weight.shape[1], embeddings.weight.shape[1], settings)
+    with torch.no_grad():  # overwritten as soon as a tokenizer is at hand
+        mean = embeddings.weight.mean(0)
+        heads.start_embedding.copy_(mean)
+        heads.end_embedding.copy_(mean)
+    dtype = torch.float64 if embeddings.weight.dtype == torch.float64 else torch.float32
+    model.quietstar = heads.to(device=head.weight.device, dtype=dtype)
+    model.fresh_thought_embeddings = True
+    model.config.quietstar = settings.to_dict()
+    return model
+
+
+@contextmanager
+def heads_aside(model: PreTrainedModel):
+    """Takes the heads out while adapters are put in, so that none lands on them (`target_modules="all-linear"`)."""
+    heads = model.quietstar
+    del model.quietstar
+    try:
+        yield
+    finally:
+        model.quietstar = heads
+
+
+def check_causal_lm(model: PreTrainedModel) -> None:
+    """Refuses what cannot be a causal thinker, before anything is changed."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; thoughts need a causal (decoder-only) language model.")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no LM head; load the model with `AutoModelForCausalLM`.")
+
+
+class QuietStarForCausalLM:
+    """
+    Factory of thinking models, used like an Auto class of Transformers.
+
+    Example:
+
+    ```python
+    >>> from trl_quietstar import QuietStarForCausalLM
+
+    >>> model = QuietStarForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    >>> type(model).__name__
+    'QuietStarLlamaForCausalLM'
+    ```
+    """
+
+    def __init__(self):
+        raise TypeError("Use `QuietStarForCausalLM.from_pretrained(...)` or `.from_config(...)`.")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, settings: QuietStarSettings | None = None, **kwargs
+    ) -> PreTrainedModel:
+        """
+        Loads a plain causal LM (fresh heads), a saved thinking model, or an adapter repository with its heads.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Model id on the Hub or local directory.
+            settings ([`QuietStarSettings`], *optional*):
+                Defaults to the saved ones, or to the defaults for a plain model.
+            kwargs:
+                As for [`~transformers.AutoModelForCausalLM.from_pretrained`].
+
+        Returns:
+            [`~transformers.PreTrainedModel`] with `quietstar` heads, or a [`~peft.PeftModel`] around one.
+
+        Raises:
+            `ValueError`: if it is not a causal LM, or saved heads do not fit.
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        adapter = _find(source, ADAPTER_CONFIG_NAME, hub)
+        if adapter is not None:
+            return _load_adapter(source, json.loads(FilePath(adapter).read_text()), settings, hub, kwargs)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
+            source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
+        )
+        _check_config(config, source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
+        attach_heads(model, settings or _saved_settings(config) or QuietStarSettings())
+        heads = _find(source, HEADS_NAME, hub)
+        if heads is not None:
+            model.load_heads(heads)
+        else:
+            _load_trl_value_head(model, _find(source, SAFE_WEIGHTS_NAME, hub))
+        return model
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, settings: QuietStarSettings | None = None, **kwargs
+    ) -> PreTrainedModel:
+        """
+        Builds a model with random weights.
+
+        Args:
+            config ([`~transformers.PreTrainedConfig`]):
+                Of a causal LM.
+            settings ([`QuietStarSettings`], *optional*):
+                Defaults to those in the config, or to the defaults.
+            kwargs:
+                As for [`~transformers.AutoModelForCausalLM.from_config`].
+        """
+        _check_config(config, type(config).__name__)
+        model = AutoModelForCausalLM.from_config(config, **kwargs)
+        return attach_heads(model, settings or _saved_settings(config) or QuietStarSettings())
+
+
+def _saved_settings(config: PreTrainedConfig) -> QuietStarSettings | None:
+    saved = getattr(config, "quietstar", None)
+    return None if saved is None else QuietStarSettings(**saved)
+
+
+def _check_config(config: PreTrainedConfig, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder model (model_type {config.model_type!r}); thoughts need a causal "
+            "(decoder-only) language model."
+        )
+
+
+def _find(source: str, filename: str, hub: dict) -> str | None:
+    """Local path of a file of a local directory or Hub repository; None where there is no such file."""
+    return cached_file(
+        source,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def _load_adapter(source, adapter_config, settings, hub, kwargs):
+    from peft import PeftModel
+
+    config_file = _find(source, CONFIG_NAME, hub)
+    saved = None if config_file is None else json.loads(FilePath(config_file).read_text()).get("quietstar")
+    settings = settings or QuietStarSettings(**(saved or {}))
+    base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
+    base = QuietStarForCausalLM.from_pretrained(
+        adapter_config["base_model_name_or_path"],
+        settings=settings,
+        **base_kwargs,
+        **{name: hub[name] for name in hub if name not in ("revision", "subfolder")},
+    )
+    with heads_aside(base):
+        model = PeftModel.from_pretrained(base, source, **hub)
+    base.load_heads(_find(source, HEADS_NAME, hub) or source)
+    return model
+
+
+def _load_trl_value_head(model: PreTrainedModel, weights: str | None) -> None:
+    """A linear value head also starts from a checkpoint of TRL's former `AutoModelForCausalLMWithValueHead`."""
+    if weights is None or model.quietstar_settings.value_head_type != "linear":
+        return
+    with safe_open(weights, framework="pt") as file:
+        if "v_head.summary.weight" in file.keys():
+            state = {name: file.get_tensor(f"v_head.summary.{name}") for name in ("weight", "bias")}
+            model.quietstar.value_head.summary.load_state_dict(state)

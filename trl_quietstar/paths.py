@@ -1,0 +1,220 @@
+"""Two ways to get a branch's hidden states, behind one interface; they must agree.
+
+- `SharedPrefix` (fast): the text is processed once and every branch reads it, by a 4D attention mask.
+- `Replay` (universal, and the oracle): every branch is run as an ordinary sequence `text[: j + 1] + branch`.
+
+A path only answers "what are the hidden states?"; sampling and scoring are the same code on either
+(`sampling.py`, `scoring.py`).
+"""
+
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from .geometry import (
+    Branches,
+    Text,
+    branch_position_ids,
+    gather_hidden,
+    packed_attention,
+    prefix_attention,
+    text_attention,
+)
+
+
+class Reader(Protocol):
+    """A text that was read, and branches that grow token by token after it."""
+
+    text_hidden: torch.Tensor  # (B, T, H)
+
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Adds one slot to every branch.
+
+        Args:
+            anchors (`torch.Tensor` of shape `(B, N)`):
+                The text index each branch hangs off; the same at every call.
+            embeds (`torch.Tensor` of shape `(B, N, H)`):
+                Input embeddings of the new slots.
+
+        Returns:
+            Their hidden states, of shape `(B, N, H)`.
+        """
+        ...
+
+
+class Path(Protocol):
+    """A way to run texts and branches through a model's backbone."""
+
+    def read(self, model: PreTrainedModel, text: Text) -> Reader:
+        """Reads a text to sample from."""
+        ...
+
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of the text, `(B, T, H)`, and of the branches, `(B, N, S, H)` (anything at masked slots)."""
+        ...
+
+
+def backbone(model: PreTrainedModel, **inputs) -> torch.Tensor:
+    """The model without its LM head: hidden states after the final norm."""
+    return model.base_model(**inputs).last_hidden_state
+
+
+class SharedPrefix:
+    """The text once, and all branches beside it in the same forward."""
+
+    def read(self, model: PreTrainedModel, text: Text) -> "CachedReader":
+        return CachedReader(model, text)
+
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+        B, N, S, _ = branches.embeds.shape
+        T = text.input_ids.shape[1]
+        embeds = torch.cat([model.get_input_embeddings()(text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
+        branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
+        position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
+        allowed = packed_attention(text, branches.anchors, branches.mask)
+        hidden = backbone(
+            model,
+            inputs_embeds=embeds,
+            attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        return hidden[:, :T], hidden[:, T:].unflatten(1, (N, S))
+
+
+class CachedReader:
+    """Keeps the text and the branches' slots, step after step, in one KV cache (a 4D mask tells them apart)."""
+
+    def __init__(self, model: PreTrainedModel, text: Text):
+        self.model, self.text = model, text
+        self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
+        self.key_positions = text.position_ids
+        embeds = model.get_input_embeddings()(text.input_ids)
+        self.text_hidden = self._forward(embeds, text_attention(text), text.position_ids)
+
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        N, T = anchors.shape[1], self.text.input_ids.shape[1]
+        steps = (self.key_positions.shape[1] - T) // N + 1
+        position_ids = self.text.position_ids.gather(1, anchors) + steps
+        own = torch.eye(N, dtype=torch.bool, device=anchors.device).repeat(1, steps)
+        allowed = torch.cat([prefix_attention(self.text, anchors), own.expand(len(anchors), -1, -1)], dim=2)
+        self.key_positions = torch.cat([self.key_positions, position_ids], dim=1)
+        return self._forward(embeds, allowed, position_ids)
+
+    def _forward(self, embeds: torch.Tensor, allowed: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        masks = additive_masks(self.model.config, allowed, position_ids, self.key_positions, embeds.dtype)
+        return backbone(
+            self.model,
+            inputs_embeds=embeds,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+
+class Replay:
+    """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
+    hand."""
+
+    def read(self, model: PreTrainedModel, text: Text) -> "ReplayReader":
+        return ReplayReader(model, text)
+
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.text_hidden(model, text), self.branch_hidden(model, text, branches)
+
+    def text_hidden(self, model: PreTrainedModel, text: Text) -> torch.Tensor:
+        embeds = model.get_input_embeddings()(text.input_ids)
+        documents = int(text.document_ids.max())
+        number = torch.arange(1, documents + 1, device=embeds.device)
+        members = text.document_ids[:, None, :] == number[:, None]  # (B, documents, T)
+        anchors = (members.long().cumsum(-1).argmax(-1)).masked_fill(~members.any(-1), 0)
+        no_slots = embeds.new_zeros(len(embeds), documents, 0, embeds.shape[-1])
+        hidden = self._rows(model, text, embeds, Branches(anchors, no_slots, no_slots[..., 0].bool()))
+        rows = (text.document_ids - 1).clamp(min=0)
+        return hidden[torch.arange(len(embeds), device=embeds.device)[:, None], rows, text.position_ids]
+
+    def branch_hidden(self, model: PreTrainedModel, text: Text, branches: Branches) -> torch.Tensor:
+        embeds = model.get_input_embeddings()(text.input_ids)
+        hidden = self._rows(model, text, embeds, branches)
+        index = branch_position_ids(text, branches.anchors, branches.mask).clamp(max=hidden.shape[2] - 1)
+        return hidden.gather(2, index[..., None].expand(*index.shape, hidden.shape[-1]))
+
+    def _rows(self, model: PreTrainedModel, text: Text, embeds: torch.Tensor, branches: Branches) -> torch.Tensor:
+        """Hidden states of shape `(B, N, W, H)` of the sequences `document[: anchor + 1] + valid slots`."""
+        B, N, S = branches.mask.shape
+        T = text.input_ids.shape[1]
+        prefix = (text.position_ids.gather(1, branches.anchors) + 1)[..., None]
+        length = prefix + branches.mask.sum(-1, keepdim=True)
+        column = torch.arange(int(length.max()), device=embeds.device)
+        in_text = branches.anchors[..., None] + 1 - prefix + column
+        source = in_text
+        if S > 0:
+            slots = torch.argsort((~branches.mask).int(), dim=-1, stable=True)  # valid ones first, in order
+            slot = slots.gather(-1, (column - prefix).clamp(0, S - 1))
+            in_branch = T + torch.arange(N, device=embeds.device)[:, None] * S + slot
+            source = torch.where(column < prefix, in_text, in_branch)
+        source = torch.where(column < length, source, 0)
+        pool = torch.cat([embeds, branches.embeds.flatten(1, 2)], dim=1)
+        hidden = backbone(
+            model,
+            inputs_embeds=gather_hidden(pool, source).flatten(0, 1),
+            attention_mask=(column < length).flatten(0, 1).long(),
+            use_cache=False,
+        )
+        return hidden.unflatten(0, (B, N))
+
+
+class ReplayReader:
+    """Runs every branch again from the text's start at each step."""
+
+    def __init__(self, model: PreTrainedModel, text: Text):
+        self.model, self.text, self.path = model, text, Replay()
+        self.text_hidden = self.path.text_hidden(model, text)
+        self.embeds: list[torch.Tensor] = []
+
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.embeds.append(embeds)
+        slots = torch.stack(self.embeds, dim=2)
+        branches = Branches(anchors, slots, torch.ones(slots.shape[:3], dtype=torch.bool, device=slots.device))
+        return self.path.branch_hidden(self.model, self.text, branches)[:, :, -1]
+
+
+def additive_masks(
+    config: PreTrainedConfig,
+    allowed: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    The mask in the form the family's forward takes: one float tensor of shape `(B, 1, Q, K)`, or one for each layer
+    type. Sliding windows are cut by true position, since a branch's slots lie far from the text they continue.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The model's configuration.
+        allowed (`torch.Tensor` of shape `(B, Q, K)`, bool):
+            Who sees whom, windows aside.
+        query_positions, key_positions (`torch.Tensor` of shape `(B, Q)` and `(B, K)`):
+            Position ids.
+        dtype (`torch.dtype`):
+            Of the embeddings; a bool mask would be silently misread by eager attention.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if window is None or (layer_types and "sliding_attention" not in layer_types):
+        return _additive(allowed, dtype)
+    near = query_positions[:, :, None] - key_positions[:, None, :] < window
+    sliding = _additive(allowed & near, dtype)
+    if not layer_types:
+        return sliding
+    return {"full_attention": _additive(allowed, dtype), "sliding_attention": sliding}
+
+
+def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,95 @@
+"""Thoughts for people to read: a table of a few, and how it is printed."""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+from transformers import PreTrainedTokenizerBase
+
+from .geometry import Text, Thoughts
+
+
+CONTEXT_TOKENS = 24
+
+
+def thought_table(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    thoughts: Thoughts,
+    rewards: torch.Tensor,
+    p_with: torch.Tensor,
+    p_without: torch.Tensor,
+    talk_length: int,
+    count: int,
+) -> dict[str, list]:
+    """
+    Columns of a few thoughts, spread evenly over the batch.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes.
+        text ([`Text`]), thoughts ([`Thoughts`]):
+            The batch.
+        rewards, p_with (`torch.Tensor` of shape `(B, J, G)`), p_without (of shape `(B, J, 1)`):
+            Reward and the talk's mean probability, with the thought and without.
+        talk_length (`int`):
+            M.
+        count (`int`):
+            The most rows.
+
+    Returns:
+        `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
+        continuation), `with`, `without`, `reward`.
+    """
+    places = thoughts.positions.mask.nonzero().tolist()
+    places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
+    table = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
+    for b, j in places:
+        at = int(thoughts.positions.index[b, j])
+        document = text.document_ids[b] == text.document_ids[b, at]
+        ids = text.input_ids[b]
+        before = ids[: at + 1][document[: at + 1]][-CONTEXT_TOKENS:]
+        after = ids[at + 1 :][document[at + 1 :]][:talk_length]
+        thought = thoughts.token_ids[b, j, 0][thoughts.mask[b, j, 0]]
+        for name, tokens in (("context", before), ("thought", thought), ("next", after)):
+            table[name].append(tokenizer.decode(tokens.tolist()))
+        table["with"].append(round(float(p_with[b, j, 0]), 4))
+        table["without"].append(round(float(p_without[b, j, 0]), 4))
+        table["reward"].append(round(float(rewards[b, j, 0]), 4))
+    return table
+
+
+def print_thoughts(columns: dict[str, list], title: str) -> None:
+    """Prints a table of thoughts; text is shown as it is, never read as markup."""
+    table = Table(title=title, show_lines=True)
+    for name in columns:
+        table.add_column(name, justify="right" if isinstance(next(iter(columns[name]), ""), float) else "left")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(RichText(f"{x:+.4f}" if isinstance(x, float) else str(x)) for x in row))
+    Console().print(table)
+
+
+def print_comparison(before: dict[str, float], after: dict[str, float], title: str) -> None:
+    """
+    Prints what changed between two evaluations.
+
+    Args:
+        before, after (`dict[str, float]`):
+            Metrics as `evaluate` gives them.
+        title (`str`):
+            Above the table.
+    """
+    rows = {
+        "reward (gain of thoughts)": "eval_reward",
+        "NLL without thoughts, nats": "eval_nll_without",
+        "NLL with thoughts, nats": "eval_nll_with",
+        "accuracy without thoughts": "eval_accuracy_without",
+        "accuracy with thoughts": "eval_accuracy_with",
+        "coherence": "eval_coherence",
+    }
+    table = Table(title=title)
+    for name in ("held-out", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "held-out" else "right")
+    for label, key in rows.items():
+        table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
+    Console().print(table)

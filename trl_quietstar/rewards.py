@@ -1,0 +1,96 @@
+"""Rewards: what a thought adds to the prediction of the true next tokens."""
+
+import torch
+
+
+REWARD_TYPES = ("probability", "log_likelihood", "accuracy", "binary")
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Mean of `values` where `mask`; 0 where the mask is empty. Over everything, or over `dim`."""
+    mask = mask.to(values.dtype)
+    if dim is None:
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def thought_rewards(
+    logps_with: torch.Tensor,
+    logps_without: torch.Tensor,
+    correct_with: torch.Tensor,
+    correct_without: torch.Tensor,
+    mask: torch.Tensor,
+    reward_type: str,
+    clip_range: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """
+    The gain of each thought, averaged over its talk (Quiet-STaR, section 4.4, for `"log_likelihood"`).
+
+    - `"probability"`: `p_with - p_without`, in [-1, 1].
+    - `"log_likelihood"`: `log p_with - log p_without`, in nats, unbounded.
+    - `"accuracy"`: top-1 correctness with minus without, in [-1, 1].
+    - `"binary"`: 1 where accuracy over the talk is higher with than without, else 0.
+
+    Args:
+        logps_with, correct_with (`torch.Tensor` of shape `(B, J, G, M)`):
+            Log-probability in nats, and correctness, of the talk tokens after the thought.
+        logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
+            The same without a thought.
+        mask (`torch.Tensor` of shape `(B, J, 1, M)`, bool):
+            Talk tokens that count.
+        reward_type (`str`):
+            One of the above.
+        clip_range (`tuple[float, float]`, *optional*):
+            Least and greatest reward.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, without gradient; 0 where no talk token counts.
+
+    Raises:
+        `ValueError`: if the reward type is unknown.
+    """
+    logps_with, logps_without = logps_with.detach(), logps_without.detach()
+    if reward_type == "probability":
+        gain = logps_with.exp() - logps_without.exp()
+    elif reward_type == "log_likelihood":
+        gain = logps_with - logps_without
+    elif reward_type in ("accuracy", "binary"):
+        gain = correct_with.to(logps_with.dtype) - correct_without.to(logps_with.dtype)
+    else:
+        raise ValueError(f"`reward_type` is {reward_type!r}; choose one of {', '.join(REWARD_TYPES)}.")
+    rewards = masked_mean(gain, mask, dim=-1)
+    if reward_type == "binary":
+        rewards = (rewards > 0).to(rewards.dtype)
+    return rewards if clip_range is None else rewards.clamp(*clip_range)
+
+
+def coherence(
+    similarity: torch.Tensor,
+    plain_logps: torch.Tensor,
+    thought_mask: torch.Tensor,
+    logps_with: torch.Tensor,
+    logps_without: torch.Tensor,
+    talk_mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    How much a thought looks like text that belongs here and helps: 0.4 semantic + 0.3 syntactic + 0.3 predictive.
+
+    Semantic is `(cosine + 1) / 2` of the thought's mean hidden state and its context's; syntactic the likelihood of
+    the thought's tokens (geometric mean) as plain text under the no-thought model; predictive
+    `p_with / (p_with + p_without)`, the talk's mean.
+
+    Args:
+        similarity (`torch.Tensor` of shape `(B, J, G)`):
+            Cosine.
+        plain_logps, thought_mask (`torch.Tensor` of shape `(B, J, G, L)`):
+            Log-probabilities in nats of the thought tokens as plain text, and which exist.
+        logps_with (`torch.Tensor` of shape `(B, J, G, M)`), logps_without, talk_mask (of shape `(B, J, 1, M)`):
+            Log-probabilities in nats of the talk tokens, and which count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, in [0, 1].
+    """
+    semantic = (similarity + 1) / 2
+    syntactic = masked_mean(plain_logps, thought_mask, dim=-1).exp()
+    predictive = masked_mean(torch.sigmoid(logps_with - logps_without), talk_mask, dim=-1)
+    return 0.4 * semantic + 0.3 * syntactic + 0.3 * predictive

@@ -1,0 +1,142 @@
+"""Sampling thoughts: all positions at once, without gradient.
+
+A token is drawn by inverting the distribution's cumulative sum at a given uniform number. So a thought is a function
+of the model, the text up to its position, and its own random numbers: the same on either path and in any batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .geometry import Positions, Text, Thoughts
+from .lm_head import logits_of, row_chunk
+from .paths import Reader
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """
+    How thoughts are drawn.
+
+    Parameters:
+        thought_length (`int`):
+            L, the most tokens.
+        num_thoughts (`int`):
+            G, thoughts a position.
+        temperature, top_k, top_p, min_p:
+            As in [`~transformers.GenerationConfig`]; `top_k=0`, `top_p=1.0` and `min_p=None` switch theirs off.
+        do_sample (`bool`):
+            Whether to sample; otherwise the most likely token is taken.
+        min_thought_length (`int`, *optional*):
+            Least tokens before `stop` may end a thought. `None` means never.
+        stop (`Callable`, *optional*):
+            From token ids of shape `(rows, length)` to a bool of shape `(rows,)`: whether the thought ends here.
+    """
+
+    thought_length: int
+    num_thoughts: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+    do_sample: bool = True
+    min_thought_length: int | None = None
+    stop: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def warpers(self) -> LogitsProcessorList:
+        """Transformers' own logits warpers, in the order `generate` applies them."""
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+def uniforms(positions: Positions, settings: SamplingSettings, generators: list[torch.Generator]) -> torch.Tensor:
+    """Random numbers of shape `(B, J, G, L)`; each sequence's come from its own generator, in position order."""
+    B, J = positions.index.shape
+    draws = torch.zeros(B, J, settings.num_thoughts, settings.thought_length, dtype=torch.float64)
+    for row, count, generator in zip(draws, positions.mask.sum(1).tolist(), generators, strict=True):
+        row[:count] = torch.rand(row[:count].shape, generator=generator, dtype=torch.float64)
+    return draws.to(positions.index.device)
+
+
+@torch.no_grad()
+def sample_thoughts(
+    model: PreTrainedModel,
+    reader: Reader,
+    text: Text,
+    positions: Positions,
+    settings: SamplingSettings,
+    generators: list[torch.Generator],
+) -> Thoughts:
+    """
+    Writes `num_thoughts` thoughts at every position (Quiet-STaR, section 4.1: parallel generation).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with heads, in `eval()` mode.
+        reader ([`Reader`]):
+            The text as this model read it; not used again after this call.
+        text ([`Text`]):
+            The batch.
+        positions ([`Positions`]):
+            Where to think.
+        settings ([`SamplingSettings`]):
+            How.
+        generators (`list[torch.Generator]`):
+            One for each sequence.
+
+    Returns:
+        [`Thoughts`] with tensors of shape `(B, J, G, L)`.
+    """
+    B, J = positions.index.shape
+    G, L = settings.num_thoughts, settings.thought_length
+    anchors = positions.index.repeat_interleave(G, dim=1)
+    draws = uniforms(positions, settings, generators).flatten(1, 2)
+    embed = model.get_input_embeddings()
+    embeds = model.quietstar.start_embedding.to(reader.text_hidden.dtype).expand(B, J * G, -1)
+    token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
+    mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
+    running = mask[..., 0].clone()
+    for step in range(L):
+        mask[..., step] &= running
+        hidden = reader.extend(anchors, embeds)
+        token_ids[..., step] = _draw_tokens(model, hidden, draws[..., step], settings)
+        if settings.min_thought_length is not None and step + 1 >= settings.min_thought_length:
+            running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
+        embeds = embed(token_ids[..., step])
+    shape = (B, J, G, L)
+    return Thoughts(positions, token_ids.view(shape), mask.view(shape))
+
+
+def _draw_tokens(
+    model: PreTrainedModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
+) -> torch.Tensor:
+    """Token ids of shape `(B, N)` for hidden states of shape `(B, N, H)` and uniform numbers of shape `(B, N)`."""
+    warpers, size = settings.warpers(), row_chunk(model)
+    tokens = []
+    for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
+        logits = logits_of(model, rows)
+        if not settings.do_sample:
+            tokens.append(logits.argmax(-1))
+            continue
+        cumulative = warpers(None, logits).double().softmax(-1).cumsum_(-1)
+        threshold = (u * cumulative[:, -1])[:, None]
+        tokens.append(
+            torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+        )
+    return torch.cat(tokens).view(draws.shape)

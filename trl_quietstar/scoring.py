@@ -1,0 +1,212 @@
+"""Scoring sampled thoughts: one differentiable forward gives every number that training needs.
+
+This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and autocast see an ordinary forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
+from .lm_head import token_statistics
+from .paths import Path
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """
+    What to score, given to the model's forward as `quietstar_request`.
+
+    Parameters:
+        text ([`Text`]):
+            The batch.
+        thoughts ([`Thoughts`]):
+            The sampled thoughts.
+        talk_length (`int`):
+            M.
+        path ([`Path`]):
+            How to get the hidden states.
+        temperature (`float`):
+            The sampling temperature; the policy's log-probabilities are taken at it.
+        prediction (`str`):
+            `"mixed"` or `"thought"`.
+    """
+
+    text: Text
+    thoughts: Thoughts
+    talk_length: int
+    path: Path
+    temperature: float = 1.0
+    prediction: str = "mixed"
+
+
+@dataclass
+class Scores(ModelOutput):
+    """
+    What scoring yields; log-probabilities and entropies in nats, 0 at masked places.
+
+    Parameters:
+        thought_logps, thought_entropies, values (`torch.Tensor` of shape `(B, J, G, L)`):
+            Of each thought token: its log-probability under the policy, the entropy it was drawn at, and the value of
+            the state it was drawn in.
+        talk_logps, talk_correct (`torch.Tensor` of shape `(B, J, G, M)`):
+            Log-probability of each talk token after the thought, and whether it is the most likely one.
+        mixing_weights (`torch.Tensor` of shape `(B, J, G, M)`):
+            Weight of the thought in that prediction (1 with `prediction="thought"`).
+        text_logps, text_correct (`torch.Tensor` of shape `(B, T - 1)`):
+            The same of the text without thoughts.
+        similarity (`torch.Tensor` of shape `(B, J, G)`):
+            Cosine of the thought's mean hidden state and the hidden state at its position; no gradient.
+    """
+
+    thought_logps: torch.Tensor | None = None
+    thought_entropies: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    talk_logps: torch.Tensor | None = None
+    talk_correct: torch.Tensor | None = None
+    mixing_weights: torch.Tensor | None = None
+    text_logps: torch.Tensor | None = None
+    text_correct: torch.Tensor | None = None
+    similarity: torch.Tensor | None = None
+
+
+def score(model: PreTrainedModel, request: ScoreRequest) -> Scores:
+    """
+    Runs `[text | start thought end talk]` and reads off every statistic.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with heads.
+        request ([`ScoreRequest`]):
+            What to score.
+
+    Returns:
+        [`Scores`].
+    """
+    text, thoughts = request.text, request.thoughts
+    B, J, G, L = thoughts.token_ids.shape
+    talk = talk_after(text, thoughts.positions, request.talk_length)
+    M = request.talk_length
+    text_hidden, hidden = request.path.encode(model, text, _full_branches(model, text, thoughts, talk))
+    hidden = hidden.unflatten(1, (J, G))
+    drawn_from = hidden[..., :L, :]
+    policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature)
+    values = model.quietstar.values(drawn_from) * thoughts.mask
+
+    with_thought = hidden[..., L + 1 :, :]
+    target_mask = talk.target_mask[:, :, None].expand(-1, -1, G, -1)
+    if request.prediction == "mixed":
+        index = thoughts.positions.index[..., None] + torch.arange(M, device=hidden.device)
+        without = gather_hidden(text_hidden, index.clamp(max=text_hidden.shape[1] - 1))[:, :, None]
+        weights = model.quietstar.mixing_head(without.expand_as(with_thought), with_thought)
+        mix = weights[..., None].to(hidden.dtype)
+        with_thought = mix * with_thought + (1 - mix) * without
+    else:
+        weights = torch.ones(B, J, G, M, dtype=values.dtype, device=hidden.device)
+    targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
+    said = token_statistics(model, with_thought, targets, target_mask)
+    plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.predicted())
+    return Scores(
+        thought_logps=policy.logps,
+        thought_entropies=policy.entropies,
+        values=values,
+        talk_logps=said.logps,
+        talk_correct=said.correct,
+        mixing_weights=weights * target_mask,
+        text_logps=plain.logps,
+        text_correct=plain.correct,
+        similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
+    )
+
+
+def score_thoughts(
+    model: PreTrainedModel, text: Text, thoughts: Thoughts, path: Path, temperature: float = 1.0, start: bool = True
+) -> Scores:
+    """
+    The thought tokens alone, and the text: what a reference model is asked for.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with heads.
+        text ([`Text`]):
+            The batch.
+        thoughts ([`Thoughts`]):
+            The sampled thoughts.
+        path ([`Path`]):
+            How to get the hidden states.
+        temperature (`float`):
+            Divides the thought tokens' logits.
+        start (`bool`):
+            Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
+            no-thought model.
+
+    Returns:
+        [`Scores`] with `thought_logps`, `text_logps` and `text_correct`.
+    """
+    B, J, G, L = thoughts.token_ids.shape
+    embeds = model.get_input_embeddings()(thoughts.token_ids[..., :-1])
+    mask = thoughts.mask[..., :-1]
+    if start:
+        embeds = torch.cat([_edge(model.quietstar.start_embedding, thoughts, embeds.dtype), embeds], dim=3)
+        mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
+    anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
+    branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
+    text_hidden, hidden = path.encode(model, text, branches)
+    hidden = hidden.unflatten(1, (J, G))
+    if not start:  # the first token is predicted by the text itself
+        first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
+        hidden = torch.cat([first, hidden], dim=3)
+    logps = token_statistics(model, hidden, thoughts.token_ids, thoughts.mask, temperature).logps
+    plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.predicted())
+    return Scores(thought_logps=logps, text_logps=plain.logps, text_correct=plain.correct)
+
+
+def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch.Tensor:
+    """
+    What the text's own predictions say of the talk tokens.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T - 1)`):
+            A statistic of each text token but the first.
+        thoughts ([`Thoughts`]):
+            Whose positions are meant.
+        talk_length (`int`):
+            M.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, 1, M)`.
+    """
+    index = thoughts.positions.index[..., None] + torch.arange(talk_length, device=values.device)
+    flat = index.clamp(max=values.shape[1] - 1).flatten(1)
+    return values.gather(1, flat).view(index.shape)[:, :, None]
+
+
+def _edge(embedding: torch.Tensor, thoughts: Thoughts, dtype: torch.dtype) -> torch.Tensor:
+    """A learned embedding as one slot of every branch: shape `(B, J, G, 1, H)`."""
+    return embedding.to(dtype).expand(*thoughts.mask.shape[:3], 1, -1)
+
+
+def _full_branches(model: PreTrainedModel, text: Text, thoughts: Thoughts, talk) -> Branches:
+    """`start, thought, end, first M - 1 talk tokens` at every position."""
+    G = thoughts.token_ids.shape[2]
+    embed = model.get_input_embeddings()
+    thought = embed(thoughts.token_ids)
+    spoken = embed(talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
+    start = _edge(model.quietstar.start_embedding, thoughts, thought.dtype)
+    end = _edge(model.quietstar.end_embedding, thoughts, thought.dtype)
+    exists = thoughts.mask[..., :1]
+    spoken_mask = talk.input_mask[:, :, None, :-1].expand(-1, -1, G, -1)
+    return Branches(
+        anchors=thoughts.positions.index.repeat_interleave(G, dim=1),
+        embeds=torch.cat([start, thought, end, spoken], dim=3).flatten(1, 2),
+        mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
+    )
+
+
+def _similarity(text_hidden: torch.Tensor, thought_hidden: torch.Tensor, thoughts: Thoughts) -> torch.Tensor:
+    mask = thoughts.mask[..., None].to(thought_hidden.dtype)
+    mean = (thought_hidden * mask).sum(3) / mask.sum(3).clamp(min=1)
+    context = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None]
+    return torch.cosine_similarity(mean, context, dim=-1)

@@ -1,0 +1,112 @@
+"""The start-up check: is the fast path exact on *this* model? Nobody trains on silently wrong masks."""
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from .geometry import Text, choose_positions, seeded_generators
+from .paths import Path, Replay, SharedPrefix
+from .sampling import SamplingSettings, sample_thoughts
+from .scoring import ScoreRequest, score
+
+
+logger = logging.getLogger(__name__)
+
+# Largest difference in nats, relative to the largest magnitude, that rounding explains
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TEXT_LENGTH = 24
+
+
+@torch.no_grad()
+def path_difference(model: PreTrainedModel, path: Path, seed: int = 0) -> float:
+    """
+    Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
+
+    Thoughts are sampled with `path` and scored with it and with replay, on random texts with padding and two packed
+    documents; the text's log-probabilities are also held against the model's own forward, LM head included.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with heads; run in `eval()` mode.
+        path ([`Path`]):
+            The path on trial.
+        seed (`int`):
+            Of the texts.
+
+    Returns:
+        `float`: 0 is perfect agreement.
+    """
+    text = _random_text(model, seed)
+    positions = choose_positions(text, 6, seeded_generators(seed, 0, [0, 1]))
+    settings = SamplingSettings(
+        thought_length=3, num_thoughts=2, min_thought_length=2, stop=lambda ids: ids[:, -1] % 2 == 0
+    )
+    generators = seeded_generators(seed, 1, [0, 1])
+    thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
+    ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
+    pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "values")]
+    pairs.append((ours.text_logps[:1, : TEXT_LENGTH // 2 - 1], _ordinary_logps(model, text)))
+    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1)) for a, b in pairs)
+
+
+def _random_text(model: PreTrainedModel, seed: int) -> Text:
+    """Two rows: a row of two packed documents, and a row padded at its end."""
+    V, device = model.get_input_embeddings().weight.shape[0], model.quietstar.start_embedding.device
+    ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed)).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    position_ids = torch.arange(TEXT_LENGTH, device=device).repeat(2, 1)
+    position_ids[0] %= TEXT_LENGTH // 2
+    return Text.from_batch(ids, mask, position_ids=position_ids)
+
+
+def _ordinary_logps(model: PreTrainedModel, text: Text) -> torch.Tensor:
+    """Log-probabilities of the first document by the model's own forward: shape `(1, T / 2 - 1)`."""
+    ids = text.input_ids[:1, : TEXT_LENGTH // 2]
+    logits = model(input_ids=ids).logits[:, :-1]
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def choose_path(model: PreTrainedModel, wanted: str = "auto") -> Path:
+    """
+    The shared prefix where it is exact on this model, otherwise replay.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with heads.
+        wanted (`str`):
+            `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"` (no check).
+
+    Raises:
+        `ValueError`: if `"shared_prefix"` is wanted and is not exact.
+    """
+    if wanted == "replay":
+        return Replay()
+    training = model.training
+    model.eval()
+    try:
+        problem = _problem(model, SharedPrefix())
+    finally:
+        model.train(training)
+    if problem is None:
+        return SharedPrefix()
+    if wanted == "shared_prefix":
+        raise ValueError(f"The shared prefix is not exact on this model: {problem}. Use `thought_path='auto'`.")
+    logger.warning(
+        "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.", problem
+    )
+    return Replay()
+
+
+def _problem(model: PreTrainedModel, path: Path) -> str | None:
+    """What is wrong with a path on this model; None if nothing is."""
+    tolerance = TOLERANCES[model.dtype]
+    try:
+        difference = path_difference(model, path)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return f"fails with {type(error).__name__}: {error}"
+    if difference <= tolerance:  # False for NaN
+        return None
+    return f"differs from replay by {difference:.1e} relative, above the {tolerance:.0e} that rounding explains"

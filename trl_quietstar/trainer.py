@@ -1,0 +1,697 @@
+"""`QuietStarREINFORCETrainer`: wires the steps of a Quiet-STaR update into the Hugging Face Trainer.
+
+No maths here: positions, sampling, scoring, rewards, advantages and objective are modules of their own, and
+`_compute_loss` reads as the data flows through them. One update is made from each sampled batch (REINFORCE), so there
+is no importance ratio and no clipping.
+"""
+
+import copy
+import json
+import os
+import textwrap
+import time
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import is_peft_model, set_seed
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+    TrainerCallback,
+    is_trackio_available,
+    is_wandb_available,
+)
+from transformers.utils import is_peft_available
+from trl import SyncRefModelCallback
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from ._compat import DataCollatorForLanguageModeling, _BaseTrainer
+from .advantages import explained_variance, thought_advantages
+from .config import QuietStarConfig
+from .data import check_length, longest_text, max_positions, prepare_texts
+from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
+from .lm_head import normalized_entropy
+from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside, save_config
+from .objective import Coefficients, entropy_coefficient, quietstar_loss
+from .report import print_thoughts, thought_table
+from .rewards import coherence, masked_mean, thought_rewards
+from .sampling import SamplingSettings, sample_thoughts
+from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
+from .self_check import choose_path
+
+
+if is_peft_available():
+    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+if is_wandb_available():
+    import wandb
+
+if is_trackio_available():
+    import trackio
+
+
+STATE_NAME = "quietstar_state.json"
+REFERENCE_NAME = "reference"
+EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
+
+
+class QuietStarREINFORCETrainer(_BaseTrainer):
+    """
+    Trainer for Quiet-STaR: a causal LM learns to write short hidden thoughts that make ordinary text more predictable.
+    The method was proposed in [Quiet-STaR: Language Models Can Teach Themselves to Think Before
+    Speaking](https://huggingface.co/papers/2403.09629); this trainer adds a value head, multi-step GAE, an entropy
+    bonus with decay, and a KL term.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+
+    >>> trainer = QuietStarREINFORCETrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M",
+    ...     args=QuietStarConfig(output_dir="out", thought_positions=16),
+    ...     train_dataset=load_dataset("openai/gsm8k", "main", split="train").rename_column("question", "text"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained: a model id or local path (loaded with `args.model_init_kwargs`, in float32 unless
+            those say otherwise), a causal LM, or one with an adapter. An object is turned into its thinking class in
+            place.
+        args ([`QuietStarConfig`], *optional*):
+            Configuration. Defaults to the default one, with an output directory named after the model.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Text, prompt/completion, conversational or pre-tokenized data.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Data to evaluate on; never packed.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. Defaults to the model's own. A missing pad token is taken care of.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler, in place of those that `args` describes.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Wraps the model with an adapter. The heads are trained beside it, and saved with it.
+
+    Raises:
+        `ValueError`: for a model that is no causal LM, data that cannot be trained on, texts too long for the model,
+            a `PeftModel` together with `peft_config`, or an adapter on the LM head.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    _tag_names = ["trl", "quietstar"]
+    _name = "Quiet-STaR"
+    _paper = {
+        "title": "Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking",
+        "id": "2403.09629",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{zelikman2024quietstar,
+                title     = {{Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking}},
+                author    = {Eric Zelikman and Georges Harik and Yijia Shao and Varuna Jayasiri and Nick Haber and Noah D. Goodman},
+                year      = 2024,
+                booktitle = {First Conference on Language Modeling},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: QuietStarConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
+        _check_inputs(model, args, train_dataset, eval_dataset, peft_config)
+
+        set_seed(args.seed)  # adapters and heads start at random
+        model, processing_class = _build_model(model, args, processing_class, peft_config)
+        base = base_of(model)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay
+            base.quietstar.value_head.requires_grad_(False)
+        if args.reward_prediction == "thought":
+            base.quietstar.mixing_head.requires_grad_(False)
+
+        train_dataset = prepare_texts(train_dataset, processing_class, args, "train", packing=args.packing)
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        evals = {k: prepare_texts(d, processing_class, args, k) for k, d in evals.items() if d is not None}
+        for dataset in (train_dataset, *evals.values()):
+            longest = longest_text(dataset, args.max_length)
+            if longest is not None:
+                check_length(longest, args.thought_length, max_positions(base.config))
+        if not isinstance(eval_dataset, dict):
+            evals = evals.get("eval")
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DataCollatorForLanguageModeling(_pad_token_id(processing_class), return_position_ids=True),
+            train_dataset=train_dataset,
+            eval_dataset=evals,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"`nn.DataParallel` on {args.n_gpu} GPUs is not supported; launch with `accelerate launch`, or make a "
+                "single GPU visible with `CUDA_VISIBLE_DEVICES`."
+            )
+        self.path = choose_path(base, args.thought_path)
+        self._prepare_reference()
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        self.sampling = self._sampling_settings()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": _new_sums(), "eval": _new_sums()}
+        self._recent_rewards: deque[float] = deque(maxlen=100)
+        self._step_reward = [0.0, 0.0]  # sum and weight within the current optimizer step
+        self._rows_seen = {"train": 0, "eval": 0}  # rows before the current batch, of the step or of the evaluation
+        self._current_step = -1
+        self._window_start = time.perf_counter()
+        self._samples: dict[str, list] = {}
+
+    # Model and reference
+
+    def _prepare_reference(self) -> None:
+        """A frozen copy of the policy, or under PEFT the base without its adapter and a copy of the heads."""
+        self.ref_model, self._ref_heads = None, None
+        if not self.args.uses_reference:
+            return
+        if is_peft_model(self.model):
+            if self.args.sync_ref_model:
+                raise ValueError(
+                    "`sync_ref_model=True` needs a reference of its own, but under PEFT the reference is the base "
+                    "model without its adapter; set `sync_ref_model=False`."
+                )
+            self._ref_heads = copy.deepcopy(base_of(self.model).quietstar).requires_grad_(False)
+            return
+        self.ref_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    @contextmanager
+    def _reference(self):
+        """The reference policy, ready to be scored with."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        base = base_of(model)
+        heads, base.quietstar = base.quietstar, self._ref_heads
+        try:
+            with model.disable_adapter():
+                yield base
+        finally:
+            base.quietstar = heads
+
+    def _sampling_settings(self) -> SamplingSettings:
+        args = self.args
+        stop = None
+        if args.min_thought_length is not None:
+            stop = _thought_end(self.processing_class, args.thought_stop_string)
+        return SamplingSettings(
+            thought_length=args.thought_length,
+            num_thoughts=args.num_thoughts,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            min_thought_length=args.min_thought_length,
+            stop=stop,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        heads = {id(p) for p in base_of(self.model).quietstar.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in heads]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in heads]
+                options = {k: v for k, v in group.items() if k != "params"}
+                optimizer.add_param_group({**options, "params": own, "lr": self.args.heads_learning_rate})
+        return optimizer
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "seq_lengths"]
+
+    # One step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs:
+            raise ValueError("QuietStarREINFORCETrainer does not return outputs with its loss.")
+        return self._compute_loss(model, inputs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """From a batch to the loss, through every step of the method; metrics are noted on the way."""
+        args, mode = self.args, "train" if model.training else "eval"
+        text = Text.from_batch(**inputs)
+        if args.max_length is None:
+            longest = int(text.position_ids.max()) + 1
+            check_length(longest, args.thought_length, max_positions(base_of(self.model).config))
+        thoughts = self._sample_thoughts(text, mode)
+        request = ScoreRequest(text, thoughts, args.talk_length, self.path, args.temperature, args.reward_prediction)
+        scores = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], quietstar_request=request
+        )
+        reference = self._score_reference(text, thoughts)
+
+        talk = talk_after(text, thoughts.positions, args.talk_length)
+        talk_mask = talk.target_mask[:, :, None]
+        no_thought = scores if args.no_thought_model == "policy" else reference
+        logps_without = at_talk(no_thought.text_logps, thoughts, args.talk_length)
+        correct_without = at_talk(no_thought.text_correct, thoughts, args.talk_length)
+        rewards = thought_rewards(
+            scores.talk_logps,
+            logps_without,
+            scores.talk_correct,
+            correct_without,
+            talk_mask,
+            args.reward_type,
+            args.reward_clip_range,
+        )
+        advantages, returns = thought_advantages(
+            rewards,
+            scores.values,
+            thoughts.mask,
+            baseline=args.advantage_baseline,
+            use_gae=args.use_gae,
+            gamma=args.gamma,
+            gae_lambda=args.gae_lambda,
+            normalize=args.normalize_advantages,
+            positive_only=args.positive_advantages_only,
+        )
+        loss, terms = quietstar_loss(
+            scores.thought_logps,
+            scores.thought_entropies,
+            scores.values,
+            advantages,
+            returns,
+            thoughts.mask,
+            scores.talk_logps,
+            talk_mask,
+            scores.text_logps,
+            text.predicted(),
+            self._coefficients(),
+            reference_logps=reference.thought_logps if args.beta > 0 else None,
+        )
+        with torch.no_grad():
+            self._note_metrics(
+                mode,
+                text,
+                thoughts,
+                scores,
+                talk_mask,
+                logps_without,
+                correct_without,
+                rewards,
+                advantages,
+                returns,
+                terms,
+                loss,
+            )
+        return loss
+
+    def _sample_thoughts(self, text: Text, mode: str) -> Thoughts:
+        """Positions and thoughts of a batch, each row from its own random numbers."""
+        args, base = self.args, base_of(self.accelerator.unwrap_model(self.model))
+        generators = seeded_generators(
+            args.seed, self.state.global_step if mode == "train" else 0, self._row_indices(len(text.input_ids), mode)
+        )
+        settings = self.sampling
+        if mode == "eval" and not args.eval_do_sample:
+            settings = replace(settings, do_sample=False)
+        training = base.training
+        base.eval()  # no dropout, and a cache even where layers are checkpointed
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                reader = self.path.read(base, text)
+                positions = choose_positions(
+                    text,
+                    args.thought_positions,
+                    generators,
+                    lambda: normalized_entropy(base, reader.text_hidden[:, :-1]),
+                    args.difficulty_threshold,
+                    args.min_thought_interval,
+                )
+                return sample_thoughts(base, reader, text, positions, settings, generators)
+        finally:
+            base.train(training)
+
+    def _row_indices(self, rows: int, mode: str) -> list[int]:
+        """Index of each row in the step's global batch, or in the evaluation set."""
+        if mode == "train" and self.state.global_step != self._current_step:
+            self._finish_step()
+            self._current_step, self._rows_seen["train"] = self.state.global_step, 0
+        before = self._rows_seen[mode]
+        self._rows_seen[mode] += rows
+        start = before * self.accelerator.num_processes + self.accelerator.process_index * rows
+        return list(range(start, start + rows))
+
+    def _score_reference(self, text: Text, thoughts: Thoughts) -> Scores | None:
+        if not self.args.uses_reference:
+            return None
+        with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
+            return score_thoughts(reference, text, thoughts, self.path, self.args.temperature)
+
+    def _coefficients(self) -> Coefficients:
+        args = self.args
+        return Coefficients(
+            policy=args.policy_coefficient,
+            value=args.value_loss_coefficient if args.uses_value_head else 0.0,
+            entropy=self.entropy_coefficient,
+            kl=args.beta,
+            nll=args.nll_coefficient,
+            base_nll=args.base_nll_coefficient,
+        )
+
+    @property
+    def entropy_coefficient(self) -> float:
+        """Weight of the entropy bonus at the current optimizer step."""
+        args = self.args
+        return entropy_coefficient(
+            self.state.global_step, args.entropy_coefficient, args.entropy_decay, args.min_entropy_coefficient
+        )
+
+    # Metrics
+
+    def _note_metrics(
+        self,
+        mode,
+        text,
+        thoughts,
+        scores,
+        talk_mask,
+        logps_without,
+        correct_without,
+        rewards,
+        advantages,
+        returns,
+        terms,
+        loss,
+    ) -> None:
+        """Adds a batch to the running sums, reduced over processes."""
+        G = rewards.shape[-1]
+        exists = thoughts.positions.mask[..., None].expand_as(rewards)
+        tokens, said = thoughts.mask, talk_mask.expand_as(scores.talk_logps)
+        plain = text.predicted()
+        new = {
+            "reward": (rewards, exists),
+            "reward_std": rewards[exists].std(correction=0) if exists.any() else None,
+            "policy_loss": terms["policy_loss"],
+            "value_loss": terms["value_loss"] if self.args.uses_value_head else None,
+            "explained_variance": explained_variance(scores.values, returns, tokens),
+            "entropy": (scores.thought_entropies, tokens),
+            "advantages": (advantages, tokens),
+            "kl_divergence": terms.get("kl_divergence"),
+            "total_loss": loss,
+            "mixing_weight": (scores.mixing_weights, said),
+            "nll_with": (-scores.talk_logps, said),
+            "accuracy_with": (scores.talk_correct, said),
+            "thought_length": (tokens.sum(-1), exists),
+        }
+        if mode == "train":
+            new["nll_without"] = (-scores.text_logps, plain)
+        else:  # the same tokens as `nll_with`, so that the two can be compared
+            new["nll_without"] = (-logps_without.expand_as(scores.talk_logps), said)
+            new["accuracy_without"] = (correct_without.expand_as(scores.talk_correct), said)
+        if mode == "eval" or "coherence" not in self._metrics[mode]:  # in training, once a logging window
+            new["coherence"] = (self._coherence(text, thoughts, scores, logps_without, talk_mask), exists)
+            self._samples[mode] = self._sample_table(text, thoughts, rewards, scores, logps_without, talk_mask)
+        sums = self._reduce(new)
+        for name, (total, weight) in sums.items():
+            self._metrics[mode][name][0] += total
+            self._metrics[mode][name][1] += weight
+        if mode == "train":
+            counts = torch.tensor([int(exists.sum()), int(plain.sum() + tokens.sum())], device=loss.device)
+            thoughts_made, tokens_seen = self.accelerator.reduce(counts, "sum").tolist()
+            self._metrics[mode]["num_thoughts"][0] += thoughts_made
+            self._metrics[mode]["tokens"][0] += tokens_seen
+            self._step_reward[0] += sums["reward"][0]
+            self._step_reward[1] += sums["reward"][1]
+
+    def _reduce(self, metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
+        """Sum and weight of each metric over all processes; scalars weigh 1, NaN and None nothing."""
+        pairs = []
+        for value in metrics.values():
+            if isinstance(value, tuple):
+                values, mask = value
+                pair = (values.double() * mask).sum(), mask.sum().double()
+            elif value is None or torch.isnan(value):
+                pair = torch.zeros(2, dtype=torch.float64)
+            else:
+                pair = value.double(), torch.ones(())
+            pairs.append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (x.cpu() for x in pair)]))
+        totals = self.accelerator.reduce(torch.stack(pairs).to(self.accelerator.device), "sum").tolist()
+        return dict(zip(metrics, map(tuple, totals), strict=True))
+
+    def _coherence(self, text, thoughts, scores, logps_without, talk_mask) -> torch.Tensor:
+        base = base_of(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast():
+            plain = score_thoughts(base, text, thoughts, self.path, start=False)
+        return coherence(
+            scores.similarity, plain.thought_logps, thoughts.mask, scores.talk_logps, logps_without, talk_mask
+        )
+
+    def _sample_table(self, text, thoughts, rewards, scores, logps_without, talk_mask) -> dict[str, list]:
+        return thought_table(
+            self.processing_class,
+            text,
+            thoughts,
+            rewards,
+            masked_mean(scores.talk_logps.exp(), talk_mask.expand_as(scores.talk_logps), dim=-1),
+            masked_mean(logps_without.exp(), talk_mask, dim=-1),
+            self.args.talk_length,
+            self.args.num_thoughts_to_print,
+        )
+
+    def _finish_step(self) -> None:
+        """Takes the reward of the optimizer step that ended into the moving average."""
+        if self._step_reward[1] > 0:
+            self._recent_rewards.append(self._step_reward[0] / self._step_reward[1])
+        self._step_reward = [0.0, 0.0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._metrics["train"] and "loss" in logs:
+            self._finish_step()
+            logs.update(self._training_metrics(logs))
+            self._metrics["train"] = _new_sums()
+            if self.args.log_thoughts and self.accelerator.is_main_process:
+                self._log_thoughts("train")
+        super().log(logs, start_time)
+
+    def _training_metrics(self, logs: dict[str, float]) -> dict[str, float | None]:
+        """The `rl/*` metrics of a logging window."""
+        sums, now = self._metrics["train"], time.perf_counter()
+        tokens, thoughts = sums.pop("tokens")[0], sums.pop("num_thoughts")[0]
+        steps = max(self.state.global_step - self._last_logged_step, 1)
+        metrics = {f"rl/{name}": total / weight if weight else None for name, (total, weight) in sums.items()}
+        metrics.pop("rl/accuracy_with", None)
+        metrics.update(
+            {
+                "rl/episode": self.state.global_step,
+                "rl/avg_reward_100": sum(self._recent_rewards) / max(len(self._recent_rewards), 1),
+                "rl/entropy_coefficient": self.entropy_coefficient,
+                "rl/num_thoughts": thoughts / steps,
+                "rl/learning_rate": logs["learning_rate"],
+                "rl/grad_norm": logs.get("grad_norm"),
+                "rl/tokens_per_second": tokens / (now - self._window_start),
+            }
+        )
+        self._window_start, self._last_logged_step = now, self.state.global_step
+        return metrics
+
+    _last_logged_step = 0
+
+    def _log_thoughts(self, mode: str) -> None:
+        table = {"step": [self.state.global_step] * len(self._samples[mode]["thought"]), **self._samples[mode]}
+        print_thoughts(table, f"Thoughts at step {self.state.global_step}")
+        backends = []
+        if "wandb" in self.args.report_to and wandb.run is not None:
+            backends.append(wandb)
+        if "trackio" in self.args.report_to:
+            backends.append(trackio)
+        for backend in backends:
+            backend.log({"thoughts": backend.Table(dataframe=pd.DataFrame(table))})
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._rows_seen["eval"], self._metrics["eval"] = 0, _new_sums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._metrics["eval"]
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": sums[name][0] / max(sums[name][1], 1) for name in EVAL_METRICS}
+        )
+        return output
+
+    def sampled_thoughts(self) -> dict[str, list]:
+        """A few thoughts of the last evaluation, as columns `context`, `thought`, `next`, `with`, `without`, `gain`."""
+        return self._samples.get("eval", {})
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if is_peft_model(self.model) and self.args.should_save:
+            base, directory = base_of(self.model), output_dir or self.args.output_dir
+            save_config(base, directory)
+            base.save_heads(directory)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        name = self.args.hub_model_id or self.args.output_dir
+        self.create_model_card(model_name=name.rstrip("/").split("/")[-1])
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        self._finish_step()
+        state = {
+            "entropy_coefficient": self.entropy_coefficient,
+            "recent_rewards": list(self._recent_rewards),
+            "metrics": self._metrics["train"],
+            "last_logged_step": self._last_logged_step,
+        }
+        Path(output_dir, STATE_NAME).write_text(json.dumps(state))
+        if self.args.sync_ref_model:
+            self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = json.loads(Path(checkpoint, STATE_NAME).read_text())
+        self._recent_rewards.extend(state["recent_rewards"])
+        self._metrics["train"] = _new_sums(state["metrics"])
+        self._last_logged_step = state["last_logged_step"]
+        if self.args.sync_ref_model:
+            saved = QuietStarForCausalLM.from_pretrained(
+                os.path.join(checkpoint, REFERENCE_NAME), dtype=self.ref_model.dtype
+            )
+            self.ref_model.load_state_dict(saved.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        base_of(self.model).load_heads(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        base_of(self.model).load_heads(self.state.best_model_checkpoint)
+
+
+def _new_sums(saved: dict[str, list[float]] | None = None) -> dict[str, list[float]]:
+    """Sum and weight of each metric of a window."""
+    return defaultdict(lambda: [0.0, 0.0], saved or {})
+
+
+def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None:
+    """What can be refused before anything is loaded."""
+    if not isinstance(args, QuietStarConfig):
+        raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required.")
+    if str(args.eval_strategy.value) != "no" and not eval_dataset:
+        raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
+    if peft_config is None:
+        return
+    if not is_peft_available():
+        raise ImportError("`peft_config` needs PEFT; install it with `pip install trl-quietstar[peft]`.")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` is a `{type(peft_config).__name__}`; give a `peft.PeftConfig`.")
+    if not isinstance(model, str) and is_peft_model(model):
+        raise ValueError(
+            "You passed a `PeftModel` together with a `peft_config`; merge and unload the adapter first, or leave out "
+            "`peft_config` to go on training it."
+        )
+
+
+def _build_model(model, args: QuietStarConfig, tokenizer, peft_config):
+    """The thinking model, with its adapter, and its tokenizer."""
+    settings = args.settings()
+    if isinstance(model, str):
+        kwargs = {
+            "dtype": torch.float32,
+            "trust_remote_code": args.trust_remote_code,
+            **(args.model_init_kwargs or {}),
+        }
+        if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+            kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+        model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
+    base = base_of(model)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            get_config_model_id(base.config), trust_remote_code=args.trust_remote_code
+        )
+    if not isinstance(base, QuietStarMixin):
+        attach_heads(base, settings)
+    base.adopt_settings(settings)
+    if base.fresh_thought_embeddings:
+        base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text)
+    if peft_config is not None:
+        with heads_aside(base):
+            model = get_peft_model(base, peft_config)
+    if is_peft_model(model):
+        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, "
+                "so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
+            )
+        base.quietstar.requires_grad_(True)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if base.config.get_text_config().pad_token_id is None:
+        base.config.get_text_config().pad_token_id = _pad_token_id(tokenizer)
+    return model, tokenizer
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id will do: padding is masked everywhere."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def _thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None):
+    """From thoughts so far, `(rows, length)`, to whether each ends: at the EOS token or the stop string."""
+    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
+    eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    def ends(token_ids: torch.Tensor) -> torch.Tensor:
+        ended = token_ids[:, -1] == eos
+        return ended if criteria is None else ended | criteria(token_ids, None)
+
+    return ends
