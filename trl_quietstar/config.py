@@ -39,6 +39,7 @@ LIMITS = {
     "min_entropy_coefficient": (0, None),
     "beta": (0, None),
     "nll_coefficient": (0, None),
+    "reader_nll_coefficient": (0, None),
     "base_nll_coefficient": (0, None),
     "policy_coefficient": (0, None),
     "heads_learning_rate": (0, None),
@@ -171,6 +172,11 @@ class QuietStarConfig(_BaseConfig):
         "reference is kept; under PEFT that is the model with its adapter disabled.",
     )
     nll_coefficient: float = _option(1.0, "Weight of the text's negative log-likelihood after a thought.")
+    reader_nll_coefficient: float = _option(
+        1.0,
+        "Weight of that by the thought's prediction alone, which goes on teaching the model to read thoughts while the "
+        "mixing head is nearly closed. With `reward_prediction='thought'` it adds to `nll_coefficient`.",
+    )
     base_nll_coefficient: float = _option(1.0, "Weight of the text's negative log-likelihood without thoughts.")
     sync_ref_model: bool = _option(False, "Whether the reference follows the policy as a moving average.")
     ref_model_mixup_alpha: float = _option(0.6, "Weight of the policy in that average, at each synchronisation.")

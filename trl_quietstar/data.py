@@ -1,10 +1,33 @@
 """Datasets in, padded texts out; what cannot be trained on is refused here, before any compute."""
 
+from itertools import repeat
+
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from trl.trainer.utils import pad
 
-from ._compat import prepare_dataset
+from ._compat import DataCollatorForLanguageModeling, prepare_dataset
 from .config import QuietStarConfig
+
+
+class TextCollator(DataCollatorForLanguageModeling):
+    """
+    TRL's collator, with position ids that restart at each packed document and the optional `thought_mask` column.
+
+    Args:
+        pad_token_id (`int`):
+            Any valid id.
+    """
+
+    def __init__(self, pad_token_id: int):
+        super().__init__(pad_token_id, return_position_ids=True)
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        if "thought_mask" in examples[0]:
+            batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
+        return batch
 
 
 def prepare_texts(
@@ -45,14 +68,20 @@ def prepare_texts(
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = "prompt" in first and "completion" in first
+    if "thought_mask" in first and (packing or "input_ids" not in first):
+        raise ValueError(
+            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
+        )
     dataset = prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
-    dataset = dataset.filter(_has_position)
-    if next(iter(dataset), None) is None:
+    if "thought_mask" in first:
+        dataset = dataset.map(_cut_mask, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
+    usable = dataset.filter(_has_position)
+    if next(iter(usable), None) is None:
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
             "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."
         )
-    return dataset
+    return dataset if "thought_mask" in first else usable
 
 
 def _check_columns(example: dict, text_field: str, name: str) -> None:
@@ -65,8 +94,15 @@ def _check_columns(example: dict, text_field: str, name: str) -> None:
         )
 
 
+def _cut_mask(example: dict, keep_end: bool) -> dict:
+    """Cuts the mask as the text was cut."""
+    length = len(example["input_ids"])
+    return {"thought_mask": example["thought_mask"][-length:] if keep_end else example["thought_mask"][:length]}
+
+
 def _has_position(example: dict) -> bool:
-    return any(label != -100 for label in example["labels"][1:])
+    predicted = (label != -100 for label in example["labels"][1:])
+    return any(p and m for p, m in zip(predicted, example.get("thought_mask") or repeat(1), strict=False))
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

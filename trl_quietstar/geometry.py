@@ -31,6 +31,8 @@ class Text:
             Index of each token within its own document; 0 starts a document.
         document_ids (`torch.Tensor` of shape `(B, T)`):
             Which document of the row a token belongs to, counted from 1; 0 on padding.
+        thought_mask (`torch.Tensor` of shape `(B, T)`, bool):
+            Whether a thought may follow a token, as far as the data say.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +40,7 @@ class Text:
     labels: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor
+    thought_mask: torch.Tensor
 
     @classmethod
     def from_batch(
@@ -46,6 +49,7 @@ class Text:
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        thought_mask: torch.Tensor | None = None,
     ) -> "Text":
         """
         Builds the text from what a collator gives; without `position_ids`, each row is one document.
@@ -59,6 +63,8 @@ class Text:
                 Defaults to `input_ids`. Padding is masked here in any case.
             position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Positions that restart at 0 with each packed document.
+            thought_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 where a thought may follow. Defaults to everywhere.
         """
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         labels = input_ids if labels is None else labels
@@ -66,7 +72,8 @@ class Text:
             position_ids = mask.long().cumsum(1) - 1
         position_ids = position_ids.masked_fill(~mask, 0)
         document_ids = ((position_ids == 0) & mask).long().cumsum(1).masked_fill(~mask, 0)
-        return cls(input_ids, mask, labels.masked_fill(~mask, -100), position_ids, document_ids)
+        thought_mask = mask if thought_mask is None else thought_mask.bool()
+        return cls(input_ids, mask, labels.masked_fill(~mask, -100), position_ids, document_ids, thought_mask)
 
     def predicted(self) -> torch.Tensor:
         """Mask of shape `(B, T - 1)`: the token after this one belongs to the same document and is a label."""
@@ -189,11 +196,13 @@ def choose_positions(
     Returns:
         [`Positions`] in ascending order, J being the largest number in any row (at least 1).
     """
-    usable = text.predicted().cpu()
-    if thought_positions == "difficulty":
+    usable = (text.predicted() & text.thought_mask[:, :-1]).cpu()
+    if thought_positions == "difficulty" and entropy is not None:
         chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
     elif thought_positions == "all":
         chosen = usable
+    elif isinstance(thought_positions, str):
+        raise ValueError(f"`thought_positions` is {thought_positions!r}, which needs another kind of value.")
     else:
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
     width = max(int(chosen.sum(1).max()), 1)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 VALUE_HEAD_TYPES = ("linear", "mlp", "transformer")
@@ -44,23 +45,26 @@ class MixingHead(nn.Module):
     """
     Weight of the thought in the prediction, from the hidden states without and with it (Quiet-STaR, section 4.2).
 
-    Starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does;
-    the sigmoid still passes gradient.
+    Starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does.
+    It cannot close further than `MIN_WEIGHT`: a saturated gate would pass no gradient and never open again.
     """
 
     INITIAL_WEIGHT = 0.05
+    MIN_WEIGHT = 0.01
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.hidden = nn.Linear(2 * hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.out.weight)
-        nn.init.constant_(self.out.bias, torch.logit(torch.tensor(self.INITIAL_WEIGHT)).item())
+        opening = torch.tensor((self.INITIAL_WEIGHT - self.MIN_WEIGHT) / (1 - self.MIN_WEIGHT))
+        nn.init.constant_(self.out.bias, torch.logit(opening).item())
 
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-        """Weights of shape `(...)`, in (0, 1), for two hidden states of shape `(..., H)`."""
+        """Weights of shape `(...)`, between `MIN_WEIGHT` and 1, for two hidden states of shape `(..., H)`."""
         pair = torch.cat([base, thought], dim=-1).to(self.out.weight.dtype)
-        return torch.sigmoid(self.out(torch.relu(self.hidden(pair)))).squeeze(-1)
+        opening = torch.sigmoid(self.out(torch.relu(self.hidden(pair)))).squeeze(-1)
+        return self.MIN_WEIGHT + (1 - self.MIN_WEIGHT) * opening
 
 
 class LinearValueHead(nn.Module):
@@ -150,3 +154,9 @@ class QuietStarHeads(nn.Module):
             `torch.Tensor` of shape `(B, J, G, L)`, in the head's dtype.
         """
         return self.value_head(hidden.detach().to(self.start_embedding.dtype))
+
+
+class ThinkingModel(PreTrainedModel):
+    """A causal LM with heads, for annotations; the real classes are made by `modeling.quietstar_class`."""
+
+    quietstar: QuietStarHeads

@@ -16,6 +16,7 @@ class Coefficients:
     entropy: float = 0.01
     kl: float = 0.0
     nll: float = 1.0
+    reader_nll: float = 1.0
     base_nll: float = 1.0
 
 
@@ -45,6 +46,7 @@ def quietstar_loss(
     returns: torch.Tensor,
     thought_mask: torch.Tensor,
     talk_logps: torch.Tensor,
+    reader_logps: torch.Tensor,
     talk_mask: torch.Tensor,
     text_logps: torch.Tensor,
     text_mask: torch.Tensor,
@@ -52,15 +54,17 @@ def quietstar_loss(
     reference_logps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_b NLL(without)`, each a masked mean.
+    `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without)`, each a masked
+    mean.
 
     Policy is REINFORCE, `-A * log pi(thought token)`, over thought tokens only (Quiet-STaR, eq. 4); value the squared
-    error to the returns; the NLLs are those of the true text after a thought, and without one.
+    error to the returns; the NLLs are those of the true text after a thought, by the rewarded prediction and by the
+    thought's alone (the reader's), and without one.
 
     Args:
         thought_logps, thought_entropies, values, advantages, returns, thought_mask (shape `(B, J, G, L)`):
             Of the thought tokens. Advantages and returns carry no gradient.
-        talk_logps (shape `(B, J, G, M)`), talk_mask (shape `(B, J, 1, M)`):
+        talk_logps, reader_logps (shape `(B, J, G, M)`), talk_mask (shape `(B, J, 1, M)`):
             Of the text after a thought.
         text_logps, text_mask (shape `(B, T - 1)`):
             Of the text without thoughts.
@@ -77,6 +81,7 @@ def quietstar_loss(
         "value_loss": masked_mean((values - returns.detach()) ** 2, thought_mask),
         "entropy": masked_mean(thought_entropies, thought_mask),
         "nll_with": -masked_mean(talk_logps, talk_mask.expand_as(talk_logps)),
+        "reader_nll": -masked_mean(reader_logps, talk_mask.expand_as(reader_logps)),
         "nll_without": -masked_mean(text_logps, text_mask),
     }
     weights = {
@@ -84,11 +89,15 @@ def quietstar_loss(
         "value_loss": coefficients.value,
         "entropy": -coefficients.entropy,
         "nll_with": coefficients.nll,
+        "reader_nll": coefficients.reader_nll,
         "nll_without": coefficients.base_nll,
     }
     if reference_logps is not None:
         terms["kl_divergence"] = masked_mean(kl_divergence(thought_logps, reference_logps), thought_mask)
         weights["kl_divergence"] = coefficients.kl
     # a term of weight 0 stays out of the graph's arithmetic, where 0 * inf would be NaN
-    loss = sum(weights[name] * term for name, term in terms.items() if weights[name] != 0)
+    loss = torch.zeros((), device=thought_logps.device)
+    for name, term in terms.items():
+        if weights[name] != 0:
+            loss = loss + weights[name] * term
     return loss, {name: term.detach() for name, term in terms.items()}

@@ -43,7 +43,7 @@ def thought_table(
     """
     places = thoughts.positions.mask.nonzero().tolist()
     places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
-    table = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
+    table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
     for b, j in places:
         at = int(thoughts.positions.index[b, j])
         document = text.document_ids[b] == text.document_ids[b, at]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList
 from transformers.generation import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -17,6 +17,7 @@ from transformers.generation import (
 )
 
 from .geometry import Positions, Text, Thoughts
+from .heads import ThinkingModel
 from .lm_head import logits_of, row_chunk
 from .paths import Reader
 
@@ -35,8 +36,8 @@ class SamplingSettings:
             As in [`~transformers.GenerationConfig`]; `top_k=0`, `top_p=1.0` and `min_p=None` switch theirs off.
         do_sample (`bool`):
             Whether to sample; otherwise the most likely token is taken.
-        min_thought_length (`int`, *optional*):
-            Least tokens before `stop` may end a thought. `None` means never.
+        min_thought_length (`int`):
+            Least tokens before `stop` may end a thought.
         stop (`Callable`, *optional*):
             From token ids of shape `(rows, length)` to a bool of shape `(rows,)`: whether the thought ends here.
     """
@@ -48,7 +49,7 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float | None = None
     do_sample: bool = True
-    min_thought_length: int | None = None
+    min_thought_length: int = 1
     stop: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def warpers(self) -> LogitsProcessorList:
@@ -76,7 +77,7 @@ def uniforms(positions: Positions, settings: SamplingSettings, generators: list[
 
 @torch.no_grad()
 def sample_thoughts(
-    model: PreTrainedModel,
+    model: ThinkingModel,
     reader: Reader,
     text: Text,
     positions: Positions,
@@ -87,7 +88,7 @@ def sample_thoughts(
     Writes `num_thoughts` thoughts at every position (Quiet-STaR, section 4.1: parallel generation).
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`ThinkingModel`]):
             A model with heads, in `eval()` mode.
         reader ([`Reader`]):
             The text as this model read it; not used again after this call.
@@ -108,7 +109,7 @@ def sample_thoughts(
     anchors = positions.index.repeat_interleave(G, dim=1)
     draws = uniforms(positions, settings, generators).flatten(1, 2)
     embed = model.get_input_embeddings()
-    embeds = model.quietstar.start_embedding.to(reader.text_hidden.dtype).expand(B, J * G, -1)
+    embeds = model.quietstar.start_embedding.to(embed.weight.dtype).expand(B, J * G, -1)
     token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
     mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
     running = mask[..., 0].clone()
@@ -116,7 +117,7 @@ def sample_thoughts(
         mask[..., step] &= running
         hidden = reader.extend(anchors, embeds)
         token_ids[..., step] = _draw_tokens(model, hidden, draws[..., step], settings)
-        if settings.min_thought_length is not None and step + 1 >= settings.min_thought_length:
+        if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
         embeds = embed(token_ids[..., step])
     shape = (B, J, G, L)
@@ -124,7 +125,7 @@ def sample_thoughts(
 
 
 def _draw_tokens(
-    model: PreTrainedModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
+    model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
     """Token ids of shape `(B, N)` for hidden states of shape `(B, N, H)` and uniform numbers of shape `(B, N)`."""
     warpers, size = settings.warpers(), row_chunk(model)
@@ -134,7 +135,8 @@ def _draw_tokens(
         if not settings.do_sample:
             tokens.append(logits.argmax(-1))
             continue
-        cumulative = warpers(None, logits).double().softmax(-1).cumsum_(-1)
+        warped = warpers(None, logits)  # type: ignore[arg-type]  # no warper here reads the ids so far
+        cumulative = warped.double().softmax(-1).cumsum_(-1)
         threshold = (u * cumulative[:, -1])[:, None]
         tokens.append(
             torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)

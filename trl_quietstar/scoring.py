@@ -6,10 +6,10 @@ This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and au
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
+from .heads import ThinkingModel
 from .lm_head import token_statistics
 from .paths import Path
 
@@ -48,13 +48,15 @@ class Scores(ModelOutput):
     What scoring yields; log-probabilities and entropies in nats, 0 at masked places.
 
     Parameters:
-        thought_logps, thought_entropies, values (`torch.Tensor` of shape `(B, J, G, L)`):
+        thought_logps, thought_entropies, thought_values (`torch.Tensor` of shape `(B, J, G, L)`):
             Of each thought token: its log-probability under the policy, the entropy it was drawn at, and the value of
             the state it was drawn in.
         talk_logps, talk_correct (`torch.Tensor` of shape `(B, J, G, M)`):
             Log-probability of each talk token after the thought, and whether it is the most likely one.
+        reader_logps (`torch.Tensor` of shape `(B, J, G, M)`):
+            The same by the thought's prediction alone.
         mixing_weights (`torch.Tensor` of shape `(B, J, G, M)`):
-            Weight of the thought in that prediction (1 with `prediction="thought"`).
+            Weight of the thought in the prediction (1 with `prediction="thought"`).
         text_logps, text_correct (`torch.Tensor` of shape `(B, T - 1)`):
             The same of the text without thoughts.
         similarity (`torch.Tensor` of shape `(B, J, G)`):
@@ -63,21 +65,22 @@ class Scores(ModelOutput):
 
     thought_logps: torch.Tensor | None = None
     thought_entropies: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    thought_values: torch.Tensor | None = None
     talk_logps: torch.Tensor | None = None
     talk_correct: torch.Tensor | None = None
+    reader_logps: torch.Tensor | None = None
     mixing_weights: torch.Tensor | None = None
     text_logps: torch.Tensor | None = None
     text_correct: torch.Tensor | None = None
     similarity: torch.Tensor | None = None
 
 
-def score(model: PreTrainedModel, request: ScoreRequest) -> Scores:
+def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     """
     Runs `[text | start thought end talk]` and reads off every statistic.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`ThinkingModel`]):
             A model with heads.
         request ([`ScoreRequest`]):
             What to score.
@@ -95,26 +98,26 @@ def score(model: PreTrainedModel, request: ScoreRequest) -> Scores:
     policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature)
     values = model.quietstar.values(drawn_from) * thoughts.mask
 
-    with_thought = hidden[..., L + 1 :, :]
-    target_mask = talk.target_mask[:, :, None].expand(-1, -1, G, -1)
+    read = hidden[..., L + 1 :, :]
+    mask = talk.target_mask[:, :, None].expand(-1, -1, G, -1)
+    targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
+    reader = said = token_statistics(model, read, targets, mask)
+    weights = torch.ones_like(reader.logps)
     if request.prediction == "mixed":
         index = thoughts.positions.index[..., None] + torch.arange(M, device=hidden.device)
         without = gather_hidden(text_hidden, index.clamp(max=text_hidden.shape[1] - 1))[:, :, None]
-        weights = model.quietstar.mixing_head(without.expand_as(with_thought), with_thought)
+        weights = model.quietstar.mixing_head(without.expand_as(read), read)
         mix = weights[..., None].to(hidden.dtype)
-        with_thought = mix * with_thought + (1 - mix) * without
-    else:
-        weights = torch.ones(B, J, G, M, dtype=values.dtype, device=hidden.device)
-    targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
-    said = token_statistics(model, with_thought, targets, target_mask)
+        said = token_statistics(model, mix * read + (1 - mix) * without, targets, mask)
     plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.predicted())
     return Scores(
         thought_logps=policy.logps,
         thought_entropies=policy.entropies,
-        values=values,
+        thought_values=values,
         talk_logps=said.logps,
         talk_correct=said.correct,
-        mixing_weights=weights * target_mask,
+        reader_logps=reader.logps,
+        mixing_weights=weights * mask,
         text_logps=plain.logps,
         text_correct=plain.correct,
         similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
@@ -122,13 +125,13 @@ def score(model: PreTrainedModel, request: ScoreRequest) -> Scores:
 
 
 def score_thoughts(
-    model: PreTrainedModel, text: Text, thoughts: Thoughts, path: Path, temperature: float = 1.0, start: bool = True
+    model: ThinkingModel, text: Text, thoughts: Thoughts, path: Path, temperature: float = 1.0, start: bool = True
 ) -> Scores:
     """
     The thought tokens alone, and the text: what a reference model is asked for.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`ThinkingModel`]):
             A model with heads.
         text ([`Text`]):
             The batch.
@@ -188,7 +191,7 @@ def _edge(embedding: torch.Tensor, thoughts: Thoughts, dtype: torch.dtype) -> to
     return embedding.to(dtype).expand(*thoughts.mask.shape[:3], 1, -1)
 
 
-def _full_branches(model: PreTrainedModel, text: Text, thoughts: Thoughts, talk) -> Branches:
+def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -> Branches:
     """`start, thought, end, first M - 1 talk tokens` at every position."""
     G = thoughts.token_ids.shape[2]
     embed = model.get_input_embeddings()

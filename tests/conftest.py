@@ -1,0 +1,40 @@
+"""Settings that must stand before any library is imported, and the fixtures that most tests share."""
+
+import os
+
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    WANDB_MODE="offline",
+    CI="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings as hypothesis_settings  # noqa: E402
+
+from .tiny import byte_tokenizer, sums  # noqa: E402
+
+
+torch.set_num_threads(1)
+hypothesis_settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+hypothesis_settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer():
+    """A byte-level BPE tokenizer with an EOS token and without a pad token."""
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def texts():
+    """Strings like "3 plus 4 is 7 ."."""
+    return sums()
