@@ -109,7 +109,7 @@ def sample_thoughts(
     anchors = positions.index.repeat_interleave(G, dim=1)
     draws = uniforms(positions, settings, generators).flatten(1, 2)
     embed = model.get_input_embeddings()
-    embeds = model.quietstar.start_embedding.to(embed.weight.dtype).expand(B, J * G, -1)
+    embeds = model.quietstar.start_embedding.to(model.dtype).expand(B, J * G, -1)
     token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
     mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
     running = mask[..., 0].clone()
