@@ -72,6 +72,8 @@ class QuietStarConfig(_BaseConfig):
         `ValueError`: if a value is outside its limits or contradicts another, naming the value, the limit and the fix.
     """
 
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
     # Model
     model_init_kwargs: dict | str | None = _option(
         None,

@@ -69,6 +69,48 @@ def print_thoughts(columns: dict[str, list], title: str) -> None:
     Console().print(table)
 
 
+EVALUATION_ROWS = {
+    "reward (gain of thoughts)": "eval_reward",
+    "NLL without thoughts, nats": "eval_nll_without",
+    "NLL with thoughts, nats": "eval_nll_with",
+    "accuracy without thoughts": "eval_accuracy_without",
+    "accuracy with thoughts": "eval_accuracy_with",
+    "coherence": "eval_coherence",
+}
+
+
+def card_section(model_id: str, evaluation: dict[str, float] | None) -> str:
+    """
+    What a model card adds to TRL's.
+
+    Args:
+        model_id (`str`):
+            To load the model by.
+        evaluation (`dict[str, float]`, *optional*):
+            Metrics as `evaluate` gives them.
+    """
+    lines = [
+        "",
+        "## Thoughts",
+        "",
+        "The base weights load as usual. The heads that think load with `trl-quietstar`:",
+        "",
+        "```python",
+        "from trl_quietstar import QuietStarForCausalLM",
+        "",
+        f"model = QuietStarForCausalLM.from_pretrained({model_id!r})",
+        "```",
+        "",
+    ]
+    if evaluation is not None:
+        lines += ["| held-out | |", "| --- | --- |"]
+        lines += [
+            f"| {label} | {evaluation[key]:.4f} |" for label, key in EVALUATION_ROWS.items() if key in evaluation
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def print_comparison(before: dict[str, float], after: dict[str, float], title: str) -> None:
     """
     Prints what changed between two evaluations.
@@ -79,17 +121,9 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
         title (`str`):
             Above the table.
     """
-    rows = {
-        "reward (gain of thoughts)": "eval_reward",
-        "NLL without thoughts, nats": "eval_nll_without",
-        "NLL with thoughts, nats": "eval_nll_with",
-        "accuracy without thoughts": "eval_accuracy_without",
-        "accuracy with thoughts": "eval_accuracy_with",
-        "coherence": "eval_coherence",
-    }
     table = Table(title=title)
     for name in ("held-out", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "held-out" else "right")
-    for label, key in rows.items():
+    for label, key in EVALUATION_ROWS.items():
         table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     Console().print(table)

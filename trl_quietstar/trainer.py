@@ -43,7 +43,7 @@ from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_
 from .lm_head import normalized_entropy
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
-from .report import print_thoughts, thought_table
+from .report import card_section, print_thoughts, thought_table
 from .rewards import coherence, masked_mean, thought_rewards
 from .sampling import SamplingSettings, sample_thoughts
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
@@ -190,6 +190,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._step_reward = [0.0, 0.0]  # sum and weight within the current optimizer step
         self._rows_seen = {"train": 0, "eval": 0}  # rows before the current batch, of the step or of the evaluation
         self._current_step = -1
+        self._last_logged_step = 0
         self._window_start = time.perf_counter()
         self._samples: dict[str, list] = {}
 
@@ -523,8 +524,6 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._window_start, self._last_logged_step = now, self.state.global_step
         return metrics
 
-    _last_logged_step = 0
-
     def _log_thoughts(self, mode: str) -> None:
         table = {"step": [self.state.global_step] * len(self._samples[mode]["thought"]), **self._samples[mode]}
         print_thoughts(table, f"Thoughts at step {self.state.global_step}")
@@ -566,9 +565,25 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             save_config(base, directory)
             base.save_heads(directory)
 
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """TRL's model card, with how to load the heads and what the last evaluation measured."""
+        if model_name is None:
+            model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        section = card_section(self.args.hub_model_id or model_name, evaluations[-1] if evaluations else None)
+        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+            card.write(section)
+
     def _save_checkpoint(self, model, trial) -> None:
-        name = self.args.hub_model_id or self.args.output_dir
-        self.create_model_card(model_name=name.rstrip("/").split("/")[-1])
+        self.create_model_card()
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
