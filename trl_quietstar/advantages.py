@@ -101,7 +101,9 @@ def thought_advantages(
         advantages, returns = (spread - values) * mask, spread
     if normalize:
         chosen = advantages[mask]
-        advantages = (advantages - chosen.mean()) / (chosen.std(correction=0) + 1e-8) * mask
+        # equal advantages stay 0: their spread is below what rounding leaves of their mean
+        rounding = torch.finfo(chosen.dtype).eps * chosen.abs().max() * 100 if len(chosen) else 0
+        advantages = (advantages - chosen.mean()) / (chosen.std(correction=0) + rounding + 1e-12) * mask
     return advantages.clamp(min=0) if positive_only else advantages, returns
 
 

@@ -46,7 +46,9 @@ class MixingHead(nn.Module):
     Weight of the thought in the prediction, from the hidden states without and with it (Quiet-STaR, section 4.2).
 
     Starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does.
-    It cannot close further than `MIN_WEIGHT`: a saturated gate would pass no gradient and never open again.
+    A gate that saturates passes no gradient and never opens again, and it would: reading thoughts is hard at first, and
+    the likelihood closes the gate meanwhile. So the inputs are normalised and the output is divided by the square root
+    of the width, which keeps the gate's pace the same for every model size, and `MIN_WEIGHT` always remains.
     """
 
     INITIAL_WEIGHT = 0.05
@@ -54,17 +56,18 @@ class MixingHead(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
         self.hidden = nn.Linear(2 * hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, 1)
+        self.out = nn.Linear(hidden_size, 1, bias=False)
         nn.init.zeros_(self.out.weight)
         opening = torch.tensor((self.INITIAL_WEIGHT - self.MIN_WEIGHT) / (1 - self.MIN_WEIGHT))
-        nn.init.constant_(self.out.bias, torch.logit(opening).item())
+        self.bias = nn.Parameter(torch.logit(opening))
 
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
         """Weights of shape `(...)`, between `MIN_WEIGHT` and 1, for two hidden states of shape `(..., H)`."""
-        pair = torch.cat([base, thought], dim=-1).to(self.out.weight.dtype)
-        opening = torch.sigmoid(self.out(torch.relu(self.hidden(pair)))).squeeze(-1)
-        return self.MIN_WEIGHT + (1 - self.MIN_WEIGHT) * opening
+        pair = torch.cat([self.norm(x.to(self.bias.dtype)) for x in (base, thought)], dim=-1)
+        logit = self.out(torch.relu(self.hidden(pair))).squeeze(-1) / self.out.in_features**0.5 + self.bias
+        return self.MIN_WEIGHT + (1 - self.MIN_WEIGHT) * torch.sigmoid(logit)
 
 
 class LinearValueHead(nn.Module):

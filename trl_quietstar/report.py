@@ -1,46 +1,36 @@
 """Thoughts for people to read: a table of a few, and how it is printed."""
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase
 
-from .geometry import Text, Thoughts
+from .metrics import BatchResult
+from .rewards import masked_mean
 
 
 CONTEXT_TOKENS = 24
 
 
-def thought_table(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    thoughts: Thoughts,
-    rewards: torch.Tensor,
-    p_with: torch.Tensor,
-    p_without: torch.Tensor,
-    talk_length: int,
-    count: int,
-) -> dict[str, list]:
+def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count: int) -> dict[str, list]:
     """
     Columns of a few thoughts, spread evenly over the batch.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Decodes.
-        text ([`Text`]), thoughts ([`Thoughts`]):
+        batch ([`BatchResult`]):
             The batch.
-        rewards, p_with (`torch.Tensor` of shape `(B, J, G)`), p_without (of shape `(B, J, 1)`):
-            Reward and the talk's mean probability, with the thought and without.
-        talk_length (`int`):
-            M.
         count (`int`):
             The most rows.
 
     Returns:
         `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
-        continuation), `with`, `without`, `reward`.
+        continuation), `with` and `without` (the continuation's mean probability), `reward`.
     """
+    text, thoughts, talk_length = batch.text, batch.thoughts, batch.scores.talk_logps.shape[-1]
+    p_with = masked_mean(batch.scores.talk_logps.exp(), batch.talk_mask.expand_as(batch.scores.talk_logps), dim=-1)
+    p_without = masked_mean(batch.logps_without.exp(), batch.talk_mask, dim=-1)
     places = thoughts.positions.mask.nonzero().tolist()
     places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
     table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
@@ -55,7 +45,7 @@ def thought_table(
             table[name].append(tokenizer.decode(tokens.tolist()))
         table["with"].append(round(float(p_with[b, j, 0]), 4))
         table["without"].append(round(float(p_without[b, j, 0]), 4))
-        table["reward"].append(round(float(rewards[b, j, 0]), 4))
+        table["reward"].append(round(float(batch.rewards[b, j, 0]), 4))
     return table
 
 

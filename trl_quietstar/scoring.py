@@ -200,7 +200,8 @@ def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -
     start = _edge(model.quietstar.start_embedding, thoughts, thought.dtype)
     end = _edge(model.quietstar.end_embedding, thoughts, thought.dtype)
     exists = thoughts.mask[..., :1]
-    spoken_mask = talk.input_mask[:, :, None, :-1].expand(-1, -1, G, -1)
+    # a token is read only where another follows: the text's last token would predict nothing
+    spoken_mask = talk.input_mask[:, :, None, 1:].expand(-1, -1, G, -1)
     return Branches(
         anchors=thoughts.positions.index.repeat_interleave(G, dim=1),
         embeds=torch.cat([start, thought, end, spoken], dim=3).flatten(1, 2),

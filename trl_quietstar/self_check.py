@@ -4,9 +4,10 @@ import logging
 
 import torch
 
-from .geometry import Text, choose_positions, seeded_generators
+from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
-from .paths import Path, Replay, SharedPrefix
+from .lm_head import token_statistics
+from .paths import Path, Reader, Replay, SharedPrefix
 from .sampling import SamplingSettings, sample_thoughts
 from .scoring import ScoreRequest, score
 
@@ -23,8 +24,9 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     """
     Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
 
-    Thoughts are sampled with `path` and scored with it and with replay, on random texts with padding and two packed
-    documents; the text's log-probabilities are also held against the model's own forward, LM head included.
+    Thoughts are sampled with `path`, then scored with it, with the forwards that sample, and with replay, on random
+    texts with padding and two packed documents; the text's log-probabilities are also held against the model's own
+    forward, LM head included.
 
     Args:
         model ([`ThinkingModel`]):
@@ -35,7 +37,7 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
             Of the texts.
 
     Returns:
-        `float`: 0 is perfect agreement.
+        `float`: 0 is perfect agreement; NaN if any number is.
     """
     text = _random_text(model, seed)
     positions = choose_positions(text, 6, seeded_generators(seed, 0, [0, 1]))
@@ -46,8 +48,21 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
     pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
+    pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
     pairs.append((ours.text_logps[:1, : TEXT_LENGTH // 2 - 1], _ordinary_logps(model, text)))
-    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1)) for a, b in pairs)
+    differences = [(a - b).double().abs().max() / b.double().abs().max().clamp(min=1) for a, b in pairs]
+    return float(torch.stack(differences).max())
+
+
+def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> torch.Tensor:
+    """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
+    B, J, G, L = thoughts.token_ids.shape
+    anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
+    embeds = model.get_input_embeddings()(thoughts.token_ids.flatten(1, 2))
+    start = model.quietstar.start_embedding.to(embeds.dtype).expand(B, J * G, 1, -1)
+    slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
+    hidden = torch.stack([reader.extend(anchors, slot) for slot in slots.unbind(2)], dim=2)
+    return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.mask).logps
 
 
 def _random_text(model: ThinkingModel, seed: int) -> Text:

@@ -10,11 +10,11 @@ import json
 import os
 import textwrap
 import time
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,37 +22,35 @@ from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StopStringCriteria,
     TrainerCallback,
     is_trackio_available,
     is_wandb_available,
 )
-from transformers.utils import is_peft_available
 from trl import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ._compat import _BaseTrainer
-from .advantages import explained_variance, thought_advantages
+from .advantages import thought_advantages
 from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from .lm_head import normalized_entropy
-from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside, save_config
+from .loading import build_model, check_adapter, pad_token_id, thought_end
+from .metrics import BatchResult, MetricSums, batch_metrics
+from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
 from .report import card_section, print_thoughts, thought_table
-from .rewards import coherence, masked_mean, thought_rewards
+from .rewards import coherence, thought_rewards
 from .sampling import SamplingSettings, sample_thoughts
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
 from .self_check import choose_path
 
 
-if is_peft_available():
-    from peft import PeftConfig, PeftModel, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 if is_wandb_available():
     import wandb
@@ -146,7 +144,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         _check_inputs(model, args, train_dataset, eval_dataset, peft_config)
 
         set_seed(args.seed)  # adapters and heads start at random
-        model, processing_class = _build_model(model, args, processing_class, peft_config)
+        model, processing_class = build_model(model, args, processing_class, peft_config)
         base = base_of(model)
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -168,7 +166,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(_pad_token_id(processing_class)),
+            data_collator=TextCollator(pad_token_id(processing_class)),
             train_dataset=train_dataset,
             eval_dataset=evals,
             processing_class=processing_class,
@@ -185,9 +183,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self.sampling = self._sampling_settings()
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": _new_sums(), "eval": _new_sums()}
+        self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
-        self._step_reward = [0.0, 0.0]  # sum and weight within the current optimizer step
+        self._step_reward = MetricSums()  # of the current optimizer step
         self._rows_seen = {"train": 0, "eval": 0}  # rows before the current batch, of the step or of the evaluation
         self._current_step = -1
         self._last_logged_step = 0
@@ -232,7 +230,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         args = self.args
         stop = None
         if args.min_thought_length is not None:
-            stop = _thought_end(self.processing_class, args.thought_stop_string)
+            stop = thought_end(self.processing_class, args.thought_stop_string)
         return SamplingSettings(
             thought_length=args.thought_length,
             num_thoughts=args.num_thoughts,
@@ -323,8 +321,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             reference_logps=reference.thought_logps if args.beta > 0 else None,
         )
         with torch.no_grad():
-            self._note_metrics(
-                mode,
+            batch = BatchResult(
                 text,
                 thoughts,
                 scores,
@@ -334,9 +331,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 rewards,
                 advantages,
                 returns,
-                terms,
                 loss,
+                terms,
             )
+            self._note_metrics(batch, mode)
         return loss
 
     def _sample_thoughts(self, text: Text, mode: str) -> Thoughts:
@@ -403,103 +401,49 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
 
     # Metrics
 
-    def _note_metrics(
-        self,
-        mode,
-        text,
-        thoughts,
-        scores,
-        talk_mask,
-        logps_without,
-        correct_without,
-        rewards,
-        advantages,
-        returns,
-        terms,
-        loss,
-    ) -> None:
+    def _note_metrics(self, batch: BatchResult, mode: str) -> None:
         """Adds a batch to the running sums, reduced over processes."""
-        exists = thoughts.positions.mask[..., None].expand_as(rewards)
-        tokens, said = thoughts.mask, talk_mask.expand_as(scores.talk_logps)
-        new = {
-            "reward": (rewards, exists),
-            "reward_std": rewards[exists].std(correction=0) if exists.any() else None,
-            "policy_loss": terms["policy_loss"],
-            "value_loss": terms["value_loss"] if self.args.uses_value_head else None,
-            "explained_variance": explained_variance(scores.thought_values, returns, tokens),
-            "entropy": (scores.thought_entropies, tokens),
-            "advantages": (advantages, tokens),
-            "kl_divergence": terms.get("kl_divergence"),
-            "total_loss": loss,
-            "mixing_weight": (scores.mixing_weights, said),
-            "nll_with": (-scores.talk_logps, said),
-            "reader_nll": (-scores.reader_logps, said),
-            "nll_without": (-logps_without.expand_as(scores.talk_logps), said),
-            "accuracy_with": (scores.talk_correct, said),
-            "accuracy_without": (correct_without.expand_as(scores.talk_correct), said),
-            "thought_length": (tokens.sum(-1), exists),
-        }
-        if mode == "eval" or "coherence" not in self._metrics[mode]:  # in training, once a logging window
-            new["coherence"] = (self._coherence(text, thoughts, scores, logps_without, talk_mask), exists)
-            self._samples[mode] = self._sample_table(text, thoughts, rewards, scores, logps_without, talk_mask)
-        sums = self._reduce(new)
-        for name, (total, weight) in sums.items():
-            self._metrics[mode][name][0] += total
-            self._metrics[mode][name][1] += weight
+        metrics = batch_metrics(batch)
+        if not self.args.uses_value_head:
+            metrics["value_loss"] = metrics["explained_variance"] = None
+        if mode == "eval" or "coherence" not in self._metrics["train"]:  # in training, once a logging window
+            metrics["coherence"] = (self._coherence(batch), batch.exists)
+            self._samples[mode] = thought_table(self.processing_class, batch, self.args.num_thoughts_to_print)
         if mode == "train":
-            counts = torch.tensor([int(exists.sum()), int(text.predicted().sum() + tokens.sum())], device=loss.device)
-            thoughts_made, tokens_seen = self.accelerator.reduce(counts, "sum").tolist()
-            self._metrics[mode]["num_thoughts"][0] += thoughts_made
-            self._metrics[mode]["tokens"][0] += tokens_seen
-            self._step_reward[0] += sums["reward"][0]
-            self._step_reward[1] += sums["reward"][1]
+            tokens = batch.text.predicted().sum() + batch.thoughts.mask.sum()
+            metrics["num_thoughts"] = (batch.exists.sum(), torch.ones((), device=tokens.device))
+            metrics["tokens"] = (tokens, torch.ones_like(tokens))
+            self._step_reward.add({"reward": metrics["reward"]}, self._reduce)
+        self._metrics[mode].add(metrics, self._reduce)
 
-    def _reduce(self, metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
-        """Sum and weight of each metric over all processes; scalars weigh 1, NaN and None nothing."""
-        pairs = []
-        for value in metrics.values():
-            if isinstance(value, tuple):
-                values, mask = value
-                pair = (values.double() * mask).sum(), mask.sum().double()
-            elif value is None or torch.isnan(value):
-                pair = torch.zeros(2, dtype=torch.float64)
-            else:
-                pair = value.double(), torch.ones(())
-            pairs.append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (x.cpu() for x in pair)]))
-        totals = self.accelerator.reduce(torch.stack(pairs).to(self.accelerator.device), "sum").tolist()
-        return dict(zip(metrics, map(tuple, totals), strict=True))
+    def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
 
-    def _coherence(self, text, thoughts, scores, logps_without, talk_mask) -> torch.Tensor:
+    def _coherence(self, batch: BatchResult) -> torch.Tensor:
         base = base_of(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
-            plain = score_thoughts(base, text, thoughts, self.path, start=False)
+            plain = score_thoughts(base, batch.text, batch.thoughts, self.path, start=False)
         return coherence(
-            scores.similarity, plain.thought_logps, thoughts.mask, scores.talk_logps, logps_without, talk_mask
-        )
-
-    def _sample_table(self, text, thoughts, rewards, scores, logps_without, talk_mask) -> dict[str, list]:
-        return thought_table(
-            self.processing_class,
-            text,
-            thoughts,
-            rewards,
-            masked_mean(scores.talk_logps.exp(), talk_mask.expand_as(scores.talk_logps), dim=-1),
-            masked_mean(logps_without.exp(), talk_mask, dim=-1),
-            self.args.talk_length,
-            self.args.num_thoughts_to_print,
+            batch.scores.similarity,
+            plain.thought_logps,
+            batch.thoughts.mask,
+            batch.scores.talk_logps,
+            batch.logps_without,
+            batch.talk_mask,
         )
 
     def _finish_step(self) -> None:
         """Takes the reward of the optimizer step that ended into the moving average."""
-        if self._step_reward[1] > 0:
-            self._recent_rewards.append(self._step_reward[0] / self._step_reward[1])
-        self._step_reward = [0.0, 0.0]
+        reward = self._step_reward.mean("reward")
+        if reward is not None:
+            self._recent_rewards.append(reward)
+        self._step_reward = MetricSums()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._metrics["train"] and "loss" in logs:
             self._finish_step()
             logs.update(self._training_metrics(logs))
-            self._metrics["train"] = _new_sums()
+            self._metrics["train"] = MetricSums()
             if self.args.log_thoughts and self.accelerator.is_main_process:
                 self._log_thoughts("train")
         super().log(logs, start_time)
@@ -507,18 +451,17 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
     def _training_metrics(self, logs: dict[str, float]) -> dict[str, float | None]:
         """The `rl/*` metrics of a logging window."""
         sums, now = self._metrics["train"], time.perf_counter()
-        tokens, thoughts = sums.pop("tokens")[0], sums.pop("num_thoughts")[0]
         steps = max(self.state.global_step - self._last_logged_step, 1)
-        metrics = {f"rl/{name}": total / weight if weight else None for name, (total, weight) in sums.items()}
+        metrics = {f"rl/{name}": mean for name, mean in sums.means().items() if name != "tokens"}
         metrics.update(
             {
                 "rl/episode": self.state.global_step,
                 "rl/avg_reward_100": sum(self._recent_rewards) / max(len(self._recent_rewards), 1),
                 "rl/entropy_coefficient": self.entropy_coefficient,
-                "rl/num_thoughts": thoughts / steps,
+                "rl/num_thoughts": sums.total("num_thoughts") / steps,
                 "rl/learning_rate": logs["learning_rate"],
                 "rl/grad_norm": logs.get("grad_norm"),
-                "rl/tokens_per_second": tokens / (now - self._window_start),
+                "rl/tokens_per_second": sums.total("tokens") / (now - self._window_start),
             }
         )
         self._window_start, self._last_logged_step = now, self.state.global_step
@@ -544,12 +487,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._rows_seen["eval"], self._metrics["eval"] = 0, _new_sums()
+        self._rows_seen["eval"], self._metrics["eval"] = 0, MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self._metrics["eval"]
-        output.metrics.update(
-            {f"{metric_key_prefix}_{name}": sums[name][0] / max(sums[name][1], 1) for name in EVAL_METRICS}
-        )
+        for name in EVAL_METRICS:
+            output.metrics[f"{metric_key_prefix}_{name}"] = self._metrics["eval"].mean(name) or 0.0
         return output
 
     def sampled_thoughts(self) -> dict[str, list]:
@@ -594,7 +535,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         state = {
             "entropy_coefficient": self.entropy_coefficient,
             "recent_rewards": list(self._recent_rewards),
-            "metrics": self._metrics["train"],
+            "metrics": self._metrics["train"].state(),
             "last_logged_step": self._last_logged_step,
         }
         Path(output_dir, STATE_NAME).write_text(json.dumps(state))
@@ -603,11 +544,11 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or not Path(checkpoint, STATE_NAME).is_file():  # `save_only_model` keeps no state
             return
         state = json.loads(Path(checkpoint, STATE_NAME).read_text())
         self._recent_rewards.extend(state["recent_rewards"])
-        self._metrics["train"] = _new_sums(state["metrics"])
+        self._metrics["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
         if self.args.sync_ref_model:
             saved = QuietStarForCausalLM.from_pretrained(
@@ -624,11 +565,6 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         base_of(self.model).load_heads(self.state.best_model_checkpoint)
 
 
-def _new_sums(saved: dict[str, list[float]] | None = None) -> dict[str, list[float]]:
-    """Sum and weight of each metric of a window."""
-    return defaultdict(lambda: [0.0, 0.0], saved or {})
-
-
 def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None:
     """What can be refused before anything is loaded."""
     if not isinstance(args, QuietStarConfig):
@@ -637,73 +573,5 @@ def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None
         raise ValueError("`train_dataset` is required.")
     if str(args.eval_strategy.value) != "no" and not eval_dataset:
         raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
-    if peft_config is None:
-        return
-    if not is_peft_available():
-        raise ImportError("`peft_config` needs PEFT; install it with `pip install trl-quietstar[peft]`.")
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` is a `{type(peft_config).__name__}`; give a `peft.PeftConfig`.")
-    if not isinstance(model, str) and is_peft_model(model):
-        raise ValueError(
-            "You passed a `PeftModel` together with a `peft_config`; merge and unload the adapter first, or leave out "
-            "`peft_config` to go on training it."
-        )
-
-
-def _build_model(model, args: QuietStarConfig, tokenizer, peft_config):
-    """The thinking model, with its adapter, and its tokenizer."""
-    settings = args.settings()
-    if isinstance(model, str):
-        kwargs = {
-            "dtype": torch.float32,
-            "trust_remote_code": args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
-        }
-        if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-            kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-        model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
-    base = base_of(model)
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            get_config_model_id(base.config), trust_remote_code=args.trust_remote_code
-        )
-    if not isinstance(base, QuietStarMixin):
-        attach_heads(base, settings)
-    base.adopt_settings(settings)
-    if base.fresh_thought_embeddings:
-        base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text)
     if peft_config is not None:
-        with heads_aside(base):
-            model = get_peft_model(base, peft_config)
-    if is_peft_model(model):
-        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, "
-                "so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
-            )
-        base.quietstar.requires_grad_(True)
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
-    if base.config.get_text_config().pad_token_id is None:
-        base.config.get_text_config().pad_token_id = _pad_token_id(tokenizer)
-    return model, tokenizer
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id will do: padding is masked everywhere."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    return 0
-
-
-def _thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None):
-    """From thoughts so far, `(rows, length)`, to whether each ends: at the EOS token or the stop string."""
-    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
-    eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-
-    def ends(token_ids: torch.Tensor) -> torch.Tensor:
-        ended = token_ids[:, -1] == eos
-        return ended if criteria is None else ended | criteria(token_ids, None)
-
-    return ends
+        check_adapter(model, peft_config)

@@ -1,0 +1,117 @@
+"""From what a user passes as model and tokenizer to a thinking model, with its adapter."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, StopStringCriteria
+from transformers.utils import is_peft_available
+from trl.trainer.utils import get_config_model_id
+
+from .config import QuietStarConfig
+from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
+
+
+if is_peft_available():
+    from peft import PeftConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config):
+    """
+    The thinking model, inside a `PeftModel` where there is an adapter, and its tokenizer.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As passed to the trainer. An object is changed in place.
+        args ([`QuietStarConfig`]):
+            Settings of the heads, and how to load.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Defaults to the model's own.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to add.
+
+    Raises:
+        `ValueError`: for a model that is no causal LM, saved heads of another kind, or an adapter on the LM head.
+    """
+    settings = args.settings()
+    if isinstance(model, str):
+        kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+        kwargs.update(args.model_init_kwargs or {})
+        model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
+    base = base_of(model)
+    if tokenizer is None:
+        source = get_config_model_id(base.config)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    if not isinstance(base, QuietStarMixin):
+        attach_heads(base, settings)
+    base.adopt_settings(settings)
+    if base.fresh_thought_embeddings:
+        base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text)
+    if peft_config is not None:
+        with heads_aside(base):
+            model = get_peft_model(base, peft_config)
+    if is_peft_model(model):
+        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, "
+                "so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
+            )
+        base.quietstar.requires_grad_(True)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+    text_config = base.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = pad_token_id(tokenizer)
+    return model, tokenizer
+
+
+def check_adapter(model, peft_config) -> None:
+    """
+    Refuses what cannot be an adapter for `model`.
+
+    Raises:
+        `ImportError`: if PEFT is not installed.
+        `TypeError`: if it is no PEFT configuration.
+        `ValueError`: if the model has an adapter already.
+    """
+    if not is_peft_available():
+        raise ImportError("`peft_config` needs PEFT; install it with `pip install trl-quietstar[peft]`.")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` is a `{type(peft_config).__name__}`; give a `peft.PeftConfig`.")
+    if not isinstance(model, str) and is_peft_model(model):
+        raise ValueError(
+            "You passed a `PeftModel` together with a `peft_config`; merge and unload the adapter first, or leave out "
+            "`peft_config` to go on training it."
+        )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to pad with. Any valid one will do: padding is masked everywhere."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    When a thought ends early: at the EOS token or a string.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Of the model.
+        stop_string (`str`, *optional*):
+            The string.
+
+    Returns:
+        `Callable` from thoughts so far, of shape `(rows, length)`, to a bool of shape `(rows,)`.
+    """
+    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
+    eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    def ends(token_ids: torch.Tensor) -> torch.Tensor:
+        ended = token_ids[:, -1] == eos
+        return ended if criteria is None else ended | criteria(token_ids, None)
+
+    return ends
