@@ -91,11 +91,22 @@ class Positions:
 
 @dataclass(frozen=True)
 class Thoughts:
-    """Sampled thoughts: `token_ids` and `mask` (False after an early end) of shape `(B, J, G, L)`."""
+    """
+    Thoughts at positions.
+
+    Parameters:
+        positions ([`Positions`]):
+            Where they are.
+        token_ids, mask (`torch.Tensor` of shape `(B, J, G, L)`):
+            Their tokens, and which exist (False after an early end).
+        filler (`bool`):
+            Whether the start embedding stands in place of every token: compute without content, for controls.
+    """
 
     positions: Positions
     token_ids: torch.Tensor
     mask: torch.Tensor
+    filler: bool = False
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,8 @@ def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -
     spoken = embed(talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
     start = _edge(model.quietstar.start_embedding, thoughts, thought.dtype)
     end = _edge(model.quietstar.end_embedding, thoughts, thought.dtype)
+    if thoughts.filler:
+        thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]
     # a token is read only where another follows: the text's last token would predict nothing
     spoken_mask = talk.input_mask[:, :, None, 1:].expand(-1, -1, G, -1)
