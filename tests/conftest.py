@@ -9,6 +9,7 @@ os.environ.update(
     WANDB_MODE="offline",
     CI="true",
     TOKENIZERS_PARALLELISM="false",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
 
 import pytest  # noqa: E402
@@ -21,6 +22,11 @@ from .tiny import byte_tokenizer, sums  # noqa: E402
 torch.set_num_threads(1)
 hypothesis_settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis_settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """TRL's base configuration still goes by the old name of activation checkpointing."""
+    config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from .tiny import exact_model, mixed_text, positions_of, sampling, think
 
 M = 3
 PATHS = pytest.mark.parametrize("path", [SharedPrefix(), Replay()], ids=["shared_prefix", "replay"])
-FIELDS = ("thought_logps", "thought_entropies", "values", "talk_logps", "mixing_weights", "similarity")
+FIELDS = ("thought_logps", "thought_entropies", "thought_values", "talk_logps", "mixing_weights", "similarity")
 AMOUNTS = pytest.mark.parametrize("amount", ["all", 5, 0.5, "difficulty"])
 
 

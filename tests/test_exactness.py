@@ -13,7 +13,15 @@ from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
 from .tiny import FAMILIES, exact_model, mixed_text, positions_of, sampling, think
 
 
-FIELDS = ("thought_logps", "thought_entropies", "values", "talk_logps", "text_logps", "mixing_weights", "similarity")
+FIELDS = (
+    "thought_logps",
+    "thought_entropies",
+    "thought_values",
+    "talk_logps",
+    "text_logps",
+    "mixing_weights",
+    "similarity",
+)
 TRAINED = FIELDS[:-1]  # similarity is only logged
 TOLERANCE = 1e-9
 
@@ -106,7 +114,7 @@ def test_scores_are_zero_where_masked(name):
     masks = {
         "thought_logps": thoughts.mask,
         "thought_entropies": thoughts.mask,
-        "values": thoughts.mask,
+        "thought_values": thoughts.mask,
         "talk_logps": talk,
         "mixing_weights": talk,
         "text_logps": text.predicted(),
@@ -234,7 +242,7 @@ def test_scores_are_those_done_by_hand(path):
             chosen = log_probs.gather(1, torch.tensor(hand.thought)[:, None])[:, 0]
             assert_same(ours["thought_logps"][:L], chosen, "thought_logps")
             assert_same(ours["thought_entropies"][:L], -(log_probs.exp() * log_probs).sum(-1), "thought_entropies")
-            assert_same(ours["values"][:L], hand.values(), "values")
+            assert_same(ours["thought_values"][:L], hand.values(), "values")
             with_thought, without, weights = hand.talk()
             counts = torch.tensor(hand.counts)
             k, at = len(counts), int(thoughts.positions.index[b, j])
@@ -279,7 +287,7 @@ def test_value_loss_trains_the_value_head_only():
         input_ids=text.input_ids, quietstar_request=ScoreRequest(text, think(model, text), 3, SharedPrefix())
     )
     model.zero_grad()
-    scores.values.sum().backward()
+    scores.thought_values.sum().backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched and all(name.startswith("quietstar.value_head.") for name in touched)
 
@@ -297,7 +305,7 @@ def test_a_thoughts_value_reads_no_later_token(path):
         changed[..., 2:] = (changed[..., 2:] + 1) % 97
         other = Thoughts(thoughts.positions, changed, thoughts.mask)
         with torch.no_grad():
-            before, after = (score(model, ScoreRequest(text, t, 3, path)).values for t in (thoughts, other))
+            before, after = (score(model, ScoreRequest(text, t, 3, path)).thought_values for t in (thoughts, other))
         assert_same(after[..., :3], before[..., :3], "values up to the changed token")
         exists = thoughts.mask[..., 3]
         assert (after[..., 3] - before[..., 3])[exists].abs().min() > 1e-6

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_quietstar.geometry import Positions, Text, choose_positions, seeded_generators, talk_after
+from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
+from trl_quietstar.loading import thought_end
 from trl_quietstar.paths import Replay, SharedPrefix
 from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
-from trl_quietstar.scoring import ScoreRequest, score
-from trl_quietstar.trainer import _thought_end
+from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
 from .tiny import byte_tokenizer, every_fourth, exact_model, generators, mixed_text, sampling, think
 
@@ -131,6 +131,18 @@ def test_talk_is_what_follows_in_the_document(text, M):
     assert not talk.input_mask[~positions.mask].any()
 
 
+@given(packed_texts(), st.integers(1, 5))
+def test_the_texts_own_predictions_line_up_with_the_talk(text, M):
+    """What the text says of a talk token without a thought is found at that very token."""
+    positions = choose_positions(text, "all", generators(text))
+    tokens = torch.zeros(*positions.index.shape, 1, 1, dtype=torch.long)
+    thoughts = Thoughts(positions, tokens, tokens.bool())
+    talk = talk_after(text, positions, M)
+    found = at_talk(text.input_ids[:, 1:], thoughts, M)
+    assert found.shape == (*positions.index.shape, 1, M)
+    assert torch.equal(found[:, :, 0][talk.input_mask], talk.token_ids[talk.input_mask])
+
+
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(0, 1000))
 def test_generators_depend_on_their_key_alone(seed, step, index):
     """The same seed, step and row give the same numbers; another one of the three gives others."""
@@ -138,7 +150,7 @@ def test_generators_depend_on_their_key_alone(seed, step, index):
     keys.append((seed, step, index + 1))
     same, again, *others = (torch.rand(4, generator=seeded_generators(a, b, [c])[0]) for a, b, c in keys)
     assert torch.equal(same, again)
-    assert not any(torch.equal(same, other) for other in others)
+    assert len({tuple(draws.tolist()) for draws in (same, *others)}) == 4
 
 
 def test_random_numbers_do_not_depend_on_the_batch():
@@ -300,7 +312,7 @@ def test_the_eos_token_ends_a_thought():
     """The tokenizer's EOS ends a thought where it is the last token, not where it came before."""
     tokenizer = byte_tokenizer()
     eos = tokenizer.eos_token_id
-    ends = _thought_end(tokenizer, None)
+    ends = thought_end(tokenizer, None)
     assert ends(torch.tensor([[5, eos], [eos, 5], [5, 6]])).tolist() == [True, False, False]
 
 
@@ -308,7 +320,7 @@ def test_the_eos_token_ends_a_thought():
 def test_a_stop_string_ends_a_thought(stop):
     """The string ends a thought however it falls into tokens; EOS does so still."""
     tokenizer = byte_tokenizer()
-    ends = _thought_end(tokenizer, stop)
+    ends = thought_end(tokenizer, stop)
     ids = ids_of(tokenizer, "3 plus 4 is 7 .")
     for n in range(1, len(ids) + 1):
         string = tokenizer.decode(ids[:n])
@@ -321,7 +333,7 @@ def test_a_tokenizer_without_eos_still_stops_at_the_string():
     """No EOS token is not an end at id 0."""
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    assert _thought_end(tokenizer, None)(torch.tensor([[0], [5]])).tolist() == [False, False]
+    assert thought_end(tokenizer, None)(torch.tensor([[0], [5]])).tolist() == [False, False]
 
 
 def test_sampling_leaves_no_graph():

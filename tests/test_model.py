@@ -109,10 +109,10 @@ def test_a_nearly_closed_mixing_head_keeps_the_distribution(std):
 
 
 def test_a_nearly_closed_mixing_head_still_learns():
-    """Gradient passes at the start, to the head and to the thought."""
-    head, thought = MixingHead(8), torch.randn(5, 8, requires_grad=True)
+    """Its gradient at the start is far from zero."""
+    head, thought = MixingHead(8), torch.randn(5, 8)
     head(torch.randn(5, 8), thought).sum().backward()
-    assert head.out.weight.grad.abs().max() > 1e-3 and head.out.bias.grad.abs().max() > 1e-2
+    assert max(p.grad.abs().max() for p in head.parameters()) > 1e-2
 
 
 # Saving and loading

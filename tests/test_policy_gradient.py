@@ -44,7 +44,7 @@ def model():
 
 def text(rows: int) -> Text:
     """The same four tokens in every row."""
-    return Text.from_batch(torch.tensor([[0, 1, 2, 4]]).repeat(rows, 1))
+    return Text.from_batch(torch.tensor([[3, 2, 0, 4]]).repeat(rows, 1))
 
 
 def positions(rows: int) -> Positions:
@@ -122,11 +122,13 @@ def sampled(temperature: float, **advantage_options) -> tuple[torch.Tensor, torc
     thoughts = sample_thoughts(model(), reader, batch, places, settings, draws)
     batch, scores, rewards = score_and_reward(GROUPS, thoughts, temperature)
     options = dict(use_gae=True, gamma=1.0, gae_lambda=1.0)
-    advantages, returns = thought_advantages(rewards, scores.values, thoughts.mask, **{**options, **advantage_options})
+    advantages, returns = thought_advantages(
+        rewards, scores.thought_values, thoughts.mask, **{**options, **advantage_options}
+    )
     loss, _ = quietstar_loss(
         scores.thought_logps,
         scores.thought_entropies,
-        scores.values,
+        scores.thought_values,
         advantages,
         returns,
         thoughts.mask,
@@ -165,7 +167,7 @@ def test_estimator_is_the_policy_gradient(name, temperature):
     assert z_scores(temperature, **UNBIASED[name]).abs().max() < LIMIT
 
 
-@pytest.mark.parametrize("wrong", [dict(baseline="none", positive_only=True), dict(baseline="value", gamma=0.5)])
+@pytest.mark.parametrize("wrong", [dict(baseline="none", positive_only=True), dict(baseline="value", gamma=0.0)])
 def test_a_biased_estimator_is_caught(wrong):
     """The comparison has the power to reject: two advantages that are known to be biased fail it."""
     assert z_scores(1.0, **wrong).abs().max() > LIMIT
@@ -177,4 +179,4 @@ def test_the_comparison_has_power():
     _, each = sampled(1.0, baseline="leave_one_out")
     assert (exact(1.0).gradient / (each.std(0) / GROUPS**0.5)).abs().max() > 4 * LIMIT
     assert rewards.min() < -0.05 and rewards.max() > 0.05
-    assert scores.values[0, 0, :, 1].std() > 0.05
+    assert scores.thought_values[0, 0, :, 1].std() > 0.05

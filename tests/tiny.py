@@ -6,6 +6,7 @@ large difference, not as a rounding error. `exact` models are float64 throughout
 
 import functools
 import types
+import zlib
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -94,9 +95,10 @@ def _rms_norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Weights under which every part matters: peaked predictions, strong attention, open heads."""
-    generator = torch.Generator().manual_seed(seed)
+    """Weights under which every part matters: peaked predictions, strong attention, open heads. Each parameter's
+    depend on its name alone, not on what other parameters there are."""
     for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
         if parameter.dim() >= 2:
             is_table = parameter.shape[0] >= parameter.shape[1] and "emb" in name or "wte" in name or "wpe" in name

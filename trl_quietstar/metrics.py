@@ -99,9 +99,6 @@ class MetricSums:
     def __init__(self, saved: dict[str, list[float]] | None = None):
         self._sums: dict[str, list[float]] = saved or {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._sums
-
     def __bool__(self) -> bool:
         return bool(self._sums)
 

@@ -93,7 +93,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         args ([`QuietStarConfig`], *optional*):
             Configuration. Defaults to the default one, with an output directory named after the model.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Text, prompt/completion, conversational or pre-tokenized data.
+            Text, prompt/completion, conversational or pre-tokenized data. Beside `input_ids`, a column
+            `thought_mask` may say after which tokens (1) thoughts are allowed.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Data to evaluate on; never packed.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -406,8 +407,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         metrics = batch_metrics(batch)
         if not self.args.uses_value_head:
             metrics["value_loss"] = metrics["explained_variance"] = None
-        if mode == "eval" or "coherence" not in self._metrics["train"]:  # in training, once a logging window
+        first = not self._metrics[mode]  # of the logging window or of the evaluation
+        if mode == "eval" or first:
             metrics["coherence"] = (self._coherence(batch), batch.exists)
+        if first:
             self._samples[mode] = thought_table(self.processing_class, batch, self.args.num_thoughts_to_print)
         if mode == "train":
             tokens = batch.text.predicted().sum() + batch.thoughts.mask.sum()
@@ -494,7 +497,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return output
 
     def sampled_thoughts(self) -> dict[str, list]:
-        """A few thoughts of the last evaluation, as columns `context`, `thought`, `next`, `with`, `without`, `gain`."""
+        """A few thoughts of the last evaluation, in the columns of [`report.thought_table`]; empty before the first."""
         return self._samples.get("eval", {})
 
     # Saving and loading

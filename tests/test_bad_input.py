@@ -1,0 +1,286 @@
+"""What cannot work is refused before any compute, with the value, the limit and the fix."""
+
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaModel, T5Config, TrainingArguments
+
+from trl_quietstar import QuietStarREINFORCETrainer
+
+from .tiny import byte_tokenizer, sums, tiny_config
+from .training import logged, plain_model, text_data, tiny_args, tiny_trainer
+
+
+LORA = dict(r=4, target_modules="all-linear")
+
+
+def assert_says(error: pytest.ExceptionInfo, *parts: str) -> None:
+    """The message holds every part."""
+    message = str(error.value)
+    assert not [part for part in parts if not re.search(re.escape(part), message)], message
+
+
+# Values: what was given, what the message must name
+
+VALUES = [
+    (dict(thought_length=0), "thought_length", "0", "1"),
+    (dict(thought_length=-2), "thought_length", "-2", "1"),
+    (dict(talk_length=0), "talk_length", "0", "1"),
+    (dict(num_thoughts=0), "num_thoughts", "0", "1"),
+    (dict(min_thought_length=9, thought_length=4), "min_thought_length", "9", "thought_length", "4"),
+    (dict(temperature=0.0), "temperature", "0.0"),
+    (dict(temperature=float("nan")), "temperature", "nan"),
+    (dict(top_p=0.0), "top_p", "0.0"),
+    (dict(top_p=1.2), "top_p", "1.2", "1"),
+    (dict(top_k=-1), "top_k", "-1", "0"),
+    (dict(min_p=1.5), "min_p", "1.5", "1"),
+    (dict(gamma=1.1), "gamma", "1.1", "1"),
+    (dict(gae_lambda=-0.1), "gae_lambda", "-0.1", "0"),
+    (dict(entropy_decay=1.5), "entropy_decay", "1.5", "1"),
+    (dict(entropy_coefficient=-1.0), "entropy_coefficient", "-1.0", "0"),
+    (dict(beta=-0.1), "beta", "-0.1", "0"),
+    (dict(heads_learning_rate=-1.0), "heads_learning_rate", "-1.0"),
+    (dict(difficulty_threshold=1.5), "difficulty_threshold", "1.5", "1"),
+    (dict(max_length=1), "max_length", "1", "2"),
+    (dict(early_stopping_patience=0), "early_stopping_patience", "0", "1"),
+    (dict(reward_clip_range=[1.0, -1.0]), "reward_clip_range", "1.0", "lower one first"),
+    (dict(reward_clip_range=[1.0]), "reward_clip_range", "two numbers"),
+    (dict(reward_type="bleu"), "reward_type", "bleu", "probability", "log_likelihood", "accuracy", "binary"),
+    (dict(reward_prediction="both"), "reward_prediction", "both", "mixed", "thought"),
+    (dict(no_thought_model="base"), "no_thought_model", "base", "policy", "reference"),
+    (dict(advantage_baseline="critic"), "advantage_baseline", "critic", "value", "leave_one_out", "both", "none"),
+    (dict(value_head_type="cnn"), "value_head_type", "cnn", "linear", "mlp", "transformer"),
+    (dict(thought_path="fast"), "thought_path", "fast", "auto", "shared_prefix", "replay"),
+    (dict(thought_positions="0"), "thought_positions", "0", "at least 1"),
+    (dict(thought_positions="-3"), "thought_positions", "-3", "at least 1"),
+    (dict(thought_positions="1.5"), "thought_positions", "1.5", "up to 1"),
+    (dict(thought_positions="0.0"), "thought_positions", "0.0", "above 0"),
+    (dict(thought_positions="abc"), "thought_positions", "abc", "all", "difficulty"),
+    (dict(thought_positions=0), "thought_positions", "0", "at least 1"),
+    (dict(thought_positions=float("nan")), "thought_positions", "nan"),
+    (dict(num_thoughts=1, advantage_baseline="leave_one_out"), "num_thoughts", "1", "at least 2", "leave_one_out"),
+    (dict(num_thoughts=1, advantage_baseline="both"), "num_thoughts", "1", "at least 2"),
+    (dict(sync_ref_model=True), "sync_ref_model", "beta", "no_thought_model"),
+    (dict(packing=True, max_length=None), "packing", "max_length"),
+    (dict(load_best_model_at_end=True), "load_best_model_at_end", "eval_strategy", "eval_dataset"),
+    (dict(early_stopping_patience=3), "early_stopping_patience", "eval_strategy", "eval_dataset"),
+]
+
+
+@pytest.mark.parametrize("options, parts", [(v[0], v[1:]) for v in VALUES], ids=lambda x: str(x)[:60])
+def test_values_out_of_bounds(options, parts, tmp_path):
+    """The configuration refuses what lies outside a limit, or contradicts itself, and says what to do."""
+    with pytest.raises(ValueError) as error:
+        tiny_args(tmp_path, **options)
+    assert_says(error, *parts)
+
+
+@pytest.mark.parametrize(
+    "given, parsed", [("all", "all"), ("difficulty", "difficulty"), ("16", 16), ("0.25", 0.25), ("1.0", 1.0), (4, 4)]
+)
+def test_thought_positions_are_read(given, parsed, tmp_path):
+    """On the command line everything is a string: whole numbers are counts, decimals are fractions."""
+    value = tiny_args(tmp_path, thought_positions=given).thought_positions
+    assert value == parsed and type(value) is type(parsed)
+
+
+# Data
+
+
+LONG = Dataset.from_dict({"text": ["short", " ".join(sums()[:10])]})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_texts_too_long_for_the_model(stream, tmp_path):
+    """A text that does not fit with its thought is refused, naming its length, the limit and the `max_length` to set."""
+    model = plain_model(max_position_embeddings=32)
+    data = LONG.to_iterable_dataset() if stream else LONG
+    with pytest.raises(ValueError) as error:
+        tiny_trainer(tmp_path, model=model, data=data, max_length=None).train()
+    assert_says(error, "thought_length", "32", "lower `max_length` to 28")
+    fitting = tiny_trainer(tmp_path, model=plain_model(max_position_embeddings=32), data=LONG, max_length=28)
+    fitting.train()
+    assert len(logged(fitting)) == 3
+
+
+def test_the_longest_text_that_is_let_through_trains(tmp_path):
+    """GPT-2's position table ends at `n_positions`; a text at the very limit fits with a thought at every position."""
+    data = Dataset.from_dict({"input_ids": [list(range(1, 29))]})
+    with pytest.raises(ValueError, match="lower `max_length` to"):
+        tiny_trainer(tmp_path, model=plain_model("gpt2", n_positions=31), data=data)
+    model = plain_model("gpt2", n_positions=32)
+    trainer = tiny_trainer(tmp_path, model=model, data=data, thought_positions="all", max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+def test_packed_rows_may_be_longer_than_the_model(tmp_path):
+    """Positions restart with each packed text, so it is the texts that must fit, not the row."""
+    model = plain_model("gpt2", n_positions=32)
+    trainer = tiny_trainer(tmp_path, model=model, packing=True, max_length=64, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"input_ids": [[5], [6]]},
+        {"input_ids": [[5, 6, 7]], "labels": [[-100, -100, -100]]},
+        {"prompt": [" ".join(sums()[:10])], "completion": [" 3"]},
+        {"input_ids": [[5, 6, 7]], "thought_mask": [[0, 0, 1]]},
+    ],
+    ids=["one token", "all masked", "cut off", "thought mask"],
+)
+def test_no_usable_position(columns, tmp_path):
+    """Data without any token to think about are refused, with the likely causes."""
+    with pytest.raises(ValueError) as error:
+        tiny_trainer(tmp_path, data=Dataset.from_dict(columns), max_length=16)
+    assert_says(error, "train", "thought position", "max_length")
+
+
+def test_texts_without_a_position_are_dropped(tmp_path):
+    """Among others, a text too short to think about is left out."""
+    data = Dataset.from_dict({"input_ids": [[5], [6, 7, 8], [9]]})
+    assert len(tiny_trainer(tmp_path, data=data).train_dataset) == 1
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_an_empty_dataset(which, tmp_path):
+    """The message says which dataset is empty."""
+    empty = Dataset.from_dict({"text": []})
+    data = dict(data=empty) if which == "train" else dict(evaluation=empty)
+    with pytest.raises(ValueError, match=f"{which} dataset is empty"):
+        tiny_trainer(tmp_path, **data)
+
+
+def test_a_missing_column(tmp_path):
+    """The message lists the columns there are and those that would do."""
+    with pytest.raises(ValueError) as error:
+        tiny_trainer(tmp_path, data=Dataset.from_dict({"words": ["a b c"]}))
+    assert_says(error, "words", "text", "dataset_text_field", "prompt", "messages", "input_ids")
+    trainer = tiny_trainer(tmp_path, data=Dataset.from_dict({"words": ["a b c"]}), dataset_text_field="words")
+    assert len(trainer.train_dataset) == 1
+
+
+def test_not_a_dataset(tmp_path):
+    """A list is a type error that names what is wanted."""
+    with pytest.raises(TypeError, match=r"`list`.*datasets\.Dataset"):
+        tiny_trainer(tmp_path, data=[{"text": "a b"}])
+
+
+def test_no_training_data(tmp_path):
+    """Nothing to train on is said at once."""
+    with pytest.raises(ValueError, match="train_dataset"):
+        QuietStarREINFORCETrainer(plain_model(), tiny_args(tmp_path), processing_class=byte_tokenizer())
+
+
+def test_evaluation_without_data(tmp_path):
+    """`eval_strategy` without an `eval_dataset` is said before training, not at the first evaluation."""
+    with pytest.raises(ValueError, match=r"eval_strategy='steps'.*eval_dataset"):
+        tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+
+
+# Models
+
+
+def test_an_encoder_decoder(tmp_path):
+    """As an object and by path: refused, naming the kind of model that is needed."""
+    config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match=r"encoder-decoder.*causal"):
+        tiny_trainer(tmp_path, model=model)
+    model.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"encoder-decoder.*causal"):
+        tiny_trainer(tmp_path, model=str(tmp_path / "t5"), tokenizer=byte_tokenizer())
+
+
+def test_a_model_without_lm_head(tmp_path):
+    """A backbone is refused, naming the class to load."""
+    with pytest.raises(ValueError, match=r"LM head.*AutoModelForCausalLM"):
+        tiny_trainer(tmp_path, model=LlamaModel(tiny_config("llama", vocab_size=300)))
+
+
+def test_an_adapter_twice(tmp_path):
+    """A `PeftModel` with a `peft_config` on top is refused, with the two ways out."""
+    peft = get_peft_model(plain_model(), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"PeftModel.*peft_config.*merge"):
+        tiny_trainer(tmp_path, model=peft, peft_config=LoraConfig(**LORA))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_adapter_on_the_lm_head(wrapped, tmp_path):
+    """It would silently not be trained, so it is refused."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = get_peft_model(plain_model(), config) if wrapped else plain_model()
+    with pytest.raises(ValueError, match=r"LM head.*target_modules"):
+        tiny_trainer(tmp_path, model=model, peft_config=None if wrapped else config)
+
+
+def test_a_moving_reference_under_an_adapter(tmp_path):
+    """The reference under PEFT is the base, which does not move."""
+    with pytest.raises(ValueError, match=r"sync_ref_model.*PEFT"):
+        tiny_trainer(tmp_path, peft_config=LoraConfig(**LORA), beta=0.1, sync_ref_model=True)
+
+
+def test_a_peft_config_of_the_wrong_type(tmp_path):
+    """A dictionary is a type error that names the class."""
+    with pytest.raises(TypeError, match=r"`dict`.*PeftConfig"):
+        tiny_trainer(tmp_path, peft_config=dict(LORA))
+
+
+def test_arguments_of_another_trainer(tmp_path):
+    """Plain `TrainingArguments` lack the method's fields."""
+    with pytest.raises(TypeError, match=r"TrainingArguments.*QuietStarConfig"):
+        QuietStarREINFORCETrainer(plain_model(), TrainingArguments(str(tmp_path)), text_data())
+
+
+def test_a_saved_model_with_another_value_head(tmp_path):
+    """Going on with other heads than were saved is refused, naming the option to set."""
+    first = tiny_trainer(tmp_path / "first", max_steps=1)
+    first.save_model()
+    with pytest.raises(ValueError, match="value_head"):
+        tiny_trainer(tmp_path, model=str(tmp_path / "first"), value_head_type="linear")
+
+
+def test_a_start_string_without_tokens(tmp_path):
+    """An empty start string has no embedding to begin from."""
+    with pytest.raises(ValueError, match="start or end string"):
+        tiny_trainer(tmp_path, thought_start_text="")
+
+
+def test_a_missing_model(tmp_path):
+    """A path that holds nothing is an error of loading, not a new model."""
+    with pytest.raises(OSError):
+        tiny_trainer(tmp_path, model=str(tmp_path / "nothing"))
+
+
+# What looks wrong and is not
+
+
+def test_no_pad_token_is_needed(tmp_path):
+    """A tokenizer without a pad token trains, and is left without one."""
+    tokenizer = byte_tokenizer()
+    trainer = tiny_trainer(tmp_path, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+def test_no_eos_token_is_needed(tmp_path):
+    """A tokenizer without EOS trains; texts then have no token at their end."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    trainer = tiny_trainer(tmp_path, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer(tmp_path):
+    """Models round their vocabulary up; thoughts may hold ids that the tokenizer does not know, and print still."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=512), dtype=torch.float32)
+    trainer = tiny_trainer(tmp_path, model=model, log_thoughts=True, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1

@@ -1,0 +1,266 @@
+"""What survives a run: the best model, early stopping, and a resumed run that is the run it resumes."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.modeling import base_of
+
+from .tiny import byte_tokenizer
+from .training import logged, plain_model, saved_model, text_data, tiny_trainer
+
+
+LORA = dict(r=4, target_modules="all-linear")
+CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    """All weights, heads and adapter included."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(ours, oracle) -> None:
+    ours, oracle = state_of(ours), state_of(oracle)
+    assert ours.keys() == oracle.keys()
+    assert not [name for name, value in oracle.items() if not torch.equal(ours[name], value)]
+
+
+def log_of(trainer, after: int = 0) -> list[dict]:
+    """The log of the steps after one, without the clock and the whole run's summary."""
+    entries = [e for e in trainer.state.log_history if e["step"] > after and "train_runtime" not in e]
+    return [{name: value for name, value in entry.items() if name not in CLOCK} for entry in entries]
+
+
+# Resuming
+
+
+RUNS = {
+    "full": {},
+    "accumulated": dict(gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "lora": dict(peft_config=LoraConfig(**LORA), beta=0.1),
+    "frozen reference": dict(beta=0.1),
+    "moving reference": dict(
+        beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.4, learning_rate=1e-2
+    ),
+    "checkpointed": dict(gradient_checkpointing=True, temperature=0.8, min_thought_length=1),
+    "packed": dict(packing=True, max_length=40, normalize_advantages=True),
+}
+
+
+def run(folder, model, resume=None, **options):
+    """Six steps with a checkpoint after every three, and an evaluation after every two."""
+    options = dict(
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        warmup_steps=2,
+        **options,
+    )
+    trainer = tiny_trainer(folder, model=model, data=text_data(40), evaluation=text_data(4, 300), **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_run(name, tmp_path):
+    """From a checkpoint on, every logged number and every weight is bit for bit that of the uninterrupted run."""
+    path = saved_model(tmp_path / "model")
+    whole = run(tmp_path / "run", path, **RUNS[name])
+    resumed = run(tmp_path / "again", path, resume=str(tmp_path / "run/checkpoint-3"), **RUNS[name])
+    assert log_of(resumed, after=3) == log_of(whole, after=3)
+    assert [entry["step"] for entry in log_of(resumed, after=3)] == [4, 4, 5, 6, 6]
+    assert_same_state(resumed.model, whole.model)
+    assert resumed.entropy_coefficient == whole.entropy_coefficient
+    if whole.ref_model is not None:
+        assert_same_state(resumed.ref_model, whole.ref_model)
+
+
+def test_a_resumed_run_differs_from_a_new_one(tmp_path):
+    """The comparison can fail: the same last steps from fresh weights log other numbers."""
+    path = saved_model(tmp_path / "model")
+    whole, new = run(tmp_path / "run", path), run(tmp_path / "new", path, seed=7)
+    assert log_of(new, after=3) != log_of(whole, after=3)
+
+
+def test_a_logging_window_survives_a_checkpoint(tmp_path):
+    """Saved in the middle of a window, the window's means still cover all its steps."""
+    path = saved_model(tmp_path / "model")
+    options = dict(logging_steps=4, max_steps=8, save_strategy="steps", save_steps=6)
+    whole = tiny_trainer(tmp_path / "run", model=path, **options)
+    whole.train()
+    resumed = tiny_trainer(tmp_path / "again", model=path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+    (ours,), (oracle,) = (logged(t)[-1:] for t in (resumed, whole))
+    for name, value in oracle.items():
+        if name.startswith("rl/") and name not in CLOCK and name != "rl/coherence":
+            assert ours[name] == pytest.approx(value, rel=1e-12) if value is not None else ours[name] is None, name
+
+
+def test_a_checkpoint_holds_everything(tmp_path):
+    """Weights, heads, optimizer, scheduler, entropy coefficient, recent rewards and the card are in a checkpoint."""
+    trainer = run(tmp_path / "run", saved_model(tmp_path / "model"))
+    checkpoint = tmp_path / "run/checkpoint-3"
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"model.safetensors", "quietstar.safetensors", "config.json", "tokenizer.json"} <= files
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json"} <= files
+    rewards = [entry["rl/reward"] for entry in logged(trainer)][:3]
+    saved = "".join(path.read_text() for path in checkpoint.glob("*.json"))
+    assert all(repr(reward)[:12] in saved for reward in rewards)
+    again = QuietStarForCausalLM.from_pretrained(checkpoint)
+    assert not any(torch.equal(a, b) for a, b in zip(again.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_an_adapter_checkpoint_holds_the_heads(tmp_path):
+    """Under PEFT a checkpoint has the heads beside the adapter, and no base weights."""
+    run(tmp_path / "run", saved_model(tmp_path / "model"), peft_config=LoraConfig(**LORA))
+    files = {path.name for path in (tmp_path / "run/checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "quietstar.safetensors", "config.json"} <= files
+    assert "model.safetensors" not in files
+    assert json.loads((tmp_path / "run/checkpoint-3/config.json").read_text())["quietstar"]["thought_length"] == 3
+
+
+def test_a_checkpoint_of_the_model_alone_resumes(tmp_path):
+    """As with any Trainer, a checkpoint saved with `save_only_model` resumes, with a fresh optimizer."""
+    path = saved_model(tmp_path / "model")
+    tiny_trainer(tmp_path / "run", path, save_strategy="steps", save_steps=2, save_only_model=True).train()
+    resumed = tiny_trainer(tmp_path / "again", path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert resumed.state.global_step == 3
+
+
+# Early stopping
+
+
+class Evaluations(TrainerCallback):
+    """Counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_early_stopping_counts_evaluations(patience, tmp_path):
+    """Without improvement training stops `patience` evaluations after the best one."""
+    counter = Evaluations()
+    trainer = tiny_trainer(
+        tmp_path,
+        evaluation=text_data(4, 300),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=10,
+        early_stopping_patience=patience,
+        callbacks=[counter],
+        **FROZEN,
+    )
+    trainer.train()
+    assert counter.count == trainer.state.global_step == patience + 1
+    assert len({entry["eval_reward"] for entry in logged(trainer, "eval_reward")}) == 1
+
+
+def test_improvement_keeps_training_going(tmp_path):
+    """Below the threshold no improvement counts; with none asked, and a rising reward, training goes on."""
+    options = dict(
+        evaluation=text_data(4, 300),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=6,
+        early_stopping_patience=1,
+        reward_type="log_likelihood",
+        heads_learning_rate=3e-2,
+    )
+    strict = tiny_trainer(tmp_path, early_stopping_threshold=10.0, **options)
+    strict.train()
+    assert strict.state.global_step == 2
+    lenient = tiny_trainer(tmp_path, **options)
+    lenient.train()
+    rewards = [entry["eval_reward"] for entry in logged(lenient, "eval_reward")]
+    stopped = next((i for i in range(1, 6) if rewards[i] <= max(rewards[:i])), 5)
+    assert lenient.state.global_step == stopped + 1
+
+
+# The best model
+
+
+def restored(folder, kind: str, greater: bool) -> bool:
+    """Trains, checks that the end is the best evaluation's model, and tells whether that was not the last."""
+    trainer = tiny_trainer(
+        folder / "run",
+        model=saved_model(folder / "model", tie_word_embeddings=kind == "tied"),
+        evaluation=text_data(6, 300),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=5,
+        load_best_model_at_end=True,
+        greater_is_better=greater,
+        learning_rate=0.03,
+        heads_learning_rate=0.3,
+        peft_config=LoraConfig(**LORA) if kind == "lora" else None,
+    )
+    trainer.train()
+    rewards = [entry["eval_reward"] for entry in logged(trainer, "eval_reward")]
+    best = (max if greater else min)(rewards)
+    checkpoint = folder / f"run/checkpoint-{rewards.index(best) + 1}"
+    assert trainer.state.best_metric == best
+    assert trainer.state.best_model_checkpoint == str(checkpoint)
+    assert trainer.evaluate()["eval_reward"] == best
+    heads = base_of(trainer.model).quietstar.state_dict()
+    saved = load_file(checkpoint / "quietstar.safetensors")
+    assert heads.keys() == saved.keys() and all(torch.equal(heads[name], saved[name]) for name in saved)
+    return rewards[-1] != best
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "tied"])
+def test_the_best_model_is_restored_with_its_heads(kind, tmp_path):
+    """At the end policy and heads are those of the best evaluation, to the last bit of its reward; whether the highest
+    or the lowest counts as best, of which the last is at most one."""
+    earlier = [restored(tmp_path / str(greater), kind, greater) for greater in (True, False)]
+    assert any(earlier)
+
+
+def test_the_best_model_is_what_is_saved(tmp_path):
+    """`save_model` after training writes the restored model: loaded again it has the best reward."""
+    options = dict(evaluation=text_data(6, 300), learning_rate=0.03, heads_learning_rate=0.3)
+    trainer = tiny_trainer(
+        tmp_path / "run",
+        model=saved_model(tmp_path / "model"),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        max_steps=5,
+        load_best_model_at_end=True,
+        **options,
+    )
+    trainer.train()
+    trainer.save_model()
+    again = tiny_trainer(tmp_path / "again", model=str(tmp_path / "run"), **options)
+    assert again.evaluate()["eval_reward"] == trainer.state.best_metric
+    assert math.isfinite(trainer.state.best_metric)
+
+
+def test_saving_and_loading_gives_the_same_evaluation(tmp_path):
+    """A trained model, saved and loaded, evaluates to the same numbers."""
+    trainer = tiny_trainer(tmp_path / "run", model=plain_model("qwen2-window"), evaluation=text_data(6, 300))
+    trainer.train()
+    trainer.save_model()
+    again = tiny_trainer(
+        tmp_path / "again", model=str(tmp_path / "run"), tokenizer=byte_tokenizer(), evaluation=text_data(6, 300)
+    )
+    ours, oracle = again.evaluate(), trainer.evaluate()
+    for name in ("eval_reward", "eval_nll_with", "eval_nll_without", "eval_coherence"):
+        assert ours[name] == oracle[name], name

@@ -1,0 +1,267 @@
+"""The command line end to end, in this process, on a tiny saved model and files of a few lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar.cli import DataArguments, load_data, main
+
+from .tiny import sums
+from .training import DEFAULTS, saved_model
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def write_lines(path: Path, texts: list[str]) -> str:
+    """A JSON-lines file of texts; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Model, data and recipe on disk; the recipe as a dictionary, to change before writing."""
+    return {
+        **DEFAULTS,
+        "model_name_or_path": saved_model(tmp_path / "model"),
+        "dataset_name": write_lines(tmp_path / "data/train.jsonl", sums()[:40]),
+        "eval_dataset_name": write_lines(tmp_path / "data/test.jsonl", sums()[300:308]),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+    }
+
+
+def run(tmp_path: Path, recipe: dict, *flags: str) -> int:
+    """`trl-quietstar train --config RECIPE FLAGS`."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return main(["train", "--config", str(path), *flags])
+
+
+def history(folder: Path) -> list[dict]:
+    """What the run logged, from its last checkpoint."""
+    (state,) = folder.glob("checkpoint-*/trainer_state.json")
+    return json.loads(state.read_text())["log_history"]
+
+
+# Runs
+
+
+def test_a_recipe_trains_saves_and_reports(recipe, tmp_path, capsys):
+    """One command: a trained model that loads, thoughts and a before-and-after table to read, metrics and a card."""
+    assert run(tmp_path, recipe) == 0
+    printed = capsys.readouterr().out
+    for phrase in ("Thoughts on held-out text", "NLL with thoughts", "NLL without thoughts", "before", "after"):
+        assert phrase in printed
+    out = tmp_path / "out"
+    model = QuietStarForCausalLM.from_pretrained(out)
+    assert model.quietstar_settings.thought_length == recipe["thought_length"]
+    plain, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert "eval_reward" in json.loads((out / "eval_results.json").read_text())
+    assert "Quiet-STaR" in (out / "README.md").read_text()
+
+
+def test_the_numbers_printed_are_those_measured(recipe, tmp_path, capsys):
+    """The table's last column is after minus before, and after is what is saved."""
+    run(tmp_path, recipe)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "NLL with thoughts" in line)
+    before, after, change = (float(cell) for cell in row.strip("│| ").split("│")[1:])
+    saved = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert after == pytest.approx(saved["eval_nll_with"], abs=1e-4)
+    assert change == pytest.approx(after - before, abs=2e-4)
+
+
+def test_flags_override_the_recipe(recipe, tmp_path):
+    """A flag wins over the recipe's value."""
+    run(tmp_path, recipe, "--thought_length", "2", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
+        "--thought_positions", "2")  # fmt: skip
+    assert QuietStarForCausalLM.from_pretrained(tmp_path / "out").quietstar_settings.thought_length == 2
+    (entry,) = (entry for entry in history(tmp_path / "out") if "rl/num_thoughts" in entry)
+    assert entry["rl/num_thoughts"] == 4 * 2 * 2
+
+
+def test_lora_from_the_command_line(recipe, tmp_path):
+    """`--use_peft` trains an adapter that loads with its heads."""
+    run(tmp_path, recipe, "--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear")
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert QuietStarForCausalLM.from_pretrained(tmp_path / "out").get_base_model().quietstar is not None
+
+
+def test_training_without_evaluation_data(recipe, tmp_path, capsys):
+    """No evaluation data, no tables: training and saving work still."""
+    del recipe["eval_dataset_name"]
+    assert run(tmp_path, recipe) == 0
+    assert "NLL with thoughts" not in capsys.readouterr().out
+    assert (tmp_path / "out/quietstar.safetensors").exists()
+
+
+def test_a_run_resumes(recipe, tmp_path):
+    """`--resume_from_checkpoint` goes on where a run was left."""
+    recipe.update(save_strategy="steps", save_steps=2, max_steps=2)
+    run(tmp_path, recipe)
+    checkpoint = str(tmp_path / "out/checkpoint-2")
+    recipe.update(output_dir=str(tmp_path / "more"), max_steps=4)
+    run(tmp_path, recipe, "--resume_from_checkpoint", checkpoint)
+    state = json.loads((tmp_path / "more/checkpoint-4/trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "rl/reward" in e] == [1, 2, 3, 4]
+
+
+def test_model_options_reach_the_model(recipe, tmp_path):
+    """`--dtype` and `--attn_implementation` are TRL's own, and are heeded."""
+    run(tmp_path, recipe, "--dtype", "bfloat16", "--attn_implementation", "eager")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+# Data
+
+
+def split_sizes(**options) -> tuple[int, int | None]:
+    """Number of training and evaluation texts."""
+    train, evaluation = load_data(DataArguments(**options))
+    return len(train), None if evaluation is None else len(evaluation)
+
+
+def test_json_lines(tmp_path):
+    """Files: the evaluation data is a file of its own, or there is none."""
+    train = write_lines(tmp_path / "train.jsonl", sums()[:9])
+    test = write_lines(tmp_path / "test.jsonl", sums()[:4])
+    assert split_sizes(dataset_name=train) == (9, None)
+    assert split_sizes(dataset_name=train, eval_dataset_name=test) == (9, 4)
+    assert split_sizes(dataset_name=train, eval_dataset_name=test, max_eval_samples=3) == (9, 3)
+
+
+def test_a_folder_of_data_files(tmp_path):
+    """A folder of `train.jsonl` and `test.jsonl` has those splits."""
+    write_lines(tmp_path / "train.jsonl", sums()[:9])
+    write_lines(tmp_path / "test.jsonl", sums()[:4])
+    assert split_sizes(dataset_name=str(tmp_path)) == (9, 4)
+    assert split_sizes(dataset_name=str(tmp_path), dataset_train_split="test", dataset_test_split="train") == (4, 9)
+
+
+def test_a_folder_saved_to_disk(tmp_path):
+    """A dataset, or a dictionary of them, written by `save_to_disk`."""
+    data = Dataset.from_dict({"text": sums()[:9]})
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, validation=data.select(range(4))).save_to_disk(tmp_path / "several")
+    assert split_sizes(dataset_name=str(tmp_path / "one")) == (9, None)
+    assert split_sizes(dataset_name=str(tmp_path / "several")) == (9, 4)
+
+
+def test_a_folder_trains(recipe, tmp_path):
+    """The whole command on a folder written by `save_to_disk`."""
+    data = Dataset.from_dict({"text": sums()[:20]})
+    DatasetDict(train=data, test=data.select(range(4))).save_to_disk(tmp_path / "disk")
+    del recipe["eval_dataset_name"]
+    recipe["dataset_name"] = str(tmp_path / "disk")
+    assert run(tmp_path, recipe) == 0
+    assert (tmp_path / "out/eval_results.json").exists()
+
+
+def test_streaming(recipe, tmp_path):
+    """`--dataset_streaming` trains from a stream."""
+    assert run(tmp_path, recipe, "--dataset_streaming", "--max_length", "64") == 0
+    assert (tmp_path / "out/quietstar.safetensors").exists()
+
+
+def test_columns_are_renamed(tmp_path):
+    """A mapping, as a dictionary in a recipe or JSON in a flag, renames columns of both datasets."""
+    data = Dataset.from_dict({"question": ["3 plus 4 is"], "answer": [" 7 ."]})
+    DatasetDict(train=data, test=data).save_to_disk(tmp_path)
+    mapping = {"question": "prompt", "answer": "completion"}
+    for given in (mapping, json.dumps(mapping)):
+        train, evaluation = load_data(DataArguments(dataset_name=str(tmp_path), column_mapping=given))
+        assert set(train.column_names) == set(evaluation.column_names) == {"prompt", "completion"}
+
+
+# Errors
+
+
+def test_a_missing_data_file(recipe, tmp_path):
+    """The message names the file."""
+    recipe["dataset_name"] = str(tmp_path / "nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        run(tmp_path, recipe)
+
+
+def test_a_missing_split(recipe, tmp_path):
+    """The message lists the splits there are."""
+    with pytest.raises(ValueError, match=r"no split 'dev'.*train"):
+        run(tmp_path, recipe, "--dataset_train_split", "dev")
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "model_name_or_path"])
+def test_a_missing_name(name, recipe, tmp_path):
+    """Data and model must be named; the message says which is not."""
+    del recipe[name]
+    with pytest.raises(ValueError, match=f"`{name}` is missing"):
+        run(tmp_path, recipe)
+
+
+def test_a_missing_model(recipe, tmp_path):
+    """A folder without a model is an error before any data is tokenized."""
+    recipe["model_name_or_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="nowhere"):
+        run(tmp_path, recipe)
+
+
+def test_an_unknown_key(recipe, tmp_path):
+    """A misspelt key in a recipe is an error, not ignored."""
+    recipe["thought_lenght"] = 3
+    with pytest.raises(ValueError, match="thought_lenght"):
+        run(tmp_path, recipe)
+
+
+def test_a_bad_value(recipe, tmp_path):
+    """Limits hold on the command line too."""
+    with pytest.raises(ValueError, match=r"`thought_length` is 0"):
+        run(tmp_path, recipe, "--thought_length", "0")
+
+
+@pytest.mark.parametrize("argv, status", [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
+def test_usage(argv, status, capsys):
+    """Anything but a known command prints the usage; only asking for it is a success."""
+    assert main(argv) == status
+    printed = capsys.readouterr()
+    assert "usage: trl-quietstar" in printed.out + printed.err
+
+
+def test_help_lists_every_option(capsys):
+    """`train --help` documents the method's options beside TRL's."""
+    with pytest.raises(SystemExit) as ending:
+        main(["train", "--help"])
+    assert ending.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--thought_length", "--reward_type", "--dataset_name", "--lora_r", "--learning_rate"):
+        assert option in printed
+
+
+# Recipes
+
+
+def test_there_are_recipes():
+    """The next test has something to read."""
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_hold_known_keys_and_good_values(path, monkeypatch, tmp_path):
+    """Every recipe in the repository parses into the dataclasses, and each of its values arrives."""
+    monkeypatch.chdir(tmp_path)
+    parsed = TrlParser((DataArguments, QuietStarConfig, ModelConfig)).parse_args_and_config(["--config", str(path)])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert values[name] == value, name
+        else:
+            assert name in values or name == "env", name
