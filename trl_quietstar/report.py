@@ -9,7 +9,7 @@ from .metrics import BatchResult
 from .rewards import masked_mean
 
 
-CONTEXT_TOKENS = 24
+CONTEXT_TOKENS = 16
 
 
 def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count: int) -> dict[str, list]:
@@ -55,7 +55,7 @@ def print_thoughts(columns: dict[str, list], title: str) -> None:
     for name in columns:
         table.add_column(name, justify="right" if isinstance(next(iter(columns[name]), ""), float) else "left")
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(RichText(f"{x:+.4f}" if isinstance(x, float) else str(x)) for x in row))
+        table.add_row(*(RichText(f"{x:.4f}" if isinstance(x, float) else str(x).replace("\n", "↵")) for x in row))
     Console().print(table)
 
 
