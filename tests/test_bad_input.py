@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaModel, T5Config, TrainingArguments
 
-from trl_quietstar import QuietStarREINFORCETrainer
+from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 
 from .tiny import byte_tokenizer, sums, tiny_config
 from .training import logged, plain_model, text_data, tiny_args, tiny_trainer
@@ -218,6 +218,14 @@ def test_an_adapter_on_the_lm_head(wrapped, tmp_path):
     model = get_peft_model(plain_model(), config) if wrapped else plain_model()
     with pytest.raises(ValueError, match=r"LM head.*target_modules"):
         tiny_trainer(tmp_path, model=model, peft_config=None if wrapped else config)
+
+
+def test_an_adapter_on_the_heads(tmp_path):
+    """A `PeftModel` whose adapter sits on the heads could not be loaded again, so it is refused."""
+    settings = QuietStarSettings(3, 2, value_head_hidden_size=16)
+    thinking = QuietStarForCausalLM.from_config(tiny_config("llama", vocab_size=300), settings)
+    with pytest.raises(ValueError, match=r"heads.*target_modules"):
+        tiny_trainer(tmp_path, model=get_peft_model(thinking, LoraConfig(**LORA)))
 
 
 def test_a_moving_reference_under_an_adapter(tmp_path):

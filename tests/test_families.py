@@ -5,7 +5,9 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.geometry import Positions, Text
 from trl_quietstar.paths import Replay, SharedPrefix
+from trl_quietstar.sampling import SamplingSettings
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import choose_path, path_difference
 
@@ -91,6 +93,23 @@ def test_thoughts_are_scored_by_the_familys_own_logits(name):
     said = logits[len(tokens) + 1 :].log_softmax(-1).gather(1, spoken[:, None])[:, 0]
     torch.testing.assert_close(scores.thought_logps[0, at, 1], drawn, rtol=0, atol=1e-4)
     torch.testing.assert_close(scores.talk_logps[0, at, 1], said, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "granite"])
+def test_thoughts_are_drawn_by_the_familys_own_logits(name):
+    """They apply to sampling as well: tokens come as often as the family's forward says."""
+    model, ids = family(name), torch.tensor([3, 1, 5])
+    text = Text.from_batch(ids.repeat(100, 1))
+    positions = Positions(torch.ones(100, 1, dtype=torch.long), torch.ones(100, 1, dtype=torch.bool))
+    drawn = think(model, text, positions=positions, settings=SamplingSettings(1, num_thoughts=100)).token_ids
+    row = torch.cat([model.get_input_embeddings()(ids[:2]), model.quietstar.start_embedding[None]])
+    with torch.no_grad():
+        expected = model(inputs_embeds=row[None]).logits[0, -1].softmax(-1) * drawn.numel()
+    likely = expected > 5
+    counts = torch.bincount(drawn.flatten(), minlength=VOCAB)
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = int(likely.sum())
+    assert freedom > 20 and statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["cohere", "gemma2", "granite"])

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 from trl_quietstar.geometry import Text, choose_positions
 from trl_quietstar.modeling import base_of
 
@@ -133,7 +133,11 @@ def test_evaluation_does_not_depend_on_its_batches(sample, tmp_path):
     metrics = []
     for size in (10, 3):
         trainer = tiny_trainer(
-            tmp_path, evaluation=text_data(10, 300), per_device_eval_batch_size=size, eval_do_sample=sample
+            tmp_path,
+            evaluation=text_data(10, 160),  # of different lengths
+            per_device_eval_batch_size=size,
+            eval_do_sample=sample,
+            thought_positions="all",
         )
         metrics.append(trainer.evaluate())
     for name in EVAL_METRICS:
@@ -477,6 +481,21 @@ def test_a_peft_model(tmp_path):
     trainer.train()
     assert trainer.model is peft
     assert not [name for name, _ in peft.named_parameters() if "quietstar" in name and "lora" in name]
+
+
+def test_a_peft_model_of_a_thinking_model(tmp_path):
+    """PEFT freezes everything it is given; the heads are trained all the same, and come back with the adapter."""
+    path, settings = saved_model(tmp_path / "base"), QuietStarSettings(3, 2, value_head_hidden_size=16)
+    thinking = QuietStarForCausalLM.from_pretrained(path, settings=settings)
+    peft = get_peft_model(thinking, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert not any(p.requires_grad for p in thinking.quietstar.parameters())
+    trainer = tiny_trainer(tmp_path / "out", model=peft, evaluation=text_data(6, 300))
+    before = thinking.quietstar.start_embedding.clone()
+    trainer.train()
+    assert not torch.equal(thinking.quietstar.start_embedding, before)
+    trainer.save_model()
+    again = base_of(QuietStarForCausalLM.from_pretrained(tmp_path / "out"))
+    assert torch.equal(again.quietstar.start_embedding, thinking.quietstar.start_embedding)
 
 
 def test_lora_with_gradient_checkpointing(tmp_path):

@@ -32,7 +32,7 @@ def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase
             Adapter to add.
 
     Raises:
-        `ValueError`: for a model that is no causal LM, saved heads of another kind, or an adapter on the LM head.
+        `ValueError`: for a model that is no causal LM, saved heads of another kind, or an adapter on the heads or the LM head.
     """
     settings = args.settings()
     if isinstance(model, str):
@@ -52,6 +52,11 @@ def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase
         with heads_aside(base):
             model = get_peft_model(base, peft_config)
     if is_peft_model(model):
+        if any(isinstance(module, BaseTunerLayer) for module in base.quietstar.modules()):
+            raise ValueError(
+                "The adapter sits on the thinking heads, which are trained whole and saved beside it; name only layers "
+                "of the base in `target_modules`, or pass `peft_config` to the trainer, which keeps adapters off them."
+            )
         if isinstance(base.get_output_embeddings(), BaseTunerLayer):
             raise ValueError(
                 "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, "
