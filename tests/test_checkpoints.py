@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.modeling import base_of
 
 from .tiny import byte_tokenizer
@@ -264,3 +264,12 @@ def test_saving_and_loading_gives_the_same_evaluation(tmp_path):
     ours, oracle = again.evaluate(), trainer.evaluate()
     for name in ("eval_reward", "eval_nll_with", "eval_nll_without", "eval_coherence"):
         assert ours[name] == oracle[name], name
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("eval_reward", True), ("eval_nll_with", False), ("eval_loss", False)]
+)
+def test_the_best_model_is_the_better_one(metric, greater, tmp_path):
+    """A likelihood loss is best when small, whatever the metric is called."""
+    args = QuietStarConfig(str(tmp_path), metric_for_best_model=metric, use_cpu=True)
+    assert args.greater_is_better is greater

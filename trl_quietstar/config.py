@@ -214,6 +214,8 @@ class QuietStarConfig(_BaseConfig):
         self._check_contradictions()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             self.metric_for_best_model = "eval_reward"
+        if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
 
     @property
