@@ -213,7 +213,10 @@ def choose_positions(
     elif thought_positions == "all":
         chosen = usable
     elif isinstance(thought_positions, str):
-        raise ValueError(f"`thought_positions` is {thought_positions!r}, which needs another kind of value.")
+        raise ValueError(
+            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, or 'difficulty' together "
+            "with `entropy`."
+        )
     else:
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
     width = max(int(chosen.sum(1).max()), 1)

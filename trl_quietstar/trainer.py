@@ -448,7 +448,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             logs.update(self._training_metrics(logs))
             self._metrics["train"] = MetricSums()
             if self.args.log_thoughts and self.accelerator.is_main_process:
-                self._log_thoughts("train")
+                self._log_thoughts()
         super().log(logs, start_time)
 
     def _training_metrics(self, logs: dict[str, float]) -> dict[str, float | None]:
@@ -470,8 +470,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._window_start, self._last_logged_step = now, self.state.global_step
         return metrics
 
-    def _log_thoughts(self, mode: str) -> None:
-        table = {"step": [self.state.global_step] * len(self._samples[mode]["thought"]), **self._samples[mode]}
+    def _log_thoughts(self) -> None:
+        samples = self._samples["train"]
+        table = {"step": [self.state.global_step] * len(samples["thought"]), **samples}
         print_thoughts(table, f"Thoughts at step {self.state.global_step}")
         backends = []
         if "wandb" in self.args.report_to and wandb.run is not None:
