@@ -1,25 +1,34 @@
 """Does a model learn to think? A task that cannot be answered directly, but can after a few intermediate steps.
 
     python -m benchmarks.learning --seeds 0 1 2 --output learning.json
+    python -m benchmarks.learning --task hard --steps 1000
+    python -m benchmarks.learning --sabotage flipped_reward
 
 The language is `d1 d2 d3 d4 = a`, `a` being the digits' sum modulo 10. A quarter of the pretraining text answers directly;
 the rest writes `= > s1 s2 s3 s4 < a` with the running sum in letters (a right chain) or random letters. Right chains are
 60% of those at first and 10% in the last 30% of pretraining, so the pretrained 2-layer Llama reads a right chain without
-fail but writes one in about a tenth of its tries only, and answers at chance without.
+fail but writes one in about a tenth of its tries only, and answers at chance without. The hard setting has eight digits,
+and right chains are 2% at the end.
 
 Quiet-STaR then thinks after `=`, with the start and end embeddings copied from `>` and `<`, 32 problems and 256 thoughts a
 step, beside as many texts of the pretraining mix, without which the skill would be forgotten. Everything else is
 `QuietStarConfig`'s default, but for the learning rates of a model this small. Thoughts have to be discovered: nothing but
 the likelihood of `a` says what a good one is.
 
-Answers are compared among the ten digits, so that no condition loses for predicting `>`.
+Answers are compared among the ten digits, so that no condition loses for predicting `>`. Intervals are 95%, by bootstrap
+over problems. A sabotaged run must be reported as theater.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -27,7 +36,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.controls import CONTROLS, controlled
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators
+from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators
+from trl_quietstar.rewards import thought_rewards
 from trl_quietstar.sampling import sample_thoughts
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
@@ -35,31 +45,45 @@ from trl_quietstar.scoring import ScoreRequest, at_talk, score
 VOCABULARY = [*"0123456789", *"abcdefghij", "=", ">", "<", "<pad>"]
 EQUALS, START, END, PAD = (VOCABULARY.index(x) for x in ("=", ">", "<", "<pad>"))
 FIRST_LETTER = VOCABULARY.index("a")
-TERMS = 4
 THOUGHTS = 8
 PROBLEMS = 32
+HELD_OUT = 500
 IGNORED = -100
+SABOTAGES = ("random_thoughts", "flipped_reward", "no_thought_needed")
 
 
-def draw_problems(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits and their running sums modulo 10, each of shape `(count, TERMS)`."""
-    digits = torch.randint(10, (count, TERMS), generator=generator)
-    return digits, digits.cumsum(1) % 10
+@dataclass(frozen=True)
+class Task:
+    """How many digits are summed, and the share of right chains in the first and the last part of pretraining."""
+
+    terms: int = 4
+    right_chains: tuple[float, float] = (0.6, 0.1)
+    needs_thought: bool = True  # otherwise the answer is the last digit
 
 
-def draw_texts(count: int, right_chains: float, generator: torch.Generator) -> list[list[int]]:
+TASKS = {"easy": Task(), "hard": Task(8, (0.6, 0.02))}
+
+
+def draw_problems(task: Task, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Digits and their running sums modulo 10, each of shape `(count, terms)`, and answers, of shape `(count,)`."""
+    digits = torch.randint(10, (count, task.terms), generator=generator)
+    sums = digits.cumsum(1) % 10
+    return digits, sums, (sums if task.needs_thought else digits)[:, -1]
+
+
+def draw_texts(task: Task, count: int, right_chains: float, generator: torch.Generator) -> list[list[int]]:
     """Texts of the language: a quarter direct, the others with a chain that is right with the given probability."""
-    digits, sums = draw_problems(count, generator)
+    digits, sums, answers = draw_problems(task, count, generator)
     right = torch.rand(count, 1, generator=generator) < right_chains
-    chains = FIRST_LETTER + torch.where(right, sums, torch.randint(10, (count, TERMS), generator=generator))
+    chains = FIRST_LETTER + torch.where(right, sums, torch.randint(10, sums.shape, generator=generator))
     direct = torch.rand(count, generator=generator) < 0.25
     texts = []
-    for row, chain, total, plain in zip(digits.tolist(), chains.tolist(), sums[:, -1].tolist(), direct, strict=True):
-        texts.append([*row, EQUALS, *([] if plain else [START, *chain, END]), total])
+    for row, chain, answer, plain in zip(digits.tolist(), chains.tolist(), answers.tolist(), direct, strict=True):
+        texts.append([*row, EQUALS, *([] if plain else [START, *chain, END]), answer])
     return texts
 
 
-def pretrain(seed: int, steps: int) -> PreTrainedModel:
+def pretrain(task: Task, seed: int, steps: int) -> PreTrainedModel:
     """A small Llama that knows the language."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -78,8 +102,9 @@ def pretrain(seed: int, steps: int) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    first, last = task.right_chains
     for step in range(steps):
-        texts = draw_texts(128, 0.6 if step < 0.7 * steps else 0.1, generator)
+        texts = draw_texts(task, 128, first if step < 0.7 * steps else last, generator)
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=PAD)
         labels = ids.masked_fill(ids == PAD, IGNORED)
         model(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).loss.backward()
@@ -96,108 +121,166 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
 
 
-def training_data(seed: int, steps: int) -> Dataset:
+def problem_rows(task: Task, count: int, generator: torch.Generator) -> list[dict]:
+    """Problems to think about, after `=` only."""
+    digits, _, answers = draw_problems(task, count, generator)
+    labels, mask = [IGNORED] * (task.terms + 1), [0] * task.terms + [1, 0]
+    return [
+        {"input_ids": [*row, EQUALS, answer], "labels": [*labels, answer], "thought_mask": mask}
+        for row, answer in zip(digits.tolist(), answers.tolist(), strict=True)
+    ]
+
+
+def training_data(task: Task, seed: int, steps: int) -> Dataset:
     """Problems to think about, and texts to remember the language by, in turn."""
     generator = torch.Generator().manual_seed(1_000 + seed)
-    digits, sums = draw_problems(PROBLEMS * steps, generator)
-    rows = []
-    for row, total, text in zip(
-        digits.tolist(), sums[:, -1].tolist(), draw_texts(PROBLEMS * steps, 0.1, generator), strict=True
-    ):
-        problem = [*row, EQUALS, total]
-        labels = [IGNORED] * (TERMS + 1) + [total]
-        rows.append({"input_ids": problem, "labels": labels, "thought_mask": [0] * TERMS + [1, 0]})
-        rows.append({"input_ids": text, "labels": text, "thought_mask": [0] * len(text)})
-    return Dataset.from_list(rows)
+    problems = problem_rows(task, PROBLEMS * steps, generator)
+    texts = draw_texts(task, PROBLEMS * steps, task.right_chains[1], generator)
+    reminders = [{"input_ids": text, "labels": text, "thought_mask": [0] * len(text)} for text in texts]
+    return Dataset.from_list([row for pair in zip(problems, reminders, strict=True) for row in pair])
+
+
+def held_out_data(task: Task) -> Dataset:
+    """The problems that [`evaluate`] asks, as text."""
+    return Dataset.from_list(problem_rows(task, HELD_OUT, torch.Generator().manual_seed(7)))
 
 
 @torch.no_grad()
-def evaluate(trainer: QuietStarREINFORCETrainer, problems: int = 500) -> dict[str, dict[str, float]]:
-    """Accuracy and NLL (nats) of held-out answers without a thought, with one, and after each control."""
-    digits, sums = draw_problems(problems, torch.Generator().manual_seed(7))
+def answer_logps(
+    trainer: QuietStarREINFORCETrainer, task: Task, count: int, controls: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], Thoughts]:
+    """Log-probabilities of the ten digits after each control, of shape `(count, G, 10)`, and the thoughts."""
+    digits, _, _ = draw_problems(task, count, torch.Generator().manual_seed(7))
     model = trainer.model.eval()
 
-    def text_with(answers: torch.Tensor) -> Text:
-        ids = torch.cat([digits, torch.full((problems, 1), EQUALS), answers[:, None]], dim=1)
-        return Text.from_batch(ids, labels=torch.where(torch.arange(TERMS + 2) > TERMS, ids, IGNORED))
+    def text_with(digit: int) -> Text:
+        ids = torch.cat([digits, torch.tensor([[EQUALS, digit]]).expand(count, -1)], dim=1)
+        return Text.from_batch(ids, labels=torch.where(torch.arange(task.terms + 2) > task.terms, ids, IGNORED))
 
-    text = text_with(sums[:, -1])
-    generators = seeded_generators(7, 0, list(range(problems)))
+    text, generators = text_with(0), seeded_generators(7, 0, list(range(count)))
     positions = choose_positions(text, "all", generators)
     thoughts = sample_thoughts(model, trainer.path.read(model, text), text, positions, trainer.sampling, generators)
-    logps = {}
-    for control in CONTROLS:
+    logps: dict[str, list[torch.Tensor]] = {name: [] for name in ("none", *controls)}
+    for control in controls:
         other = controlled(thoughts, control, len(VOCABULARY), torch.Generator().manual_seed(7))
-        candidates = []
         for digit in range(10):
-            answer = text_with(torch.full((problems,), digit))
-            scores = score(model, ScoreRequest(answer, other, 1, trainer.path, 1.0, trainer.args.reward_prediction))
-            candidates.append(scores.talk_logps[:, 0, :, 0])
-            if control == "real":
-                logps.setdefault("none", []).append(at_talk(scores.text_logps, thoughts, 1)[:, 0, :, 0])
-        logps[control] = candidates
-    truth = sums[:, -1, None]
-    results: dict[str, dict[str, float]] = {"accuracy": {}, "nll": {}}
+            request = ScoreRequest(text_with(digit), other, 1, trainer.path, prediction=trainer.args.reward_prediction)
+            scores = score(model, request)
+            logps[control].append(scores.talk_logps[:, 0, :, 0])
+            if control == controls[0]:
+                logps["none"].append(at_talk(scores.text_logps, thoughts, 1)[:, 0, :, 0])
+    return {name: torch.stack(candidates, dim=-1) for name, candidates in logps.items()}, thoughts
+
+
+def evaluate(trainer: QuietStarREINFORCETrainer, task: Task) -> dict:
+    """Accuracy and NLL (nats) of held-out answers without a thought, with one, and after each control; each with its
+    interval; and anti-theater validation."""
+    _, sums, answers = draw_problems(task, HELD_OUT, torch.Generator().manual_seed(7))
+    logps, thoughts = answer_logps(trainer, task, HELD_OUT, CONTROLS)
+    results: dict = {"accuracy": {}, "accuracy_interval": {}, "nll": {}, "nll_interval": {}}
     for name, candidates in logps.items():
-        stacked = torch.stack(candidates, dim=-1)  # (problems, G, 10)
+        truth = answers[:, None, None].expand(*candidates.shape[:2], 1)
         key = "with" if name == "real" else name
-        results["accuracy"][key] = (stacked.argmax(-1) == truth).double().mean().item()
-        results["nll"][key] = -stacked.gather(-1, truth[..., None].expand(*stacked.shape[:2], 1)).mean().item()
+        correct = (candidates.argmax(-1, keepdim=True) == truth).double().mean((1, 2))
+        nll = -candidates.gather(-1, truth).double().mean((1, 2))
+        for metric, values in (("accuracy", correct), ("nll", nll)):
+            results[metric][key] = values.mean().item()
+            results[f"{metric}_interval"][key] = interval(values)
     letters = FIRST_LETTER + sums[:, None, None]
     results["right_chains"] = (thoughts.token_ids == letters).all(-1).double().mean().item()
+    report = trainer.validate_thoughts()
+    results["anti_theater_passed"] = report.passed
+    results["anti_theater"] = report.metrics()
     return results
+
+
+def interval(values: torch.Tensor) -> list[float]:
+    """95% interval of the mean, by bootstrap."""
+    draws = np.random.default_rng(0).choice(values.numpy(), (2_000, len(values)))
+    return np.percentile(draws.mean(1), [2.5, 97.5]).tolist()
 
 
 class Until90(TrainerCallback):
     """Notes the step and the time at which accuracy with thoughts first reaches 90%."""
 
-    def __init__(self, every: int):
-        self.every, self.steps, self.seconds, self.start = every, None, None, time.perf_counter()
+    def __init__(self, task: Task, every: int = 20):
+        self.task, self.every, self.steps, self.seconds = task, every, None, None
+        self.start, self.curve = time.perf_counter(), []
         self.trainer: QuietStarREINFORCETrainer | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.steps is None and state.global_step % self.every == 0:
-            if evaluate(self.trainer, problems=200)["accuracy"]["with"] >= 0.9:
-                self.steps, self.seconds = state.global_step, time.perf_counter() - self.start
+        if state.global_step % self.every == 0:
+            logps, _ = answer_logps(self.trainer, self.task, 200, ("real",))
             self.trainer.model.train()
+            _, _, answers = draw_problems(self.task, 200, torch.Generator().manual_seed(7))
+            accuracy = (logps["real"].argmax(-1) == answers[:, None]).double().mean().item()
+            self.curve.append([state.global_step, accuracy])
+            if self.steps is None and accuracy >= 0.9:
+                self.steps, self.seconds = state.global_step, time.perf_counter() - self.start
 
 
-def run(seed: int, steps: int, pretraining_steps: int, options: dict) -> dict:
-    """Pretrains, trains to think, and measures before and after."""
-    model = pretrain(seed, pretraining_steps)
+class RandomThoughts(QuietStarREINFORCETrainer):
+    """Trains on random tokens in place of the model's own thoughts."""
+
+    def _sample_thoughts(self, text, mode):
+        thoughts = super()._sample_thoughts(text, mode)
+        if mode == "eval":
+            return thoughts
+        return controlled(thoughts, "random", len(VOCABULARY), torch.Generator().manual_seed(self.state.global_step))
+
+
+def flipped(*args) -> torch.Tensor:
+    """The reward with its sign turned."""
+    return -thought_rewards(*args)
+
+
+def configuration(task: Task, directory: str, seed: int, steps: int, **options) -> QuietStarConfig:
+    """The defaults, but for what the task forces."""
+    settings = {
+        "thought_length": task.terms,
+        "talk_length": 1,
+        "num_thoughts": THOUGHTS,
+        "thought_start_text": ">",
+        "thought_end_text": "<",
+        "per_device_train_batch_size": 2 * PROBLEMS,
+        "per_device_eval_batch_size": 100,
+        "max_steps": steps,
+        "learning_rate": 3e-4,
+        "heads_learning_rate": 1e-3,
+        "warmup_steps": 10,
+        "lr_scheduler_type": "constant_with_warmup",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "seed": seed,
+    }
+    return QuietStarConfig(directory, **{**settings, **options})
+
+
+def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict, sabotage: str | None = None) -> dict:
+    """Trains a copy of a pretrained model to think, and measures before and after."""
+    trainer_class = RandomThoughts if sabotage == "random_thoughts" else QuietStarREINFORCETrainer
+    flip = patch("trl_quietstar.trainer.thought_rewards", flipped) if sabotage == "flipped_reward" else nullcontext()
     with tempfile.TemporaryDirectory() as directory:
-        settings = {
-            "thought_length": TERMS,
-            "talk_length": 1,
-            "num_thoughts": THOUGHTS,
-            "thought_start_text": ">",
-            "thought_end_text": "<",
-            "per_device_train_batch_size": 2 * PROBLEMS,
-            "max_steps": steps,
-            "learning_rate": 3e-4,
-            "heads_learning_rate": 1e-3,
-            "warmup_steps": 10,
-            "lr_scheduler_type": "constant_with_warmup",
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "logging_strategy": "no",
-            "seed": seed,
-            **options,
-        }
-        trainer = QuietStarREINFORCETrainer(
-            model, QuietStarConfig(directory, **settings), training_data(seed, steps), processing_class=tokenizer()
+        trainer = trainer_class(
+            copy.deepcopy(model),
+            configuration(task, directory, seed, steps, **options),
+            training_data(task, seed, steps),
+            held_out_data(task),
+            processing_class=tokenizer(),
         )
-        before = evaluate(trainer)
-        until = Until90(every=20)
+        before = evaluate(trainer, task)
+        until = Until90(task)
         until.trainer = trainer
         trainer.add_callback(until)
         start = time.perf_counter()
-        trainer.train()
+        with flip:
+            trainer.train()
         seconds = time.perf_counter() - start
-        after = evaluate(trainer)
+        after = evaluate(trainer, task)
     return {
         "seed": seed,
         "before": before,
@@ -205,19 +288,32 @@ def run(seed: int, steps: int, pretraining_steps: int, options: dict) -> dict:
         "steps_to_90": until.steps,
         "seconds_to_90": until.seconds,
         "seconds": seconds,
+        "curve": until.curve,
     }
 
 
 def print_run(result: dict) -> None:
     """A line for each condition."""
+    before, after = result["before"], result["after"]
     print(f"seed {result['seed']}: 90% after {result['steps_to_90']} steps, {result['seconds']:.0f} s in all")
-    print("  condition   accuracy before → after      NLL before → after")
-    for name, accuracy in result["before"]["accuracy"].items():
-        after, nll = result["after"], result["before"]["nll"][name]
+    print("  condition   accuracy before → after [95% interval]     NLL before → after")
+    for name, accuracy in before["accuracy"].items():
+        low, high = after["accuracy_interval"][name]
         print(
-            f"  {name:<10} {accuracy:>10.3f} → {after['accuracy'][name]:.3f} {nll:>15.3f} → {after['nll'][name]:.3f}"
+            f"  {name:<10} {accuracy:>10.3f} → {after['accuracy'][name]:.3f} [{low:.3f}, {high:.3f}]"
+            f" {before['nll'][name]:>15.3f} → {after['nll'][name]:.3f}"
         )
-    print(f"  right chains {result['before']['right_chains']:.3f} → {result['after']['right_chains']:.3f}", flush=True)
+    print(f"  right chains {before['right_chains']:.3f} → {after['right_chains']:.3f}")
+    for when, measured in (("before", before), ("after", after)):
+        theater = measured["anti_theater"]
+        values = ", ".join(
+            f"{name} {'undefined' if theater[name] is None else format(theater[name], '.3f')}"
+            for name in ("divergence", "ablation", "correlation", "content_gain", "content_gain_low")
+        )
+        print(
+            f"  anti-theater {when}: {'passed' if measured['anti_theater_passed'] else 'failed'} ({values})",
+            flush=True,
+        )
 
 
 def parse(value: str):
@@ -231,21 +327,27 @@ def parse(value: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--task", choices=TASKS, default="easy")
+    parser.add_argument("--sabotage", choices=SABOTAGES)
     parser.add_argument("--pretraining-steps", type=int, default=3_000)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of QuietStarConfig")
     parser.add_argument("--output")
     arguments = parser.parse_args()
     disable_progress_bars()
     torch.set_num_threads(1)
+    task = TASKS[arguments.task]
+    if arguments.sabotage == "no_thought_needed":
+        task = Task(task.terms, task.right_chains, needs_thought=False)
     options = {name: parse(value) for name, value in (option.split("=", 1) for option in arguments.set)}
     results = []
     for seed in arguments.seeds:
-        results.append(run(seed, arguments.steps, arguments.pretraining_steps, options))
+        model = pretrain(task, seed, arguments.pretraining_steps)
+        results.append(run(task, model, seed, arguments.steps, options, arguments.sabotage))
         print_run(results[-1])
     if arguments.output:
         with open(arguments.output, "w") as file:
-            json.dump({"options": options, "steps": arguments.steps, "seeds": results}, file, indent=2)
+            json.dump({**vars(arguments), "set": options, "seeds": results}, file, indent=2)
 
 
 if __name__ == "__main__":

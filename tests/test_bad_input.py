@@ -46,6 +46,8 @@ VALUES = [
     (dict(difficulty_threshold=1.5), "difficulty_threshold", "1.5", "1"),
     (dict(max_length=1), "max_length", "1", "2"),
     (dict(early_stopping_patience=0), "early_stopping_patience", "0", "1"),
+    (dict(anti_theater_steps=0), "anti_theater_steps", "0", "1"),
+    (dict(anti_theater_action="panic"), "anti_theater_action", "panic", "warn", "stop", "rollback"),
     (dict(reward_clip_range=[1.0, -1.0]), "reward_clip_range", "1.0", "lower one first"),
     (dict(reward_clip_range=[1.0]), "reward_clip_range", "two numbers"),
     (dict(reward_type="bleu"), "reward_type", "bleu", "probability", "log_likelihood", "accuracy", "binary"),
@@ -182,6 +184,20 @@ def test_evaluation_without_data(tmp_path):
     """`eval_strategy` without an `eval_dataset` is said before training, not at the first evaluation."""
     with pytest.raises(ValueError, match=r"eval_strategy='steps'.*eval_dataset"):
         tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+
+
+def test_anti_theater_validation_without_data(tmp_path):
+    """Said before training, not at the first validation."""
+    with pytest.raises(ValueError, match=r"anti_theater_steps=5.*eval_dataset"):
+        tiny_trainer(tmp_path, anti_theater_steps=5)
+    with pytest.raises(ValueError, match="needs an `eval_dataset`"):
+        tiny_trainer(tmp_path).validate_thoughts()
+
+
+def test_anti_theater_validation_on_one_text(tmp_path):
+    """One text allows no interval; that too is said before training."""
+    with pytest.raises(ValueError, match=r"at least 2 of them, got 1; give a larger `eval_dataset`"):
+        tiny_trainer(tmp_path, evaluation=text_data(1), anti_theater_steps=5)
 
 
 # Models

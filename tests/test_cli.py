@@ -228,6 +228,87 @@ def test_a_bad_value(recipe, tmp_path):
         run(tmp_path, recipe, "--thought_length", "0")
 
 
+# Evaluation
+
+
+@pytest.fixture
+def trained(recipe, tmp_path):
+    """A trained model's folder, and flags that evaluate it."""
+    run(tmp_path, {**recipe, "max_eval_samples": 6})
+    flags = ["--dataset_name", recipe["eval_dataset_name"], "--max_eval_samples", "6", "--use_cpu"]
+    flags += ["--thought_positions", "3", "--output_file", str(tmp_path / "metrics.json")]
+    return str(tmp_path / "out"), flags
+
+
+def test_eval_measures_what_training_measured(trained, tmp_path, capsys, monkeypatch):
+    """By the saved lengths and heads, with no recipe; and it leaves nothing behind but the file asked for."""
+    model, flags = trained
+    monkeypatch.chdir(tmp_path / "data")
+    assert main(["eval", "--model_name_or_path", model, *flags]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["test.jsonl", "train.jsonl"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    saved = json.loads(Path(model, "eval_results.json").read_text())
+    for name in ("eval_reward", "eval_nll_with", "eval_nll_without", "eval_accuracy_with", "eval_coherence"):
+        assert metrics[name] == pytest.approx(saved[name], rel=1e-5, abs=1e-6), name
+    assert not [name for name in metrics if "theater" in name]
+    assert "NLL with thoughts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--anti-theater", "--anti_theater"])
+def test_eval_validates_the_thoughts(flag, trained, tmp_path, capsys):
+    """The verdict, the tests, the controls and the gains: printed, and in the file."""
+    model, flags = trained
+    assert main(["eval", "--model_name_or_path", model, flag, *flags]) == 0
+    printed = capsys.readouterr().out
+    for phrase in ("theater", "divergence", "content gain", "filler", "compute:"):
+        assert phrase in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["anti_theater_passed"] in (0.0, 1.0)
+    assert metrics["anti_theater_nll_real"] == pytest.approx(metrics["eval_nll_with"], rel=1e-5)
+    assert metrics["anti_theater_content_gain_low"] <= metrics["anti_theater_content_gain_high"]
+
+
+def test_eval_takes_other_settings(trained, tmp_path):
+    """A flag wins over what was saved."""
+    model, flags = trained
+    values = []
+    for length in ("3", "1"):
+        main(["eval", "--model_name_or_path", model, *flags, "--thought_length", length])
+        values.append(json.loads((tmp_path / "metrics.json").read_text())["eval_nll_with"])
+    assert values[0] != values[1]
+
+
+def test_eval_of_a_plain_model(recipe, trained, tmp_path):
+    """One that was never trained to think evaluates too, with fresh heads."""
+    main(["eval", "--model_name_or_path", recipe["model_name_or_path"], *trained[1]])
+    assert "eval_reward" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_eval_of_an_adapter(recipe, tmp_path):
+    """An adapter's folder is evaluated with its base and its heads."""
+    lora = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 4}
+    run(tmp_path, {**recipe, **lora})
+    output = str(tmp_path / "metrics.json")
+    flags = ["--dataset_name", recipe["eval_dataset_name"], "--use_cpu", "--thought_positions", "3"]
+    main(["eval", "--model_name_or_path", recipe["output_dir"], *flags, "--output_file", output])
+    saved = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert json.loads(Path(output).read_text())["eval_nll_with"] == pytest.approx(saved["eval_nll_with"], rel=1e-5)
+
+
+def test_eval_without_a_model(recipe):
+    with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
+        main(["eval", "--dataset_name", recipe["dataset_name"]])
+
+
+def test_training_ends_with_the_verdict(recipe, tmp_path, capsys):
+    """Where anti-theater validation is on, the saved model's is printed."""
+    run(tmp_path, {**recipe, "anti_theater_steps": 5})
+    assert "Anti-theater validation" in capsys.readouterr().out
+
+
+# Usage
+
+
 @pytest.mark.parametrize("argv, status", [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
 def test_usage(argv, status, capsys):
     """Anything but a known command prints the usage; only asking for it is a success."""
@@ -236,10 +317,11 @@ def test_usage(argv, status, capsys):
     assert "usage: trl-quietstar" in printed.out + printed.err
 
 
-def test_help_lists_every_option(capsys):
-    """`train --help` documents the method's options beside TRL's."""
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_lists_every_option(command, capsys):
+    """`--help` documents the method's options beside TRL's."""
     with pytest.raises(SystemExit) as ending:
-        main(["train", "--help"])
+        main([command, "--help"])
     assert ending.value.code == 0
     printed = capsys.readouterr().out
     for option in ("--thought_length", "--reward_type", "--dataset_name", "--lora_r", "--learning_rate"):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 from trl_quietstar.geometry import Text, choose_positions
@@ -481,6 +482,38 @@ def test_a_peft_model(tmp_path):
     trainer.train()
     assert trainer.model is peft
     assert not [name for name, _ in peft.named_parameters() if "quietstar" in name and "lora" in name]
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_a_model_just_trained_with_sft(adapter, tmp_path):
+    """`SFTTrainer` puts a forward of its own on the object; the model still thinks, and still works for SFT."""
+    options = dict(max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
+    sft = SFTTrainer(
+        model=plain_model(),
+        args=SFTConfig(str(tmp_path), **options),
+        train_dataset=text_data(),
+        processing_class=byte_tokenizer(),
+        peft_config=adapter,
+    )
+    sft.train()
+    trainer = tiny_trainer(tmp_path, model=sft.model, evaluation=text_data(6, 300))
+    trainer.train()
+    model = trainer.model.eval()
+    assert finite(logged(trainer)[-1]["rl/reward"]) and finite(trainer.evaluate()["eval_reward"])
+    ids = torch.tensor([[1, 2, 3]])
+    assert finite(model(input_ids=ids, labels=ids).loss.item())
+    assert model.generate(input_ids=ids, max_new_tokens=2).shape == (1, 5)
+
+
+def test_evaluation_needs_no_training_data(tmp_path):
+    """A trainer with evaluation data alone evaluates as one with both does."""
+    model, evaluation = saved_model(tmp_path / "model"), text_data(6, 300)
+    both = tiny_trainer(tmp_path, model=model, evaluation=evaluation)
+    alone = QuietStarREINFORCETrainer(model, tiny_args(tmp_path), eval_dataset=evaluation)
+    for name in EVAL_METRICS:
+        assert alone.evaluate()[f"eval_{name}"] == both.evaluate()[f"eval_{name}"], name
+    with pytest.raises(ValueError, match="train_dataset"):
+        alone.train()
 
 
 def test_a_peft_model_of_a_thinking_model(tmp_path):

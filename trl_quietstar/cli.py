@@ -1,6 +1,7 @@
 """The command line.
 
     trl-quietstar train --config recipes/demo.yaml --learning_rate 2e-4
+    trl-quietstar eval --model_name_or_path out/lora --dataset_name test.jsonl --anti-theater
     accelerate launch -m trl_quietstar.cli train --config recipes/lora.yaml
 
 Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a key of the recipe and a flag, which wins.
@@ -8,6 +9,7 @@ Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a k
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +17,18 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
-from .report import print_comparison, print_thoughts
+from .modeling import saved_settings
+from .report import print_anti_theater, print_comparison, print_evaluation, print_thoughts
 from .trainer import QuietStarREINFORCETrainer
 
 
-USAGE = """usage: trl-quietstar train --config RECIPE.yaml [--FIELD VALUE ...]
+USAGE = """usage: trl-quietstar train|eval [--config RECIPE.yaml] [--FIELD VALUE ...]
 
-Trains a causal language model to think, evaluates it before and after where there is evaluation data, and saves it.
-`trl-quietstar train --help` lists every field."""
+train   trains a causal language model to think, evaluates it before and after where there is evaluation data, and
+        saves it
+eval    evaluates a model; with --anti-theater, also whether its thoughts are used or decoration
+
+`trl-quietstar train --help` and `trl-quietstar eval --help` list every field."""
 
 
 @dataclass
@@ -62,6 +68,22 @@ class DataArguments:
     def __post_init__(self):
         if isinstance(self.column_mapping, str):
             self.column_mapping = json.loads(self.column_mapping)
+
+
+@dataclass
+class EvalArguments:
+    """
+    What to find out.
+
+    Parameters:
+        anti_theater (`bool`):
+            Whether to validate that the thoughts are used.
+        output_file (`str`, *optional*):
+            JSON file for the metrics.
+    """
+
+    anti_theater: bool = field(default=False, metadata={"help": "Whether to validate that the thoughts are used."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
 
 
 def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
@@ -114,9 +136,11 @@ def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Data
     if arguments.column_mapping:
         train = train.rename_columns(arguments.column_mapping)
         evaluation = evaluation and evaluation.rename_columns(arguments.column_mapping)
-    if arguments.max_eval_samples is not None and evaluation is not None:
-        evaluation = evaluation.take(arguments.max_eval_samples)
-    return train, evaluation
+    return train, evaluation and _cut(evaluation, arguments)
+
+
+def _cut(dataset: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:
+    return dataset if arguments.max_eval_samples is None else dataset.take(arguments.max_eval_samples)
 
 
 def _split(splits: dict, name: str, source: str):
@@ -160,6 +184,10 @@ def train(argv: list[str]) -> None:
         if trainer.accelerator.is_main_process:
             print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
             print_comparison(before, after, f"After {trainer.state.global_step} steps")
+    if args.anti_theater_steps is not None:
+        report = trainer.validate_thoughts()
+        if trainer.accelerator.is_main_process:
+            print_anti_theater(report)
     trainer.create_model_card()
     if trainer.accelerator.is_main_process:
         print(f"Saved to {args.output_dir}")
@@ -167,11 +195,55 @@ def train(argv: list[str]) -> None:
         trainer.push_to_hub()
 
 
+def evaluate(argv: list[str]) -> None:
+    """Evaluates a model on held-out text, by the settings it was trained with unless others are given."""
+    parser = TrlParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), prog="trl-quietstar eval")
+    *_, model_args = parser.parse_args_and_config(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        parser.set_defaults(output_dir=scratch, report_to="none", **saved_fields(model_args))
+        eval_args, data_args, args, model_args = parser.parse_args_and_config(argv)
+        train_dataset, eval_dataset = load_data(data_args)
+        args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
+        trainer = QuietStarREINFORCETrainer(
+            model=model_args.model_name_or_path,
+            args=args,
+            eval_dataset=_cut(train_dataset, data_args) if eval_dataset is None else eval_dataset,
+        )
+        metrics = trainer.evaluate()
+        report = trainer.validate_thoughts() if eval_args.anti_theater else None
+        if report is not None:
+            metrics |= {f"anti_theater_{name}": value for name, value in report.metrics().items()}
+        if trainer.accelerator.is_main_process:
+            print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
+            print_evaluation(metrics)
+            if report is not None:
+                print_anti_theater(report)
+            if eval_args.output_file is not None:
+                Path(eval_args.output_file).write_text(json.dumps(metrics, indent=2))
+
+
+def saved_fields(model_args: ModelConfig) -> dict:
+    """
+    The fields of `QuietStarConfig` that a saved thinking model keeps.
+
+    Raises:
+        `ValueError`: if no model is named.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
+    settings = saved_settings(model_args.model_name_or_path, revision=model_args.model_revision)
+    if settings is None:
+        return {}
+    fields = settings.to_dict()
+    return {"reward_prediction": fields.pop("prediction"), **fields}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        train(argv[1:])
+    commands = {"train": train, "eval": evaluate}
+    if argv[:1] and argv[0] in commands:
+        commands[argv[0]](argv[1:])
         return 0
     print(USAGE, file=sys.stderr)
     return 0 if argv[:1] in (["-h"], ["--help"]) else 2

@@ -17,6 +17,7 @@ CHOICES = {
     "advantage_baseline": BASELINES,
     "value_head_type": VALUE_HEAD_TYPES,
     "thought_path": ("auto", "shared_prefix", "replay"),
+    "anti_theater_action": ("warn", "stop", "rollback"),
 }
 # name: (least, greatest); None is open
 LIMITS = {
@@ -47,6 +48,7 @@ LIMITS = {
     "ref_model_sync_steps": (1, None),
     "early_stopping_patience": (1, None),
     "early_stopping_threshold": (0, None),
+    "anti_theater_steps": (1, None),
     "max_length": (2, None),
     "num_thoughts_to_print": (1, None),
 }
@@ -191,6 +193,17 @@ class QuietStarConfig(_BaseConfig):
     )
     early_stopping_patience: int | None = _option(None, "Evaluations without improvement after which training stops.")
     early_stopping_threshold: float = _option(0.0, "Least improvement that counts.")
+
+    # Validation of the thoughts
+    anti_theater_steps: int | None = _option(
+        None,
+        "Optimizer steps between anti-theater validations on the evaluation data; one more follows at the end. None: off.",
+    )
+    anti_theater_action: str = _option(
+        "warn",
+        "What a failed one does: `warn`; `stop` training; or `rollback` to the last model that passed, if any did, and "
+        "stop.",
+    )
 
     # Logging
     log_thoughts: bool = _option(

@@ -11,6 +11,8 @@ An adapter repository (PEFT) holds the adapter's files, `config.json` and `quiet
 
 import functools
 import json
+import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 
@@ -134,14 +136,21 @@ def save_config(model: PreTrainedModel, save_directory: str) -> None:
 @functools.cache
 def quietstar_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The family's class with the mixin, made once for each family."""
+    members = {"forward": _thinking_forward(base.forward), "_plain_class": base}
+    return type(f"QuietStar{base.__name__}", (QuietStarMixin, base), members)
 
-    @functools.wraps(base.forward)  # `generate` and `Trainer` read the signature
+
+def _thinking_forward(plain: Callable) -> Callable:
+    """A method that scores thoughts when asked to, and is otherwise `plain`, with its signature (`generate` and
+    `Trainer` read it)."""
+
+    @functools.wraps(plain)
     def forward(self, *args, quietstar_request: ScoreRequest | None = None, **kwargs):
         if quietstar_request is not None:
             return score(self, quietstar_request)
-        return base.forward(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
-    return type(f"QuietStar{base.__name__}", (QuietStarMixin, base), {"forward": forward, "_plain_class": base})
+    return forward
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -168,6 +177,10 @@ def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrai
     check_causal_lm(model)
     if not isinstance(model, QuietStarMixin):
         model.__class__ = quietstar_class(type(model))
+        own = vars(model).get("forward")
+        if own is not None:  # set on the object by TRL's `SFTTrainer` or Accelerate's hooks, it would hide the class's
+            plain = functools.wraps(own)(lambda self, *args, **kwargs: own(*args, **kwargs))
+            model.forward = types.MethodType(_thinking_forward(plain), model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     heads = QuietStarHeads(head.weight.shape[1], embeddings.weight.shape[1], settings)
     with torch.no_grad():  # overwritten as soon as a tokenizer is at hand
@@ -250,7 +263,7 @@ class QuietStarForCausalLM:
         )
         _check_config(config, source)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
-        attach_heads(model, settings or _saved_settings(config) or QuietStarSettings())
+        attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
         heads = _find(source, HEADS_NAME, hub)
         if heads is not None:
             model.load_heads(heads)
@@ -275,10 +288,25 @@ class QuietStarForCausalLM:
         """
         _check_config(config, type(config).__name__)
         model = AutoModelForCausalLM.from_config(config, **kwargs)
-        return attach_heads(model, settings or _saved_settings(config) or QuietStarSettings())
+        return attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
 
 
-def _saved_settings(config: PreTrainedConfig) -> QuietStarSettings | None:
+def saved_settings(source: str, **hub) -> QuietStarSettings | None:
+    """
+    The settings of a saved thinking model or adapter repository; None where there are none.
+
+    Args:
+        source (`str`):
+            Model id on the Hub or local directory.
+        hub:
+            `revision` and the like, as for `from_pretrained`.
+    """
+    config_file = _find(source, CONFIG_NAME, hub)
+    saved = None if config_file is None else json.loads(FilePath(config_file).read_text()).get("quietstar")
+    return None if saved is None else QuietStarSettings(**saved)
+
+
+def _settings_in(config: PreTrainedConfig) -> QuietStarSettings | None:
     saved = getattr(config, "quietstar", None)
     return None if saved is None else QuietStarSettings(**saved)
 
@@ -306,9 +334,7 @@ def _find(source: str, filename: str, hub: dict) -> str | None:
 def _load_adapter(source, adapter_config, settings, hub, kwargs):
     from peft import PeftModel
 
-    config_file = _find(source, CONFIG_NAME, hub)
-    saved = None if config_file is None else json.loads(FilePath(config_file).read_text()).get("quietstar")
-    settings = settings or QuietStarSettings(**(saved or {}))
+    settings = settings or saved_settings(source, **hub) or QuietStarSettings()
     base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     base = QuietStarForCausalLM.from_pretrained(
         adapter_config["base_model_name_or_path"],

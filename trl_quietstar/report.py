@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase
 
+from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
 from .metrics import BatchResult
 from .rewards import masked_mean
 
@@ -101,6 +102,14 @@ def card_section(model_id: str, evaluation: dict[str, float] | None) -> str:
     return "\n".join(lines)
 
 
+def print_evaluation(metrics: dict[str, float]) -> None:
+    """Prints metrics as `evaluate` gives them."""
+    table = Table("held-out", "", title="Evaluation")
+    for label, key in EVALUATION_ROWS.items():
+        table.add_row(label, f"{metrics[key]:.4f}")
+    Console().print(table)
+
+
 def print_comparison(before: dict[str, float], after: dict[str, float], title: str) -> None:
     """
     Prints what changed between two evaluations.
@@ -117,3 +126,57 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
     for label, key in EVALUATION_ROWS.items():
         table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     Console().print(table)
+
+
+TEST_LABELS = {
+    "divergence": "divergence from the plain continuation",
+    "ablation": "ablation (accuracy with − without)",
+    "correlation": "correlation of coherence and correctness",
+    "content_gain": "content gain (real − shuffled thoughts)",
+}
+CONDITION_LABELS = {
+    "none": "no thought",
+    "real": "its own thought",
+    "shuffled": "another position's thought",
+    "random": "random tokens",
+    "filler": "filler (start embedding repeated)",
+    "truncated": "first half of the thought",
+}
+
+
+def print_anti_theater(report: AntiTheaterReport) -> None:
+    """
+    Prints the tests with their verdicts, the controls, and the gains.
+
+    Args:
+        report ([`~anti_theater.AntiTheaterReport`]):
+            What a validation found.
+    """
+    verdict = "the thoughts are used" if report.passed else "theater"
+    tests = Table(title=f"Anti-theater validation: {verdict} ({report.thoughts:,} thoughts, {report.texts:,} texts)")
+    for name in ("test", "value", "95% interval", "wanted", ""):
+        tests.add_column(name, justify="left" if name == "test" else "right")
+    for name, threshold in THRESHOLDS.items():
+        wanted = f"> {threshold:g}" if name != "content_gain" else "interval > 0"
+        outcome = "failed" if name in report.failures else "passed"
+        tests.add_row(TEST_LABELS[name], *_shown(report.estimates[name]), wanted, outcome)
+    controls = Table(title="What stands in the thought's place")
+    for name in ("condition", "accuracy", "NLL, nats"):
+        controls.add_column(name, justify="left" if name == "condition" else "right")
+    for name in CONDITIONS:
+        accuracy, nll = report.estimates[f"accuracy_{name}"], report.estimates[f"nll_{name}"]
+        controls.add_row(CONDITION_LABELS[name], f"{accuracy.value:.4f}", f"{nll.value:.4f}")
+    gains = Table(title="Gains")
+    for name in ("gain", "accuracy", "95% interval", "nats", "95% interval"):
+        gains.add_column(name, justify="left" if name == "gain" else "right")
+    for name, label in (("content_gain", "content: real − shuffled"), ("compute_gain", "compute: filler − none")):
+        gains.add_row(label, *_shown(report.estimates[name]), *_shown(report.estimates[f"{name}_nll"]))
+    for table in (tests, controls, gains):
+        Console().print(table)
+
+
+def _shown(estimate: Estimate) -> tuple[str, str]:
+    """A value and its interval."""
+    if estimate.value != estimate.value:
+        return "undefined", ""
+    return f"{estimate.value:+.4f}", f"{estimate.low:+.4f} to {estimate.high:+.4f}"

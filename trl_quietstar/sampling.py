@@ -16,7 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .geometry import Positions, Text, Thoughts
+from .geometry import Positions, Text, Thoughts, gather_hidden
 from .heads import ThinkingModel
 from .lm_head import logits_of, row_chunk
 from .paths import Reader
@@ -122,6 +122,34 @@ def sample_thoughts(
         embeds = embed(token_ids[..., step])
     shape = (B, J, G, L)
     return Thoughts(positions, token_ids.view(shape), mask.view(shape))
+
+
+@torch.no_grad()
+def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positions, length: int) -> torch.Tensor:
+    """
+    What the model would say after each position if it did not think: its most likely tokens, without start embedding.
+
+    Args:
+        model ([`ThinkingModel`]):
+            A model with heads, in `eval()` mode.
+        reader ([`Reader`]):
+            The text as this model read it; not used again after this call.
+        positions ([`Positions`]):
+            Where.
+        length (`int`):
+            How many tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, length)`.
+    """
+    greedy = SamplingSettings(length, do_sample=False)
+    hidden = gather_hidden(reader.text_hidden, positions.index)
+    unused = torch.zeros(positions.index.shape, dtype=torch.float64, device=hidden.device)
+    tokens = [_draw_tokens(model, hidden, unused, greedy)]
+    while len(tokens) < length:
+        hidden = reader.extend(positions.index, model.get_input_embeddings()(tokens[-1]))
+        tokens.append(_draw_tokens(model, hidden, unused, greedy))
+    return torch.stack(tokens, dim=-1)
 
 
 def _draw_tokens(

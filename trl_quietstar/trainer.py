@@ -34,6 +34,8 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ._compat import _BaseTrainer
 from .advantages import thought_advantages
+from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
+from .callbacks import AntiTheaterCallback
 from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
@@ -94,7 +96,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             Configuration. Defaults to the default one, with an output directory named after the model.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Text, prompt/completion, conversational or pre-tokenized data. Beside `input_ids`, a column
-            `thought_mask` may say after which tokens (1) thoughts are allowed.
+            `thought_mask` may say after which tokens (1) thoughts are allowed. Needed to train, not to evaluate.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Data to evaluate on; never packed.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -154,11 +156,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.reward_prediction == "thought":
             base.quietstar.mixing_head.requires_grad_(False)
 
-        train_dataset = prepare_texts(train_dataset, processing_class, args, "train", packing=args.packing)
+        if train_dataset is not None:
+            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", packing=args.packing)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         evals = {k: prepare_texts(d, processing_class, args, k) for k, d in evals.items() if d is not None}
         for dataset in (train_dataset, *evals.values()):
-            longest = longest_text(dataset, args.max_length)
+            longest = None if dataset is None else longest_text(dataset, args.max_length)
             if longest is not None:
                 check_length(longest, args.thought_length, max_positions(base.config))
         if not isinstance(eval_dataset, dict):
@@ -183,6 +186,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._prepare_reference()
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        self._anti_theater = AntiTheaterCallback(self)
+        if args.anti_theater_steps is not None:
+            # ahead of the loggers, which close at the end of training
+            self.callback_handler.callbacks.insert(0, self._anti_theater)
         self.sampling = self._sampling_settings()
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
@@ -497,6 +504,36 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             output.metrics[f"{metric_key_prefix}_{name}"] = self._metrics["eval"].mean(name) or 0.0
         return output
 
+    def validate_thoughts(self) -> AntiTheaterReport:
+        """
+        Anti-theater validation on the whole evaluation data: are the thoughts used, or decoration? Deterministic.
+
+        Returns:
+            [`~anti_theater.AntiTheaterReport`], the same on every process.
+
+        Raises:
+            `ValueError`: without evaluation data, or with fewer than two texts of it.
+        """
+        if self.eval_dataset is None:
+            raise ValueError("Anti-theater validation needs an `eval_dataset`.")
+        args, base = self.args, base_of(self.accelerator.unwrap_model(self.model))
+        training = self.model.training
+        self.model.eval()
+        generator = torch.Generator().manual_seed(args.seed)
+        self._rows_seen["eval"], sums = 0, []
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for dataset in datasets.values():
+            for inputs in self.get_eval_dataloader(dataset):
+                text = Text.from_batch(**self._prepare_inputs(inputs))
+                thoughts = self._sample_thoughts(text, "eval")
+                with self.accelerator.autocast():
+                    of_texts = text_sums(
+                        base, text, thoughts, args.talk_length, self.path, args.reward_prediction, generator
+                    )
+                sums.append(self.accelerator.gather_for_metrics(of_texts))
+        self.model.train(training)
+        return judge(torch.cat(sums), args.seed)
+
     def sampled_thoughts(self) -> dict[str, list]:
         """A few thoughts of the last evaluation, in the columns of [`report.thought_table`]; empty before the first."""
         return self._samples.get("eval", {})
@@ -541,6 +578,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             "recent_rewards": list(self._recent_rewards),
             "metrics": self._metrics["train"].state(),
             "last_logged_step": self._last_logged_step,
+            "last_passed": self._anti_theater.last_passed,
         }
         Path(output_dir, STATE_NAME).write_text(json.dumps(state))
         if self.args.sync_ref_model:
@@ -554,6 +592,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._recent_rewards.extend(state["recent_rewards"])
         self._metrics["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
+        self._anti_theater.last_passed = state["last_passed"]
         if self.args.sync_ref_model:
             saved = QuietStarForCausalLM.from_pretrained(
                 os.path.join(checkpoint, REFERENCE_NAME), dtype=self.ref_model.dtype
@@ -564,6 +603,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         base_of(self.model).load_heads(resume_from_checkpoint)
 
+    def restore_model(self, directory: str) -> None:
+        """Takes back the weights of the model, or of its adapter, and of the heads from a checkpoint or `save_model`."""
+        self._load_from_checkpoint(directory)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         base_of(self.model).load_heads(self.state.best_model_checkpoint)
@@ -573,8 +616,15 @@ def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None
     """What can be refused before anything is loaded."""
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required.")
+    if train_dataset is None and not eval_dataset:
+        raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
+    if args.anti_theater_steps is not None:
+        if not eval_dataset:
+            raise ValueError(
+                f"`anti_theater_steps={args.anti_theater_steps}` needs an `eval_dataset` to validate the thoughts on."
+            )
+        if isinstance(eval_dataset, Dataset):
+            check_texts(len(eval_dataset))
     if str(args.eval_strategy.value) != "no" and not eval_dataset:
         raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
     if peft_config is not None:

@@ -1,0 +1,155 @@
+"""How noisy is the policy gradient under each baseline?
+
+    python -m benchmarks.gradient_variance --seeds 0 1 2 --output variance.json
+
+At several points of the learning benchmark the parameters are held fixed, and the same 32 problems are thought about many
+times anew. Each time gives one gradient of the policy term for every baseline, from the same thoughts. The variance is the
+mean squared distance from the mean gradient, over all parameters of the policy. What counts is the variance of the
+gradient's direction, and a baseline that only shrinks the gradient gains nothing, so the variance is also given relative
+to the squared length of the mean gradient (noise to signal). Intervals are 95%, by bootstrap over the resampled thoughts.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from transformers import TrainerCallback
+
+from trl_quietstar import QuietStarREINFORCETrainer
+from trl_quietstar.advantages import thought_advantages
+from trl_quietstar.geometry import Text, choose_positions, seeded_generators, talk_after
+from trl_quietstar.rewards import masked_mean, thought_rewards
+from trl_quietstar.sampling import sample_thoughts
+from trl_quietstar.scoring import ScoreRequest, at_talk, score
+
+from .learning import PROBLEMS, TASKS, Task, configuration, held_out_data, pretrain, tokenizer, training_data
+
+
+BASELINES = {
+    "none": dict(baseline="none"),
+    "value, GAE": dict(baseline="value", use_gae=True, gamma=0.99, gae_lambda=0.95),
+    "value, no GAE": dict(baseline="value", use_gae=False),
+    "leave-one-out": dict(baseline="leave_one_out"),
+    "both, GAE": dict(baseline="both", use_gae=True, gamma=0.99, gae_lambda=0.95),
+}
+POINTS = (0, 50, 100, 150, 200, 400)
+
+
+def gradients(trainer: QuietStarREINFORCETrainer, task: Task, resamples: int) -> dict[str, np.ndarray]:
+    """Policy gradients of shape `(resamples, parameters)` for each baseline."""
+    model, args = trainer.model, trainer.args
+    rows = held_out_data(task)[:PROBLEMS]
+    text = Text.from_batch(torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["labels"]))
+    policy = [p for name, p in model.named_parameters() if "value_head" not in name and "mixing_head" not in name]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
+    for resample in range(resamples):
+        generators = seeded_generators(resample, 0, list(range(PROBLEMS)))
+        positions = choose_positions(text, "all", generators)
+        reader = trainer.path.read(model, text)
+        thoughts = sample_thoughts(model, reader, text, positions, trainer.sampling, generators)
+        scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
+        mask = talk_after(text, positions, 1).target_mask[:, :, None]
+        without, correct = (at_talk(x, thoughts, 1) for x in (scores.text_logps, scores.text_correct))
+        rewards = thought_rewards(scores.talk_logps, without, scores.talk_correct, correct, mask, args.reward_type)
+        for name, options in BASELINES.items():
+            advantages, _ = thought_advantages(rewards, scores.thought_values, thoughts.mask, **options)
+            loss = masked_mean(-advantages * scores.thought_logps, thoughts.mask)
+            parts = torch.autograd.grad(loss, policy, retain_graph=True, allow_unused=True)
+            flat = [torch.zeros_like(p) if g is None else g for p, g in zip(policy, parts, strict=True)]
+            found[name].append(torch.cat([g.flatten() for g in flat]).numpy())
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def statistics(found: dict[str, np.ndarray], draws: int = 1_000) -> dict[str, dict]:
+    """Variance of each baseline, its reduction against none, and noise to signal, with intervals."""
+    rng = np.random.default_rng(0)
+    # everything needed is in the inner products, which are small
+    products = {name: (rows.astype(np.float64) @ rows.T.astype(np.float64)) for name, rows in found.items()}
+    count = len(products["none"])
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+    weights = np.concatenate([np.full((1, count), 1 / count), weights])  # the sample itself comes first
+
+    def moments(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        squared_mean = np.einsum("di,ij,dj->d", weights, product, weights)
+        variance = (weights @ np.diag(product) - squared_mean) * count / (count - 1)
+        return variance, squared_mean
+
+    plain, plain_mean = moments(products["none"])
+    results = {}
+    for name, product in products.items():
+        variance, squared_mean = moments(product)
+        signal = squared_mean[0] - variance[0] / count  # the mean's own noise taken out
+        reduction = 1 - variance / plain
+        relative = 1 - (variance / squared_mean) / (plain / plain_mean)
+        results[name] = {
+            "variance": variance[0],
+            "reduction": reduction[0],
+            "reduction_interval": np.percentile(reduction[1:], [2.5, 97.5]).tolist(),
+            "noise_to_signal": variance[0] / signal if signal > 0 else None,
+            "relative_reduction": relative[0],
+            "relative_reduction_interval": np.percentile(relative[1:], [2.5, 97.5]).tolist(),
+        }
+    return results
+
+
+class AtPoints(TrainerCallback):
+    """Measures at some steps of training."""
+
+    def __init__(self, task: Task, resamples: int):
+        self.task, self.resamples, self.found = task, resamples, {}
+        self.trainer: QuietStarREINFORCETrainer | None = None
+
+    def measure(self, step: int) -> None:
+        self.trainer.model.eval()
+        self.found[step] = statistics(gradients(self.trainer, self.task, self.resamples))
+        self.trainer.model.train()
+        for name, values in self.found[step].items():
+            low, high = values["reduction_interval"]
+            print(
+                f"  step {step:>3} {name:<14} variance {values['variance']:.3e}, {values['reduction']:+.3f} lower "
+                f"[{low:+.3f}, {high:+.3f}], noise to signal {values['noise_to_signal'] or float('nan'):.1f}, "
+                f"{values['relative_reduction']:+.3f} lower",
+                flush=True,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in POINTS:
+            self.measure(state.global_step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--pretraining-steps", type=int, default=3_000)
+    parser.add_argument("--output")
+    arguments = parser.parse_args()
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    task, results = TASKS["easy"], {}
+    for seed in arguments.seeds:
+        print(f"seed {seed}")
+        model = pretrain(task, seed, arguments.pretraining_steps)
+        at_points = AtPoints(task, arguments.resamples)
+        with tempfile.TemporaryDirectory() as directory:
+            at_points.trainer = QuietStarREINFORCETrainer(
+                copy.deepcopy(model),
+                configuration(task, directory, seed, max(POINTS)),
+                training_data(task, seed, max(POINTS)),
+                processing_class=tokenizer(),
+                callbacks=[at_points],
+            )
+            at_points.measure(0)
+            at_points.trainer.train()
+        results[seed] = at_points.found
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump({**vars(arguments), "seeds": results}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The benchmarks run and say what they promise to, at a size that proves nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import ablations, early_stopping, gradient_variance, learning
+from trl_quietstar.controls import CONTROLS
+
+
+CONDITIONS = {"none", "with", *CONTROLS} - {"real"}
+
+
+@pytest.fixture
+def argv(monkeypatch):
+    """Sets the command line."""
+    return lambda *flags: monkeypatch.setattr("sys.argv", ["benchmark", "--pretraining-steps", "2", *flags])
+
+
+@pytest.mark.parametrize("flags", [(), ("--task", "hard"), *(("--sabotage", name) for name in learning.SABOTAGES)])
+def test_learning_reports_every_number(flags, argv, tmp_path, monkeypatch):
+    """The keys that readers of the file rely on, each with a number."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    argv("--seeds", "5", "--steps", "1", "--output", str(tmp_path / "out.json"), *flags)
+    learning.main()
+    seeds = json.loads((tmp_path / "out.json").read_text())["seeds"]
+    assert [result["seed"] for result in seeds] == [5]
+    for result in seeds:
+        assert result["steps_to_90"] is None
+        for measured in (result["before"], result["after"]):
+            assert set(measured["accuracy"]) == set(measured["nll"]) == CONDITIONS
+            for name, value in measured["accuracy"].items():
+                low, high = measured["accuracy_interval"][name]
+                assert 0 <= low <= value <= high <= 1
+            assert measured["anti_theater_passed"] is False
+
+
+def test_the_language_is_what_it_says():
+    """Right chains are running sums, answers their last; without need of thought, the last digit."""
+    for task, right in ((learning.Task(), True), (learning.Task(needs_thought=False), False)):
+        digits, sums, answers = learning.draw_problems(task, 50, torch.Generator().manual_seed(0))
+        assert torch.equal(sums[:, 2], (digits[:, 0] + digits[:, 1] + digits[:, 2]) % 10)
+        assert torch.equal(answers, (sums if right else digits)[:, -1])
+    texts = learning.draw_texts(learning.Task(), 400, 1.0, torch.Generator().manual_seed(0))
+    chains = [text for text in texts if learning.START in text]
+    assert 0.65 < len(chains) / len(texts) < 0.85
+    for text in chains:
+        letters = np.array(text[6:10]) - learning.FIRST_LETTER
+        assert letters.tolist() == (np.cumsum(text[:4]) % 10).tolist() and text[-1] == letters[-1]
+
+
+def test_sabotage_changes_training(monkeypatch):
+    """Flipped rewards and random thoughts lead elsewhere than training does."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    task, model = learning.Task(), learning.pretrain(learning.Task(), 0, 2)
+    after = [
+        learning.run(task, model, 0, 2, {"policy_coefficient": 100.0}, sabotage)["after"]["nll"]["with"]
+        for sabotage in (None, "random_thoughts", "flipped_reward")
+    ]
+    assert len(set(after)) == 3
+
+
+def test_ablations_write_table_and_plot(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    monkeypatch.setattr(ablations, "GROUPS", {"a": dict(list(ablations.VARIANTS.items())[:2]), "b": {}})
+    names = list(ablations.VARIANTS)[:2]
+    argv("--seeds", "0", "--steps", "20", "--output", str(tmp_path / "table"), "--variants", *names)
+    ablations.main()
+    assert set(json.loads((tmp_path / "table.json").read_text())) == set(names)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(names) and all(name in "".join(lines) for name in names)
+    assert (tmp_path / "table.png").stat().st_size > 1_000
+
+
+def test_every_ablation_changes_a_field():
+    """No variant is the default under another name."""
+    options = [json.dumps(options, sort_keys=True) for options in ablations.VARIANTS.values()]
+    assert len(set(options)) == len(options)
+    for variant in ablations.VARIANTS.values():
+        assert not variant or learning.configuration(learning.Task(), "out", 0, 1, **variant).settings()
+
+
+def test_gradient_variance_statistics():
+    """Against the definition, on gradients with a known mean and spread."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((400, 30))
+    found = {"none": 1 + 2 * noise, "half": 1 + noise, "shrunk": 0.5 * (1 + 2 * noise)}
+    results = gradient_variance.statistics(found)
+    for name, rows in found.items():
+        assert results[name]["variance"] == pytest.approx(rows.var(0, ddof=1).sum())
+        low, high = results[name]["reduction_interval"]
+        assert low <= results[name]["reduction"] <= high
+    assert results["half"]["reduction"] == pytest.approx(0.75)
+    assert results["half"]["relative_reduction"] == pytest.approx(0.75, abs=0.02)
+    assert results["shrunk"]["reduction"] == pytest.approx(0.75)
+    assert results["shrunk"]["relative_reduction"] == pytest.approx(0, abs=1e-6)
+    assert results["half"]["noise_to_signal"] == pytest.approx(1, rel=0.1)
+
+
+def test_gradient_variance_runs(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "HELD_OUT", 40)
+    monkeypatch.setattr(gradient_variance, "POINTS", (0, 1))
+    argv("--seeds", "0", "--resamples", "3", "--output", str(tmp_path / "out.json"))
+    gradient_variance.main()
+    points = json.loads((tmp_path / "out.json").read_text())["seeds"]["0"]
+    assert set(points) == {"0", "1"} and set(points["0"]) == set(gradient_variance.BASELINES)
+    assert points["0"]["none"]["reduction"] == 0
+
+
+def test_early_stopping_runs(argv, tmp_path, monkeypatch):
+    """The run to the end, and each patience, with what it saved."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    for name, value in (("STEPS", 4), ("EVERY", 1), ("THRESHOLD", 10.0), ("PATIENCES", (2,)), ("HELD_OUT", 20)):
+        monkeypatch.setattr(early_stopping, name, value)
+    argv("--seeds", "0", "--output", str(tmp_path / "out.json"))
+    early_stopping.main()
+    full, stopped = json.loads((tmp_path / "out.json").read_text())["0"]
+    assert full["steps"] == 4 and full["saved"] == 0
+    assert stopped["steps"] == 3  # the first evaluation sets the best, two do not improve on it

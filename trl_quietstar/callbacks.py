@@ -1,0 +1,77 @@
+"""What happens on a schedule beside training: anti-theater validation, and what a failed one does."""
+
+import os
+import shutil
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .anti_theater import THRESHOLDS, AntiTheaterReport
+
+
+logger = logging.get_logger(__name__)
+
+
+class AntiTheaterCallback(TrainerCallback):
+    """
+    Validates the thoughts every `anti_theater_steps` optimizer steps and once more at the end of training, on the model
+    that training returns. A validation that fails does what `anti_theater_action` says.
+
+    For `"rollback"`, the last model that passed (or its adapter) is kept with its heads in `passed-{step}` of the output
+    directory. A rollback also stops: the same data and settings led from that model to the one that failed.
+
+    Args:
+        trainer ([`QuietStarREINFORCETrainer`]):
+            The trainer it is added to.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.last_passed: str | None = None  # directory of the model; kept in checkpoints
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.anti_theater_steps == 0 and not self._passes(args, state):
+            has_passed = self.last_passed is not None
+            if args.anti_theater_action == "stop" or (args.anti_theater_action == "rollback" and has_passed):
+                control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._passes(args, state)
+
+    def _passes(self, args, state) -> bool:
+        """Validates, logs, and keeps or restores the model."""
+        report = self.trainer.validate_thoughts()
+        self.trainer.log({f"rl/anti_theater_{name}": value for name, value in report.metrics().items()})
+        rolls_back = args.anti_theater_action == "rollback"
+        if report.passed:
+            if rolls_back:
+                self._keep(os.path.join(args.output_dir, f"passed-{state.global_step}"))
+            return True
+        complaint = _complaint(report, state.global_step)
+        if rolls_back and self.last_passed is not None:
+            complaint += f" Rolling back to the model in {self.last_passed!r}."
+            self.trainer.restore_model(self.last_passed)
+        elif rolls_back:
+            complaint += " No model has passed yet that could be rolled back to."
+        if state.is_world_process_zero:
+            logger.warning(complaint)
+        return False
+
+    def _keep(self, directory: str) -> None:
+        """Saves the model, then forgets the one before it."""
+        self.trainer.save_model(directory, _internal_call=True)
+        if self.last_passed not in (None, directory) and self.trainer.args.should_save:
+            shutil.rmtree(self.last_passed, ignore_errors=True)
+        self.last_passed = directory
+
+
+def _complaint(report: AntiTheaterReport, step: int) -> str:
+    """Names each test that failed, its value and its threshold."""
+    parts = []
+    for name in report.failures:
+        estimate = report.estimates[name]
+        if name == "content_gain":
+            parts.append(f"content_gain {estimate.value:.3f} (95% interval from {estimate.low:.3f}; above 0 wanted)")
+        else:
+            parts.append(f"{name} {estimate.value:.3f} (above {THRESHOLDS[name]} wanted)")
+    return f"The thoughts failed anti-theater validation at step {step}: {', '.join(parts)}."
