@@ -6,12 +6,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 
-.PHONY: help train demo-data test test-all lint format clean
+.PHONY: help train demo-data test test-all bench lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
+	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
 	@echo "make lint      check style and types"
 	@echo "make format    apply the style"
 
@@ -39,6 +40,13 @@ test: $(VENV)/dev
 
 test-all: demo-data
 	$(OFFLINE) $(BIN)/python -m pytest
+
+bench: $(VENV)/dev
+	mkdir -p out
+	$(OFFLINE) $(BIN)/python -m benchmarks.learning --output out/learning.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.ablations --output docs/ablations
+	$(OFFLINE) $(BIN)/python -m benchmarks.gradient_variance --output out/gradient_variance.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.early_stopping --output out/early_stopping.json
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

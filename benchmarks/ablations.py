@@ -3,7 +3,7 @@
     python -m benchmarks.ablations --seeds 0 1 2 --output docs/ablations
 
 Writes `OUTPUT.json`, `OUTPUT.md` (a table) and `OUTPUT.png` (accuracy with thoughts against steps). All variants of a seed
-start from the same pretrained model and see the same data in the same order. 75 s a run on one core; `--variants` chooses.
+start from the same pretrained model and see the same data in the same order. 60 s a run on one core; `--variants` chooses.
 """
 
 import argparse
@@ -33,6 +33,8 @@ GROUPS: dict[str, dict[str, dict]] = {
     "prediction and terms": {
         "no mixing head": {"reward_prediction": "thought"},
         "no reader NLL": {"reader_nll_coefficient": 0.0},
+        "policy weight 1 (3)": {"policy_coefficient": 1.0},
+        "policy weight 10 (3)": {"policy_coefficient": 10.0},
         "no entropy bonus": {"entropy_coefficient": 0.0, "min_entropy_coefficient": 0.0},
     },
     "thoughts a position (8)": {
@@ -92,7 +94,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pretraining-steps", type=int, default=3_000)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--output", type=Path, required=True)

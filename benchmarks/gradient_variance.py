@@ -36,7 +36,7 @@ BASELINES = {
     "leave-one-out": dict(baseline="leave_one_out"),
     "both, GAE": dict(baseline="both", use_gae=True, gamma=0.99, gae_lambda=0.95),
 }
-POINTS = (0, 50, 100, 150, 200, 400)
+POINTS = (0, 25, 50, 75, 100, 150, 300)
 
 
 def gradients(trainer: QuietStarREINFORCETrainer, task: Task, resamples: int) -> dict[str, np.ndarray]:

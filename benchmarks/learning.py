@@ -1,14 +1,14 @@
 """Does a model learn to think? A task that cannot be answered directly, but can after a few intermediate steps.
 
-    python -m benchmarks.learning --seeds 0 1 2 --output learning.json
+    python -m benchmarks.learning --seeds 0 1 2 --output out/learning.json
     python -m benchmarks.learning --task hard --steps 1000
     python -m benchmarks.learning --sabotage flipped_reward
 
 The language is `d1 d2 d3 d4 = a`, `a` being the digits' sum modulo 10. A quarter of the pretraining text answers directly;
 the rest writes `= > s1 s2 s3 s4 < a` with the running sum in letters (a right chain) or random letters. Right chains are
 60% of those at first and 10% in the last 30% of pretraining, so the pretrained 2-layer Llama reads a right chain without
-fail but writes one in about a tenth of its tries only, and answers at chance without. The hard setting has eight digits,
-and right chains are 2% at the end.
+fail but writes one in about a tenth of its tries only, and answers at chance without. In the task `rare` right chains are
+2% at the end of pretraining; in `hard`, moreover, eight digits are summed.
 
 Quiet-STaR then thinks after `=`, with the start and end embeddings copied from `>` and `<`, 32 problems and 256 thoughts a
 step, beside as many texts of the pretraining mix, without which the skill would be forgotten. Everything else is
@@ -61,7 +61,7 @@ class Task:
     needs_thought: bool = True  # otherwise the answer is the last digit
 
 
-TASKS = {"easy": Task(), "hard": Task(8, (0.6, 0.02))}
+TASKS = {"easy": Task(), "rare": Task(4, (0.6, 0.02)), "hard": Task(8, (0.6, 0.02))}
 
 
 def draw_problems(task: Task, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -327,7 +327,7 @@ def parse(value: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--task", choices=TASKS, default="easy")
     parser.add_argument("--sabotage", choices=SABOTAGES)
     parser.add_argument("--pretraining-steps", type=int, default=3_000)

@@ -260,7 +260,7 @@ def test_eval_validates_the_thoughts(flag, trained, tmp_path, capsys):
     model, flags = trained
     assert main(["eval", "--model_name_or_path", model, flag, *flags]) == 0
     printed = capsys.readouterr().out
-    for phrase in ("theater", "divergence", "content gain", "filler", "compute:"):
+    for phrase in ("theater", "divergence", "content: real", "filler", "compute:"):
         assert phrase in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["anti_theater_passed"] in (0.0, 1.0)

@@ -163,7 +163,7 @@ class QuietStarConfig(_BaseConfig):
     )
 
     # Objective
-    policy_coefficient: float = _option(1.0, "Weight of the policy term.")
+    policy_coefficient: float = _option(3.0, "Weight of the policy term.")
     value_loss_coefficient: float = _option(0.5, "Weight of the value head's squared error.")
     value_head_type: str = _option("mlp", "`linear`, `mlp` or `transformer`.")
     value_head_hidden_size: int = _option(256, "Width of the `mlp` and `transformer` value heads.")

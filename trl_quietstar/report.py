@@ -129,10 +129,10 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
 
 
 TEST_LABELS = {
-    "divergence": "divergence from the plain continuation",
-    "ablation": "ablation (accuracy with − without)",
-    "correlation": "correlation of coherence and correctness",
-    "content_gain": "content gain (real − shuffled thoughts)",
+    "divergence": "divergence from plain text",
+    "ablation": "ablation: with − without",
+    "correlation": "coherence ~ correctness",
+    "content_gain": "content: real − shuffled",
 }
 CONDITION_LABELS = {
     "none": "no thought",
