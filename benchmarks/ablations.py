@@ -6,15 +6,12 @@ Writes `OUTPUT.json`, `OUTPUT.md` (a table) and `OUTPUT.png` (accuracy with thou
 start from the same pretrained model and see the same data in the same order. 60 s a run on one core; `--variants` chooses.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
-from datasets import disable_progress_bars
 
-from .learning import TASKS, pretrain, run
+from .learning import TASKS, benchmark_parser, pretrain, run
 
 
 GROUPS: dict[str, dict[str, dict]] = {
@@ -92,15 +89,11 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = benchmark_parser(__doc__)
+    parser.set_defaults(output=Path("docs/ablations"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pretraining-steps", type=int, default=3_000)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    disable_progress_bars()
-    torch.set_num_threads(1)
     task = TASKS["easy"]
     results: dict[str, list[dict]] = {name: [] for name in arguments.variants}
     for seed in arguments.seeds:

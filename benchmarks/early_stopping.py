@@ -7,14 +7,12 @@ The learning benchmark with the schedule of `recipes/iss007.yaml` at a tenth of 
 the wall time, evaluations included.
 """
 
-import argparse
 import copy
 import json
 import tempfile
 import time
 
 import torch
-from datasets import disable_progress_bars
 from transformers import PreTrainedModel
 
 from trl_quietstar import QuietStarREINFORCETrainer
@@ -24,6 +22,7 @@ from .learning import (
     TASKS,
     Task,
     answer_logps,
+    benchmark_parser,
     configuration,
     draw_problems,
     held_out_data,
@@ -71,13 +70,7 @@ def run(task: Task, model: PreTrainedModel, seed: int, patience: int | None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretraining-steps", type=int, default=3_000)
-    parser.add_argument("--output")
-    arguments = parser.parse_args()
-    disable_progress_bars()
-    torch.set_num_threads(1)
+    arguments = benchmark_parser(__doc__).parse_args()
     task, results = TASKS["easy"], {}
     for seed in arguments.seeds:
         model = pretrain(task, seed, arguments.pretraining_steps)
@@ -91,8 +84,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(results, file, indent=2)
+        arguments.output.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

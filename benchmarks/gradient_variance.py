@@ -9,14 +9,12 @@ gradient's direction, and a baseline that only shrinks the gradient gains nothin
 to the squared length of the mean gradient (noise to signal). Intervals are 95%, by bootstrap over the resampled thoughts.
 """
 
-import argparse
 import copy
 import json
 import tempfile
 
 import numpy as np
 import torch
-from datasets import disable_progress_bars
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarREINFORCETrainer
@@ -26,7 +24,17 @@ from trl_quietstar.rewards import masked_mean, thought_rewards
 from trl_quietstar.sampling import sample_thoughts
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
-from .learning import PROBLEMS, TASKS, Task, configuration, held_out_data, pretrain, tokenizer, training_data
+from .learning import (
+    PROBLEMS,
+    TASKS,
+    Task,
+    benchmark_parser,
+    configuration,
+    held_out_data,
+    pretrain,
+    tokenizer,
+    training_data,
+)
 
 
 BASELINES = {
@@ -122,14 +130,9 @@ class AtPoints(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--resamples", type=int, default=200)
-    parser.add_argument("--pretraining-steps", type=int, default=3_000)
-    parser.add_argument("--output")
     arguments = parser.parse_args()
-    disable_progress_bars()
-    torch.set_num_threads(1)
     task, results = TASKS["easy"], {}
     for seed in arguments.seeds:
         print(f"seed {seed}")
@@ -147,8 +150,7 @@ def main() -> None:
             at_points.trainer.train()
         results[seed] = at_points.found
     if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({**vars(arguments), "seeds": results}, file, indent=2)
+        arguments.output.write_text(json.dumps({"resamples": arguments.resamples, "seeds": results}, indent=2))
 
 
 if __name__ == "__main__":

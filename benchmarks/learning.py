@@ -26,6 +26,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -324,18 +325,24 @@ def parse(value: str):
         return value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """What every benchmark on this task takes; quiet, and on one thread, which is as fast at this size."""
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretraining-steps", type=int, default=3_000)
+    parser.add_argument("--output", type=Path, help="where the results go")
+    return parser
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--task", choices=TASKS, default="easy")
     parser.add_argument("--sabotage", choices=SABOTAGES)
-    parser.add_argument("--pretraining-steps", type=int, default=3_000)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of QuietStarConfig")
-    parser.add_argument("--output")
     arguments = parser.parse_args()
-    disable_progress_bars()
-    torch.set_num_threads(1)
     task = TASKS[arguments.task]
     if arguments.sabotage == "no_thought_needed":
         task = Task(task.terms, task.right_chains, needs_thought=False)
@@ -346,8 +353,8 @@ def main() -> None:
         results.append(run(task, model, seed, arguments.steps, options, arguments.sabotage))
         print_run(results[-1])
     if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({**vars(arguments), "set": options, "seeds": results}, file, indent=2)
+        settings = {name: getattr(arguments, name) for name in ("task", "steps", "sabotage", "pretraining_steps")}
+        arguments.output.write_text(json.dumps({**settings, "options": options, "seeds": results}, indent=2))
 
 
 if __name__ == "__main__":

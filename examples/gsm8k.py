@@ -83,6 +83,7 @@ def main() -> None:
         thought_end_text=" ]",
         thought_stop_string="]",
         beta=0.05,
+        policy_coefficient=1.0,
         heads_learning_rate=5e-3,
         per_device_eval_batch_size=4,
         **shared,

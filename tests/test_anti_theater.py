@@ -242,10 +242,12 @@ def validated_at(trainer) -> list[int]:
     return [entry["step"] for entry in logged(trainer, "rl/anti_theater_passed")]
 
 
-def test_validates_on_schedule_and_at_the_end(tmp_path):
-    trainer = tiny_trainer(tmp_path, evaluation=text_data(6), anti_theater_steps=2, max_steps=5)
+@pytest.mark.parametrize(("max_steps", "at"), [(5, [2, 4, 5]), (4, [2, 4]), (1, [1])])
+def test_validates_on_schedule_and_at_the_end(max_steps, at, tmp_path):
+    """Once a step, also where the schedule meets the end."""
+    trainer = tiny_trainer(tmp_path, evaluation=text_data(6), anti_theater_steps=2, max_steps=max_steps)
     trainer.train()
-    assert validated_at(trainer) == [2, 4, 5]
+    assert validated_at(trainer) == at
     entry = logged(trainer, "rl/anti_theater_passed")[-1]
     for name in (
         "divergence",

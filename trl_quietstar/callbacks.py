@@ -28,6 +28,7 @@ class AntiTheaterCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.last_passed: str | None = None  # directory of the model; kept in checkpoints
+        self.last_step = -1
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.anti_theater_steps == 0 and not self._passes(args, state):
@@ -36,10 +37,13 @@ class AntiTheaterCallback(TrainerCallback):
                 control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._passes(args, state)
+        best_is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if best_is_back or self.last_step != state.global_step:
+            self._passes(args, state)
 
     def _passes(self, args, state) -> bool:
         """Validates, logs, and keeps or restores the model."""
+        self.last_step = state.global_step
         report = self.trainer.validate_thoughts()
         self.trainer.log({f"rl/anti_theater_{name}": value for name, value in report.metrics().items()})
         rolls_back = args.anti_theater_action == "rollback"
