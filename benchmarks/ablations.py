@@ -91,10 +91,11 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.set_defaults(output=Path("docs/ablations"))
+    parser.add_argument("--task", choices=TASKS, default="easy")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
-    task = TASKS["easy"]
+    task = TASKS[arguments.task]
     results: dict[str, list[dict]] = {name: [] for name in arguments.variants}
     for seed in arguments.seeds:
         model = pretrain(task, seed, arguments.pretraining_steps)

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BloomConfig, GPTNeoConfig, MambaConfig, MptConfig
+from transformers import BertConfig, BloomConfig, GPTNeoConfig, MambaConfig, MptConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.paths import Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
-from .tiny import FAMILIES, exact_model, mixed_text, sampling, think, tiny_model
+from .tiny import FAMILIES, exact_model, mixed_text, randomize, sampling, think, tiny_model
 from .training import tiny_trainer
 
 
@@ -67,9 +67,9 @@ def test_replay_is_chosen_where_masks_are_ignored(name, caplog):
     model = stubborn_model(name)
     with caplog.at_level(logging.WARNING, "trl_quietstar"):
         assert isinstance(choose_path(model), Replay)
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name.startswith("trl_quietstar"))
     assert "replay" in record.getMessage()
-    measured = re.search(r"differs from replay by (\S+) relative|fails with \w+Error", record.getMessage())
+    measured = re.search(r"differs from ordinary forwards by (\S+) relative|fails with \w+Error", record.getMessage())
     assert measured, record.getMessage()
     if measured[1]:
         assert float(measured[1]) > TOLERANCES[torch.float32]
@@ -91,8 +91,18 @@ def test_a_path_asked_for_by_name_is_never_wrong(name):
 
 
 def test_replay_can_be_asked_for():
-    """`thought_path="replay"` is taken as it is."""
+    """`thought_path="replay"` is taken also where the shared prefix would do."""
     assert isinstance(choose_path(tiny_model(), "replay"), Replay)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "replay"])
+def test_a_model_that_reads_both_ways_is_refused(wanted):
+    """A causal LM head on an encoder: replay would run, and be silently wrong."""
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    model = QuietStarForCausalLM.from_config(BertConfig(**shape, is_decoder=False))
+    randomize(model)
+    with pytest.raises(ValueError, match=r"QuietStarBert\w+ cannot think.*left to right.*is_decoder=True"):
+        choose_path(model, wanted)
 
 
 def test_the_check_leaves_the_model_as_it_was():

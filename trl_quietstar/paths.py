@@ -57,8 +57,27 @@ class Path(Protocol):
 
 
 def backbone(model: PreTrainedModel, **inputs) -> torch.Tensor:
-    """The model without its LM head: hidden states after the final norm."""
-    return model.base_model(**inputs).last_hidden_state
+    """
+    The model's own forward without its LM head: what the head reads, `(B, T, H)`.
+
+    Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
+    """
+    head, taken = model.get_output_embeddings(), []
+
+    def take(hidden: torch.Tensor) -> torch.Tensor:
+        taken.append(hidden)
+        return hidden
+
+    own = vars(head).get("forward")  # a hook's, if any
+    head.forward = take
+    try:
+        type(model).forward(model, **inputs)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+    return taken[0]
 
 
 class SharedPrefix:

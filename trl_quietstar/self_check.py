@@ -92,26 +92,33 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
         model ([`ThinkingModel`]):
             A model with heads.
         wanted (`str`):
-            `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"` (no check).
+            `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"`.
 
     Raises:
-        `ValueError`: if `"shared_prefix"` is wanted and is not exact.
+        `ValueError`: if `"shared_prefix"` is wanted and is not exact, or if even replay is not: the model does not read
+            from left to right, or not by embeddings.
     """
-    if wanted == "replay":
-        return Replay()
     training = model.training
     model.eval()
     try:
-        problem = _problem(model, SharedPrefix())
+        problem = None if wanted == "replay" else _problem(model, SharedPrefix())
+        if wanted != "replay" and problem is None:
+            return SharedPrefix()
+        if wanted == "shared_prefix":
+            raise ValueError(f"The shared prefix is not exact on this model: {problem}. Use `thought_path='auto'`.")
+        hopeless = _problem(model, Replay())
     finally:
         model.train(training)
-    if problem is None:
-        return SharedPrefix()
-    if wanted == "shared_prefix":
-        raise ValueError(f"The shared prefix is not exact on this model: {problem}. Use `thought_path='auto'`.")
-    logger.warning(
-        "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.", problem
-    )
+    if hopeless is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {hopeless}. Thoughts need a "
+            "decoder that reads from left to right (an encoder may have to be loaded with `is_decoder=True`) and takes "
+            "`inputs_embeds`."
+        )
+    if problem is not None:
+        logger.warning(
+            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.", problem
+        )
     return Replay()
 
 
@@ -124,4 +131,4 @@ def _problem(model: ThinkingModel, path: Path) -> str | None:
         return f"fails with {type(error).__name__}: {error}"
     if difference <= tolerance:  # False for NaN
         return None
-    return f"differs from replay by {difference:.1e} relative, above the {tolerance:.0e} that rounding explains"
+    return f"differs from ordinary forwards by {difference:.1e} relative, above the {tolerance:.0e} that rounding explains"

@@ -1,0 +1,223 @@
+"""Which causal language models of Transformers learn to think here, and on which path.
+
+    python -m tests.conformance --output docs/models.md   # every type (a quarter of an hour on two cores)
+    python -m tests.conformance llama gemma3_text         # some of them, printed
+
+Each type that Transformers maps to a causal LM is built tiny, with random peaked weights, and has to pass five steps: the
+start-up check of the paths (against replay, and replay against the model's own forward), a training step that moves its
+weights, saving and reloading with equal scores, plain loading, and a LoRA step that moves the adapter.
+
+A type that the generic shrinking does not fit has one entry in `EXCEPTIONS`: fields of its configuration.
+"""
+
+import argparse
+import sys
+import tempfile
+import traceback
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
+from trl_quietstar.paths import SharedPrefix
+from trl_quietstar.self_check import path_difference
+
+from .tiny import byte_tokenizer
+
+
+VOCAB = 320
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_key_value_heads"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    "qk_head_dim": 16,
+    "sliding_window": 6,
+    "rotary_dim": 4,
+    "vocab_size": VOCAB,
+    "is_decoder": True,
+}
+EXCEPTIONS: dict[str, dict] = {}
+STEPS = ("build", "check", "train", "reload", "plain load", "LoRA")
+DOZEN = (
+    *("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "mixtral", "deepseek_v3", "gpt_oss", "olmo2", "opt"),
+    *("bloom", "mamba", "gpt_neo"),
+)
+
+
+@dataclass
+class Row:
+    """What became of a type: its path and largest difference from replay, or the step that failed and why."""
+
+    model_type: str
+    path: str = ""
+    difference: float | None = None
+    failed: str = ""
+    note: str = ""
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The type's configuration with every size it names made small, in its text part too."""
+    return _shrunk(CONFIG_MAPPING[model_type], EXCEPTIONS.get(model_type, {}))
+
+
+def _shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+    default = config_class()
+    names = set(default.to_dict()) | set(default.attribute_map)
+    fields = {name: value for name, value in SMALL.items() if name in names and _given(default, name)}
+    parts = {name: _shrunk(part, {}) for name, part in config_class.sub_configs.items() if hasattr(part, "sub_configs")}
+    return config_class(**{**fields, **parts, **changes})
+
+
+def _given(config: PreTrainedConfig, name: str) -> bool:
+    return name.endswith("token_id") or name == "is_decoder" or getattr(config, name, None) is not None
+
+
+@torch.no_grad()
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A thinking model with weights under which attention and order matter, each from its name alone."""
+    torch.manual_seed(0)
+    model = QuietStarForCausalLM.from_config(tiny_config(model_type))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and parameter.is_floating_point():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            table = parameter.shape[0] >= VOCAB
+            scale = 0.5 if table else parameter.shape[1] ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def examine(model_type: str, folder: Path) -> Row:
+    """Takes a type through every step, and stops at the first that fails."""
+    row = Row(model_type)
+    step = "build"
+    try:
+        model = tiny_model(model_type)
+        row.note = type(model).__name__.removeprefix("QuietStar")
+        step = "check"
+        trainer = _trainer(model, folder)
+        row.path = "shared prefix" if isinstance(trainer.path, SharedPrefix) else "replay"
+        row.difference = path_difference(model, trainer.path)
+        step = "train"
+        _check_training(trainer)
+        step = "reload"
+        trainer.save_model(str(folder / "saved"))
+        _check_reload(trainer, folder / "saved")
+        step = "plain load"
+        _check_plain_load(model, folder / "saved")
+        step = "LoRA"
+        adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        _check_training(_trainer(tiny_model(model_type), folder, adapter))
+    except Exception as error:  # whatever a family may raise is what the table is there to say
+        row.failed, row.note = step, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if "-v" in sys.argv:
+            traceback.print_exc()
+    return row
+
+
+def _trainer(model: PreTrainedModel, folder: Path, adapter: LoraConfig | None = None) -> QuietStarREINFORCETrainer:
+    options = dict(thought_length=3, talk_length=2, thought_positions=3, value_head_hidden_size=256, max_steps=2)
+    options |= dict(learning_rate=1e-3, per_device_train_batch_size=2, per_device_eval_batch_size=2, use_cpu=True)
+    options |= dict(save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False)
+    ids = torch.randint(1, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return QuietStarREINFORCETrainer(
+        model,
+        QuietStarConfig(str(folder), logging_strategy="no", **options),
+        train_dataset=Dataset.from_dict({"input_ids": ids[:4]}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids[4:]}),
+        processing_class=byte_tokenizer(),
+        peft_config=adapter,
+    )
+
+
+def _check_training(trainer: QuietStarREINFORCETrainer) -> None:
+    """Weights move, all stay finite."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    moved = [name for name, old in before.items() if not torch.equal(old, after[name])]
+    broken = [name for name in before if not after[name].isfinite().all()]
+    if broken:
+        raise AssertionError(f"not finite after training: {broken[:3]}")
+    base = [name for name in before if "quietstar." not in name]
+    if len([name for name in moved if "quietstar." not in name]) < 0.3 * len(base):
+        raise AssertionError(f"only {len(moved)} of {len(before)} parameters moved")
+
+
+def _check_reload(trainer: QuietStarREINFORCETrainer, folder: Path) -> None:
+    """The saved model evaluates as the trained one."""
+    expected = trainer.evaluate()["eval_nll_with"]
+    again = _trainer(QuietStarForCausalLM.from_pretrained(folder), folder)
+    again.path = trainer.path
+    found = again.evaluate()["eval_nll_with"]
+    if abs(found - expected) > 1e-4:
+        raise AssertionError(f"NLL {found} after reloading, {expected} before")
+
+
+def _check_plain_load(model: PreTrainedModel, folder: Path) -> None:
+    """The base class loads it whole."""
+    plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys}
+    if wrong:
+        raise AssertionError(f"plain loading reports {wrong}")
+    ids = torch.arange(1, 10)[None]
+    with torch.no_grad():
+        if not torch.allclose(plain.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-4):
+            raise AssertionError("the plainly loaded model predicts otherwise")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, with the counts first."""
+    passed = [row for row in rows if not row.failed]
+    shared = [row for row in passed if row.path == "shared prefix"]
+    lines = [
+        f"Of {len(rows)} model types {len(passed)} pass every step, {len(shared)} of them on the shared prefix.",
+        "",
+        "| model type | path | difference from replay | LoRA | notes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        difference = "" if row.difference is None else f"{row.difference:.0e}"
+        lora = "no" if row.failed else "yes"
+        note = f"**{row.failed}**: {row.note.replace('|', '/')}" if row.failed else row.note
+        lines.append(f"| {row.model_type} | {row.path} | {difference} | {lora} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("-v", action="store_true", help="print the traceback of each failure")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    rows = []
+    for model_type in arguments.types:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(examine(model_type, Path(folder)))
+        print(rows[-1], flush=True)
+    if arguments.output:
+        arguments.output.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
