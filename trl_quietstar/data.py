@@ -9,6 +9,7 @@ from trl.trainer.utils import pad
 
 from ._compat import DataCollatorForLanguageModeling, prepare_dataset
 from .config import QuietStarConfig
+from .paths import position_offset
 
 
 class TextCollator(DataCollatorForLanguageModeling):
@@ -106,8 +107,9 @@ def _has_position(example: dict) -> bool:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Positions the model knows, or None where its configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Positions the model has for text, or None where its configuration names no limit (or -1)."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 0 else limit - position_offset(config)
 
 
 def check_length(longest: int, thought_length: int, limit: int | None) -> None:

@@ -14,6 +14,7 @@ from ._compat import ChunkedLogProbFunction
 
 
 VOCAB_CHUNK = 16_384  # columns of a tile of the fused kernel
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what families call it
 ROW_CHUNK_ELEMENTS = 2**24  # logits held at once where rows are cut instead (64 MB in float32)
 
 
@@ -30,12 +31,13 @@ class TokenStatistics:
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     """Factor on the logits and soft-cap after it (or None), as the family's own forward applies them."""
     config = config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcaps = (getattr(config, name, None) for name in SOFTCAPS)
+    softcap = next((value for value in softcaps if value is not None), None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name)), softcap
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None:
+    if divisor is not None and config.model_type != "minicpm3":  # which divides what the head reads instead
         return (divisor if config.model_type == "hyperclovax" else 1 / divisor), softcap
     return 1.0, softcap
 

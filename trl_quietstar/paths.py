@@ -23,6 +23,17 @@ from .geometry import (
 )
 
 
+# families whose table of absolute positions begins after the padding index
+POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
+def position_offset(config: PreTrainedConfig) -> int:
+    """The position id of a text's first token."""
+    return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
 class Reader(Protocol):
     """A text that was read, and branches that grow token by token after it."""
 
@@ -97,7 +108,7 @@ class SharedPrefix:
             model,
             inputs_embeds=embeds,
             attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
-            position_ids=position_ids,
+            position_ids=position_ids + position_offset(model.config),
             use_cache=False,
         )
         return hidden[:, :T], hidden[:, T:].unflatten(1, (N, S))
@@ -128,7 +139,7 @@ class CachedReader:
             self.model,
             inputs_embeds=embeds,
             attention_mask=masks,
-            position_ids=position_ids,
+            position_ids=position_ids + position_offset(self.model.config),
             past_key_values=self.cache,
             use_cache=True,
         )

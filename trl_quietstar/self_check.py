@@ -69,6 +69,8 @@ def _random_text(model: ThinkingModel, seed: int) -> Text:
     """Two rows: a row of two packed documents, and a row padded at its end."""
     V, device = int(model.get_input_embeddings().weight.shape[0]), model.quietstar.start_embedding.device
     ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed)).to(device)
+    padding = model.config.get_text_config().pad_token_id
+    ids[ids == padding] = 0 if padding else 1  # some families take a position from a token that is padding
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0
     position_ids = torch.arange(TEXT_LENGTH, device=device).repeat(2, 1)
