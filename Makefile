@@ -6,13 +6,14 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 
-.PHONY: help train demo-data test test-all bench lint format clean
+.PHONY: help train demo-data test test-all bench models lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
+	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
 	@echo "make lint      check style and types"
 	@echo "make format    apply the style"
 
@@ -40,6 +41,9 @@ test: $(VENV)/dev
 
 test-all: demo-data
 	$(OFFLINE) $(BIN)/python -m pytest
+
+models: $(VENV)/dev
+	$(OFFLINE) $(BIN)/python -m tests.conformance --output docs/models.md
 
 bench: $(VENV)/dev
 	mkdir -p out

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from .learning import TASKS, benchmark_parser, pretrain, run
 
 
+UNCALIBRATED = {"nll_coefficient": 0.0, "reader_nll_coefficient": 0.0}
 GROUPS: dict[str, dict[str, dict]] = {
     "baseline": {
         "default: value head, GAE": {},
@@ -33,6 +34,15 @@ GROUPS: dict[str, dict[str, dict]] = {
         "policy weight 1 (3)": {"policy_coefficient": 1.0},
         "policy weight 10 (3)": {"policy_coefficient": 10.0},
         "no entropy bonus": {"entropy_coefficient": 0.0, "min_entropy_coefficient": 0.0},
+    },
+    "calibration": {
+        "no NLL through thoughts": UNCALIBRATED,
+        "the same, no mixing head": {**UNCALIBRATED, "reward_prediction": "thought"},
+        "the same, log-likelihood": {
+            **UNCALIBRATED,
+            "reward_prediction": "thought",
+            "reward_type": "log_likelihood",
+        },
     },
     "thoughts a position (8)": {
         "two": {"num_thoughts": 2},

@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -235,6 +236,25 @@ def _check_plain_load(model: PreTrainedModel, folder: Path) -> None:
             raise AssertionError("the plainly loaded model predicts otherwise")
 
 
+HEADER = """# Models
+
+Every model type that Transformers {version} maps to a causal LM, taken tiny and with random weights through the start-up
+check, a training step, saving and reloading, plain loading with `AutoModelForCausalLM`, and a LoRA step, by
+
+    python -m tests.conformance --output docs/models.md
+
+**Shared prefix** is the fast path; **replay** runs each thought as an ordinary sequence, for models whose masks or states
+cannot branch. The difference is the largest in any log-probability or value between that path, in sampling and in scoring,
+and ordinary forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer makes the same check on your own
+model when it starts, and refuses a model that even replay cannot score.
+
+A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
+build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/paths.py` if its positions do not begin at 0; in `logit_transform` of
+`trl_quietstar/lm_head.py` if it scales or caps its logits after the head under a name of its own.
+
+"""
+
+
 def _too_slow(*_) -> None:
     raise TimeoutError(f"not small enough: takes more than {SECONDS} s")
 
@@ -244,6 +264,8 @@ def table(rows: list[Row]) -> str:
     passed = [row for row in rows if not row.failed]
     shared = [row for row in passed if row.path == "shared prefix"]
     lines = [
+        HEADER.format(version=".".join(transformers_version.split(".")[:2])).rstrip(),
+        "",
         f"Of {len(rows)} model types {len(passed)} pass every step, {len(shared)} of them on the shared prefix.",
         "",
         "| model type | path | difference from replay | LoRA | notes |",
@@ -252,7 +274,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         difference = "" if row.difference is None else f"{row.difference:.0e}"
         lora = "no" if row.failed else "yes"
-        note = f"**{row.failed}**: {row.note.replace('|', '/')}" if row.failed else row.note
+        note = f"**{row.failed}**: {row.note.replace('|', '/')}" if row.failed else f"`{row.note}`"
         lines.append(f"| {row.model_type} | {row.path} | {difference} | {lora} | {note} |")
     return "\n".join(lines) + "\n"
 
