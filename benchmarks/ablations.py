@@ -1,6 +1,6 @@
 """What each part of the method is worth: the learning benchmark with one thing changed at a time.
 
-    python -m benchmarks.ablations --seeds 0 1 2 --output docs/ablations
+    python -m benchmarks.ablations --task rare --seeds 0 --output docs/ablations
 
 Writes `OUTPUT.json`, `OUTPUT.md` (a table) and `OUTPUT.png` (accuracy with thoughts against steps). All variants of a seed
 start from the same pretrained model and see the same data in the same order. 60 s a run on one core; `--variants` chooses.
@@ -45,8 +45,8 @@ GROUPS: dict[str, dict[str, dict]] = {
         },
     },
     "thoughts a position (8)": {
-        "two": {"num_thoughts": 2},
-        "one": {"num_thoughts": 1},
+        "two thoughts": {"num_thoughts": 2},
+        "one thought": {"num_thoughts": 1},
     },
 }
 VARIANTS = {name: options for group in GROUPS.values() for name, options in group.items()}
@@ -58,10 +58,10 @@ def summary(runs: list[dict]) -> dict[str, str]:
     after = [run["after"]["accuracy"] for run in runs]
     best = [accuracy["with"] for accuracy in after]
     return {
-        "accuracy with thoughts (range)": f"{_mean(best):.3f} ({min(best):.3f} to {max(best):.3f})",
+        "with thoughts": f"{_mean(best):.3f}" + (f" ({min(best):.3f} to {max(best):.3f})" if len(best) > 1 else ""),
         **{name: f"{_mean([accuracy[name] for accuracy in after]):.3f}" for name in CONTROLS},
         "steps to 90%": ", ".join(str(run["steps_to_90"] or "–") for run in runs),
-        "anti-theater": f"{sum(run['after']['anti_theater_passed'] for run in runs)} of {len(runs)} pass",
+        "anti-theater passed": f"{sum(run['after']['anti_theater_passed'] for run in runs)} of {len(runs)}",
     }
 
 

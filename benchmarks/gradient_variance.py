@@ -1,9 +1,10 @@
 """How noisy is the policy gradient under each baseline?
 
-    python -m benchmarks.gradient_variance --seeds 0 1 2 --output variance.json
+    python -m benchmarks.gradient_variance --seeds 0 1 2 --output out/gradient_variance.json
 
-At several points of the learning benchmark the parameters are held fixed, and the same 32 problems are thought about many
-times anew. Each time gives one gradient of the policy term for every baseline, from the same thoughts. The variance is the
+At several points of the learning benchmark the policy is held fixed, a copy of the value head is fitted to it on fresh
+problems, and the same 32 problems are thought about many times anew. Each time gives one gradient of the policy term for
+every baseline, from the same thoughts. The variance is the
 mean squared distance from the mean gradient, over all parameters of the policy. What counts is the variance of the
 gradient's direction, and a baseline that only shrinks the gradient gains nothing, so the variance is also given relative
 to the squared length of the mean gradient (noise to signal). Intervals are 95%, by bootstrap over the resampled thoughts.
@@ -15,14 +16,15 @@ import tempfile
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarREINFORCETrainer
 from trl_quietstar.advantages import thought_advantages
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators, talk_after
+from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from trl_quietstar.rewards import masked_mean, thought_rewards
 from trl_quietstar.sampling import sample_thoughts
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.scoring import ScoreRequest, Scores, at_talk, score
 
 from .learning import (
     PROBLEMS,
@@ -32,6 +34,7 @@ from .learning import (
     configuration,
     held_out_data,
     pretrain,
+    problem_rows,
     tokenizer,
     training_data,
 )
@@ -42,27 +45,58 @@ BASELINES = {
     "value, GAE": dict(baseline="value", use_gae=True, gamma=0.99, gae_lambda=0.95),
     "value, no GAE": dict(baseline="value", use_gae=False),
     "leave-one-out": dict(baseline="leave_one_out"),
-    "both, GAE": dict(baseline="both", use_gae=True, gamma=0.99, gae_lambda=0.95),
 }
-POINTS = (0, 25, 50, 75, 100, 150, 300)
+POINTS = (0, 50, 100)
+FITTING_STEPS = 200
+
+
+def rollout(trainer: QuietStarREINFORCETrainer, text: Text, seed: int) -> tuple[Thoughts, Scores, torch.Tensor]:
+    """Thoughts about a text, their scores, with gradient, and their rewards."""
+    model, args = trainer.model, trainer.args
+    generators = seeded_generators(seed, 0, list(range(PROBLEMS)))
+    positions = choose_positions(text, "all", generators)
+    reader = trainer.path.read(model, text)
+    thoughts = sample_thoughts(model, reader, text, positions, trainer.sampling, generators)
+    scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
+    mask = talk_after(text, positions, 1).target_mask[:, :, None]
+    without, correct = (at_talk(x, thoughts, 1) for x in (scores.text_logps, scores.text_correct))
+    rewards = thought_rewards(scores.talk_logps, without, scores.talk_correct, correct, mask, args.reward_type)
+    return thoughts, scores, rewards
+
+
+def problem_text(rows: Dataset) -> Text:
+    """Problems of one length as a batch."""
+    return Text.from_batch(torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["labels"]))
+
+
+def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int) -> None:
+    """Trains the value head alone, to what it would be if the policy stood still."""
+    head = trainer.model.quietstar.value_head
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, FITTING_STEPS)
+    problems = Dataset.from_list(
+        problem_rows(task, PROBLEMS * FITTING_STEPS, torch.Generator().manual_seed(500 + seed))
+    )
+    for step in range(FITTING_STEPS):
+        text = problem_text(problems.select(range(step * PROBLEMS, (step + 1) * PROBLEMS)))
+        thoughts, scores, rewards = rollout(trainer, text, 10_000 + step)
+        _, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask)
+        loss = masked_mean((scores.thought_values - returns) ** 2, thoughts.mask)
+        gradients = torch.autograd.grad(loss, list(head.parameters()))
+        for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 def gradients(trainer: QuietStarREINFORCETrainer, task: Task, resamples: int) -> dict[str, np.ndarray]:
     """Policy gradients of shape `(resamples, parameters)` for each baseline."""
-    model, args = trainer.model, trainer.args
-    rows = held_out_data(task)[:PROBLEMS]
-    text = Text.from_batch(torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["labels"]))
+    model, text = trainer.model, problem_text(held_out_data(task).select(range(PROBLEMS)))
     policy = [p for name, p in model.named_parameters() if "value_head" not in name and "mixing_head" not in name]
     found: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
     for resample in range(resamples):
-        generators = seeded_generators(resample, 0, list(range(PROBLEMS)))
-        positions = choose_positions(text, "all", generators)
-        reader = trainer.path.read(model, text)
-        thoughts = sample_thoughts(model, reader, text, positions, trainer.sampling, generators)
-        scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
-        mask = talk_after(text, positions, 1).target_mask[:, :, None]
-        without, correct = (at_talk(x, thoughts, 1) for x in (scores.text_logps, scores.text_correct))
-        rewards = thought_rewards(scores.talk_logps, without, scores.talk_correct, correct, mask, args.reward_type)
+        thoughts, scores, rewards = rollout(trainer, text, resample)
         for name, options in BASELINES.items():
             advantages, _ = thought_advantages(rewards, scores.thought_values, thoughts.mask, **options)
             loss = masked_mean(-advantages * scores.thought_logps, thoughts.mask)
@@ -112,9 +146,13 @@ class AtPoints(TrainerCallback):
         self.trainer: QuietStarREINFORCETrainer | None = None
 
     def measure(self, step: int) -> None:
-        self.trainer.model.eval()
+        model = self.trainer.model.eval()
+        head = model.quietstar.value_head
+        model.quietstar.value_head = copy.deepcopy(head)
+        fit_values(self.trainer, self.task, step)
         self.found[step] = statistics(gradients(self.trainer, self.task, self.resamples))
-        self.trainer.model.train()
+        model.quietstar.value_head = head
+        model.train()
         for name, values in self.found[step].items():
             low, high = values["reduction_interval"]
             print(
@@ -131,7 +169,7 @@ class AtPoints(TrainerCallback):
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--resamples", type=int, default=100)
     arguments = parser.parse_args()
     task, results = TASKS["easy"], {}
     for seed in arguments.seeds:

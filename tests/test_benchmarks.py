@@ -102,7 +102,8 @@ def test_gradient_variance_statistics():
 def test_gradient_variance_runs(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "HELD_OUT", 40)
     monkeypatch.setattr(gradient_variance, "POINTS", (0, 1))
-    argv("--seeds", "0", "--resamples", "3", "--output", str(tmp_path / "out.json"))
+    monkeypatch.setattr(gradient_variance, "FITTING_STEPS", 2)
+    argv("--seeds", "0", "--resamples", "6", "--output", str(tmp_path / "out.json"))
     gradient_variance.main()
     points = json.loads((tmp_path / "out.json").read_text())["seeds"]["0"]
     assert set(points) == {"0", "1"} and set(points["0"]) == set(gradient_variance.BASELINES)
