@@ -129,7 +129,7 @@ def _problem(model: ThinkingModel, path: Path) -> str | None:
     tolerance = TOLERANCES[model.dtype]
     try:
         difference = path_difference(model, path)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         return f"fails with {type(error).__name__}: {error}"
     if difference <= tolerance:  # False for NaN
         return None
