@@ -1,6 +1,7 @@
 """Anti-theater validation: its numbers, its verdict, and what a failed one does to training."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -384,6 +385,17 @@ def test_resumed_run_can_still_roll_back(tmp_path, monkeypatch):
     resumed, _ = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=2, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 3 and same(weights_of(resumed), after[2])
+
+
+def test_resumed_run_without_the_kept_model_goes_on(tmp_path, monkeypatch):
+    """The run that was killed may have kept a later model and dropped the one its checkpoint knows."""
+    options = dict(save_strategy="steps", save_steps=1)
+    trainer, _ = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=2, **options)
+    trainer.train()
+    shutil.rmtree(tmp_path / "passed-2")
+    resumed, after = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 5 and same(weights_of(resumed), after[5])
 
 
 def test_best_model_that_fails_is_rolled_back(tmp_path, monkeypatch):
