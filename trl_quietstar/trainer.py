@@ -592,7 +592,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._recent_rewards.extend(state["recent_rewards"])
         self._metrics["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
-        if state["last_passed"] is not None and os.path.isdir(state["last_passed"]):  # a later one may have replaced it
+        if state["last_passed"] is not None and os.path.isdir(
+            state["last_passed"]
+        ):  # a later one may have replaced it
             self._anti_theater.last_passed = state["last_passed"]
         if self.args.sync_ref_model:
             saved = QuietStarForCausalLM.from_pretrained(
