@@ -12,7 +12,6 @@ import json
 import tempfile
 import time
 
-import torch
 from transformers import PreTrainedModel
 
 from trl_quietstar import QuietStarREINFORCETrainer
@@ -21,10 +20,9 @@ from .learning import (
     HELD_OUT,
     TASKS,
     Task,
-    answer_logps,
+    accuracy_with,
     benchmark_parser,
     configuration,
-    draw_problems,
     held_out_data,
     pretrain,
     tokenizer,
@@ -58,14 +56,13 @@ def run(task: Task, model: PreTrainedModel, seed: int, patience: int | None) -> 
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        logps, _ = answer_logps(trainer, task, HELD_OUT, ("real",))
-    _, _, answers = draw_problems(task, HELD_OUT, torch.Generator().manual_seed(7))
+        accuracy = accuracy_with(trainer, task, HELD_OUT)
     return {
         "patience": patience,
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "best_reward": trainer.state.best_metric,
-        "accuracy": (logps["real"].argmax(-1) == answers[:, None]).double().mean().item(),
+        "accuracy": accuracy,
     }
 
 

@@ -4,10 +4,9 @@
 
 At several points of the learning benchmark the policy is held fixed, a copy of the value head is fitted to it on fresh
 problems, and the same 32 problems are thought about many times anew. Each time gives one gradient of the policy term for
-every baseline, from the same thoughts. The variance is the
-mean squared distance from the mean gradient, over all parameters of the policy. What counts is the variance of the
-gradient's direction, and a baseline that only shrinks the gradient gains nothing, so the variance is also given relative
-to the squared length of the mean gradient (noise to signal). Intervals are 95%, by bootstrap over the resampled thoughts.
+every baseline, from the same thoughts. The variance is the mean squared distance from the mean gradient, over all
+parameters of the policy. A baseline that only shrinks the gradient gains nothing, so the variance is also given relative to
+the squared length of the mean gradient (noise to signal). Intervals are 95%, by bootstrap over the resampled thoughts.
 """
 
 import copy
