@@ -168,8 +168,8 @@ class NotANumber(SharedPrefix):
     """One branch overflows."""
 
     def encode(self, model, text, branches):
-        text_hidden, hidden = super().encode(model, text, branches)
-        return text_hidden, hidden.index_fill(1, torch.tensor([0]), torch.nan)
+        encoded = super().encode(model, text, branches)
+        return replace(encoded, branches=encoded.branches.index_fill(1, torch.tensor([0]), torch.nan))
 
 
 def test_the_check_sees_overflow():

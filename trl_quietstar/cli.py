@@ -155,7 +155,6 @@ def model_kwargs(model_args: ModelConfig) -> dict:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        "quantization_config": get_quantization_config(model_args),
     }
     return {name: value for name, value in kwargs.items() if value is not None}
 
@@ -173,6 +172,7 @@ def train(argv: list[str]) -> None:
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
     before = trainer.evaluate() if eval_dataset is not None else None
@@ -208,6 +208,7 @@ def evaluate(argv: list[str]) -> None:
             model=model_args.model_name_or_path,
             args=args,
             eval_dataset=_cut(train_dataset, data_args) if eval_dataset is None else eval_dataset,
+            quantization_config=get_quantization_config(model_args),
         )
         metrics = trainer.evaluate()
         report = trainer.validate_thoughts() if eval_args.anti_theater else None

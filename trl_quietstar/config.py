@@ -43,6 +43,7 @@ LIMITS = {
     "reader_nll_coefficient": (0, None),
     "base_nll_coefficient": (0, None),
     "policy_coefficient": (0, None),
+    "router_aux_loss_coef": (0, None),
     "heads_learning_rate": (0, None),
     "ref_model_mixup_alpha": (0, 1),
     "ref_model_sync_steps": (1, None),
@@ -182,6 +183,11 @@ class QuietStarConfig(_BaseConfig):
         "mixing head is nearly closed. With `reward_prediction='thought'` it adds to `nll_coefficient`.",
     )
     base_nll_coefficient: float = _option(1.0, "Weight of the text's negative log-likelihood without thoughts.")
+    router_aux_loss_coef: float | None = _option(
+        None,
+        "Weight of the load-balancing loss of a mixture of experts. None: the model's own; 0: off. An error for a model "
+        "without one.",
+    )
     sync_ref_model: bool = _option(False, "Whether the reference follows the policy as a moving average.")
     ref_model_mixup_alpha: float = _option(0.6, "Weight of the policy in that average, at each synchronisation.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between synchronisations.")
@@ -225,6 +231,11 @@ class QuietStarConfig(_BaseConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         self._check_contradictions()
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` is not supported: thoughts are sampled and scored with shapes that change at every "
+                "step. Leave it out; to compile the layers alone, call `layer.compile()` on each of your model's."
+            )
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             self.metric_for_best_model = "eval_reward"
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):

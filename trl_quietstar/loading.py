@@ -17,7 +17,9 @@ if is_peft_available():
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, peft_config):
+def build_model(
+    model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, quantization_config, peft_config
+):
     """
     The thinking model, inside a `PeftModel` where there is an adapter, and its tokenizer.
 
@@ -28,6 +30,8 @@ def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase
             Settings of the heads, and how to load.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the model's own.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How to quantize a model that is loaded.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to add.
 
@@ -38,6 +42,8 @@ def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase
     if isinstance(model, str):
         kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
         kwargs.update(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
         model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
     base = base_of(model)
     if tokenizer is None:
@@ -69,6 +75,26 @@ def build_model(model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_token_id(tokenizer)
     return model, tokenizer
+
+
+def check_quantization(model, args: QuietStarConfig, peft_config, training: bool) -> None:
+    """
+    Refuses a `quantization_config` that cannot be followed.
+
+    Raises:
+        `ValueError`: if the model is loaded already, the configuration is given twice, or there is nothing to train.
+    """
+    if not isinstance(model, str):
+        raise ValueError(
+            "You passed a model that is loaded already together with a `quantization_config`; pass its id or path, or "
+            "load it quantized."
+        )
+    if "quantization_config" in (args.model_init_kwargs or {}):
+        raise ValueError("`quantization_config` is given twice: leave it out of `model_init_kwargs`.")
+    if training and peft_config is None:
+        raise ValueError(
+            "A quantized model's own weights cannot be trained; pass a `peft_config` (`--use_peft` on the command line)."
+        )
 
 
 def check_adapter(model, peft_config) -> None:

@@ -72,6 +72,7 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "entropy": (scores.thought_entropies, tokens),
         "advantages": (batch.advantages, tokens),
         "kl_divergence": _scalar(batch.terms["kl_divergence"]) if "kl_divergence" in batch.terms else None,
+        **({"router_loss": _scalar(batch.terms["router_loss"])} if "router_loss" in batch.terms else {}),
         "total_loss": _scalar(batch.loss),
         "mixing_weight": (scores.mixing_weights, said),
         "nll_with": (-scores.talk_logps, said),

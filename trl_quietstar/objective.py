@@ -18,6 +18,7 @@ class Coefficients:
     nll: float = 1.0
     reader_nll: float = 1.0
     base_nll: float = 1.0
+    router: float = 0.0
 
 
 def entropy_coefficient(step: int, initial: float, decay: float, floor: float) -> float:
@@ -52,6 +53,7 @@ def quietstar_loss(
     text_mask: torch.Tensor,
     coefficients: Coefficients,
     reference_logps: torch.Tensor | None = None,
+    router_loss: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without)`, each a masked
@@ -72,6 +74,8 @@ def quietstar_loss(
             Weights of the terms.
         reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
             Thought tokens under the reference; needed where the KL's weight is not 0.
+        router_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss of a mixture of experts.
 
     Returns:
         `tuple`: the loss (scalar) and a dictionary of the terms, detached and unweighted.
@@ -95,6 +99,8 @@ def quietstar_loss(
     if reference_logps is not None:
         terms["kl_divergence"] = masked_mean(kl_divergence(thought_logps, reference_logps), thought_mask)
         weights["kl_divergence"] = coefficients.kl
+    if router_loss is not None:
+        terms["router_loss"], weights["router_loss"] = router_loss, coefficients.router
     # a term of weight 0 stays out of the graph's arithmetic, where 0 * inf would be NaN
     loss = torch.zeros((), device=thought_logps.device)
     for name, term in terms.items():

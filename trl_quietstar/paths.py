@@ -7,6 +7,7 @@ A path only answers "what are the hidden states?"; sampling and scoring are the 
 (`sampling.py`, `scoring.py`).
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from .geometry import (
     prefix_attention,
     text_attention,
 )
+from .routing import Routing, has_router_loss, recorded_routing
 
 
 # families whose table of absolute positions begins after the padding index
@@ -55,6 +57,23 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """
+    What the model made of a text and its branches.
+
+    Parameters:
+        text (`torch.Tensor` of shape `(B, T, H)`), branches (`torch.Tensor` of shape `(B, N, S, H)`):
+            Hidden states; anything at masked slots.
+        routings (`list` of [`~routing.Routing`]):
+            Where a mixture of experts sent each token, once; empty without a router loss.
+    """
+
+    text: torch.Tensor
+    branches: torch.Tensor
+    routings: list[Routing]
+
+
 class Path(Protocol):
     """A way to run texts and branches through a model's backbone."""
 
@@ -62,8 +81,8 @@ class Path(Protocol):
         """Reads a text to sample from."""
         ...
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of the text, `(B, T, H)`, and of the branches, `(B, N, S, H)` (anything at masked slots)."""
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
+        """Runs the text and its branches, with gradient."""
         ...
 
 
@@ -74,6 +93,8 @@ def backbone(model: PreTrainedModel, **inputs) -> torch.Tensor:
     Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
     """
     head, taken = model.get_output_embeddings(), []
+    if has_router_loss(model.config):  # not by the family's forward, which misreads a 4D mask
+        inputs["output_router_logits"] = False
 
     def take(hidden: torch.Tensor) -> torch.Tensor:
         taken.append(hidden)
@@ -97,21 +118,24 @@ class SharedPrefix:
     def read(self, model: PreTrainedModel, text: Text) -> "CachedReader":
         return CachedReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
         B, N, S, _ = branches.embeds.shape
         T = text.input_ids.shape[1]
         embeds = torch.cat([model.get_input_embeddings()(text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
         branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
         allowed = packed_attention(text, branches.anchors, branches.mask)
-        hidden = backbone(
-            model,
-            inputs_embeds=embeds,
-            attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
-            position_ids=position_ids + position_offset(model.config),
-            use_cache=False,
-        )
-        return hidden[:, :T], hidden[:, T:].unflatten(1, (N, S))
+        with recorded_routing(model) as calls:
+            hidden = backbone(
+                model,
+                inputs_embeds=embeds,
+                attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
+                position_ids=position_ids + position_offset(model.config),
+                use_cache=False,
+            )
+        mask = torch.cat([text.attention_mask, branches.mask.flatten(1)], dim=1).flatten()
+        routings = [Routing(logits, mask) for logits in calls]
+        return Encoded(hidden[:, :T], hidden[:, T:].unflatten(1, (N, S)), routings)
 
 
 class CachedReader:
@@ -152,25 +176,47 @@ class Replay:
     def read(self, model: PreTrainedModel, text: Text) -> "ReplayReader":
         return ReplayReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.text_hidden(model, text), self.branch_hidden(model, text, branches)
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
+        with recorded_routing(model) as calls:
+            text_hidden, text_mask = self._text(model, text)
+            branch_hidden, branch_mask = self._branches(model, text, branches)
+        routings = [Routing(x, mask) for x, mask in zip(calls, (text_mask, branch_mask), strict=False)]
+        return Encoded(text_hidden, branch_hidden, routings)
 
     def text_hidden(self, model: PreTrainedModel, text: Text) -> torch.Tensor:
+        """Hidden states of the text, `(B, T, H)`."""
+        return self._text(model, text)[0]
+
+    def branch_hidden(self, model: PreTrainedModel, text: Text, branches: Branches) -> torch.Tensor:
+        """Hidden states of the branches, `(B, N, S, H)`."""
+        return self._branches(model, text, branches)[0]
+
+    def _text(self, model: PreTrainedModel, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of the text, and which tokens of the forward count."""
         embeds = model.get_input_embeddings()(text.input_ids)
         documents = int(text.document_ids.max())
         number = torch.arange(1, documents + 1, device=embeds.device)
         members = text.document_ids[:, None, :] == number[:, None]  # (B, documents, T)
         anchors = (members.long().cumsum(-1).argmax(-1)).masked_fill(~members.any(-1), 0)
         no_slots = embeds.new_zeros(len(embeds), documents, 0, embeds.shape[-1])
-        hidden = self._rows(model, text, embeds, Branches(anchors, no_slots, no_slots[..., 0].bool()))
+        branches = Branches(anchors, no_slots, no_slots[..., 0].bool())
+        hidden = self._rows(model, text, embeds, branches)
         rows = (text.document_ids - 1).clamp(min=0)
-        return hidden[torch.arange(len(embeds), device=embeds.device)[:, None], rows, text.position_ids]
+        sequence = torch.arange(len(embeds), device=embeds.device)[:, None]
+        own = torch.arange(hidden.shape[2], device=embeds.device) < members.sum(-1, keepdim=True)
+        return hidden[sequence, rows, text.position_ids], own.flatten()
 
-    def branch_hidden(self, model: PreTrainedModel, text: Text, branches: Branches) -> torch.Tensor:
+    def _branches(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of the branches, and which tokens of the forward count."""
         embeds = model.get_input_embeddings()(text.input_ids)
         hidden = self._rows(model, text, embeds, branches)
         index = branch_position_ids(text, branches.anchors, branches.mask).clamp(max=hidden.shape[2] - 1)
-        return hidden.gather(2, index[..., None].expand(*index.shape, hidden.shape[-1]))
+        slot = (
+            torch.arange(hidden.shape[2], device=embeds.device)
+            - text.position_ids.gather(1, branches.anchors)[..., None]
+        )
+        own = (slot > 0) & (slot <= branches.mask.sum(-1, keepdim=True))
+        return hidden.gather(2, index[..., None].expand(*index.shape, hidden.shape[-1])), own.flatten()
 
     def _rows(self, model: PreTrainedModel, text: Text, embeds: torch.Tensor, branches: Branches) -> torch.Tensor:
         """Hidden states of shape `(B, N, W, H)` of the sequences `document[: anchor + 1] + valid slots`."""

@@ -12,6 +12,7 @@ from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
 from .lm_head import token_statistics
 from .paths import Path
+from .routing import router_loss
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Scores(ModelOutput):
             The same of the text without thoughts.
         similarity (`torch.Tensor` of shape `(B, J, G)`):
             Cosine of the thought's mean hidden state and the hidden state at its position; no gradient.
+        router_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss of a mixture of experts, a scalar.
     """
 
     thought_logps: torch.Tensor | None = None
@@ -73,6 +76,7 @@ class Scores(ModelOutput):
     text_logps: torch.Tensor | None = None
     text_correct: torch.Tensor | None = None
     similarity: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
 
 
 def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
@@ -92,8 +96,8 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     B, J, G, L = thoughts.token_ids.shape
     talk = talk_after(text, thoughts.positions, request.talk_length)
     M = request.talk_length
-    text_hidden, hidden = request.path.encode(model, text, _full_branches(model, text, thoughts, talk))
-    hidden = hidden.unflatten(1, (J, G))
+    encoded = request.path.encode(model, text, _full_branches(model, text, thoughts, talk))
+    text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     drawn_from = hidden[..., :L, :]
     policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature)
     values = model.quietstar.values(drawn_from) * thoughts.mask
@@ -121,6 +125,7 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
         text_logps=plain.logps,
         text_correct=plain.correct,
         similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
+        router_loss=router_loss(model.config, encoded.routings),
     )
 
 
@@ -156,8 +161,8 @@ def score_thoughts(
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
     anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
     branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
-    text_hidden, hidden = path.encode(model, text, branches)
-    hidden = hidden.unflatten(1, (J, G))
+    encoded = path.encode(model, text, branches)
+    text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
         hidden = torch.cat([first, hidden], dim=3)

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # Largest difference in nats, relative to the largest magnitude, that rounding explains
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Of a quantized model, whose rows round otherwise in another batch: SmolLM2-135M differs by up to 0.15 in 8 bits, and by
+# 0.30 or more where a mask is wrong
+QUANTIZED_TOLERANCE = 2e-1
 TEXT_LENGTH = 24
 
 
@@ -48,6 +51,8 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
     pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
+    if oracle.router_loss is not None:
+        pairs.append((ours.router_loss, oracle.router_loss))
     pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
     pairs.append((ours.text_logps[:1, : TEXT_LENGTH // 2 - 1], _ordinary_logps(model, text)))
     differences = [(a - b).double().abs().max() / b.double().abs().max().clamp(min=1) for a, b in pairs]
@@ -126,7 +131,8 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
 
 def _problem(model: ThinkingModel, path: Path) -> str | None:
     """What is wrong with a path on this model; None if nothing is."""
-    tolerance = TOLERANCES[model.dtype]
+    quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
         difference = path_difference(model, path)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:

@@ -22,6 +22,7 @@ from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
+    BitsAndBytesConfig,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,12 +41,13 @@ from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from .lm_head import normalized_entropy
-from .loading import build_model, check_adapter, pad_token_id, thought_end
+from .loading import build_model, check_adapter, check_quantization, pad_token_id, thought_end
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
 from .report import card_section, print_thoughts, thought_table
 from .rewards import coherence, thought_rewards
+from .routing import use_router_loss
 from .sampling import SamplingSettings, sample_thoughts
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
 from .self_check import choose_path
@@ -105,6 +107,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             Further callbacks.
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, in place of those that `args` describes.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Loads the model, given as an id or path, in 4 or 8 bits; needs an adapter to train. Its library may support
+            some machines only, and says so.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Wraps the model with an adapter. The heads are trained beside it, and saved with it.
 
@@ -139,15 +144,16 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
-        _check_inputs(model, args, train_dataset, eval_dataset, peft_config)
+        _check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
 
         set_seed(args.seed)  # adapters and heads start at random
-        model, processing_class = build_model(model, args, processing_class, peft_config)
+        model, processing_class = build_model(model, args, processing_class, quantization_config, peft_config)
         base = base_of(model)
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -182,6 +188,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 f"`nn.DataParallel` on {args.n_gpu} GPUs is not supported; launch with `accelerate launch`, or make a "
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path)
         self._prepare_reference()
         if args.early_stopping_patience is not None:
@@ -327,6 +334,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             text.predicted(),
             self._coefficients(),
             reference_logps=reference.thought_logps if args.beta > 0 else None,
+            router_loss=scores.router_loss,
         )
         with torch.no_grad():
             batch = BatchResult(
@@ -397,6 +405,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             nll=args.nll_coefficient,
             reader_nll=args.reader_nll_coefficient,
             base_nll=args.base_nll_coefficient,
+            router=self.router_coefficient,
         )
 
     @property
@@ -615,7 +624,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         base_of(self.model).load_heads(self.state.best_model_checkpoint)
 
 
-def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None:
+def _check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config) -> None:
     """What can be refused before anything is loaded."""
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
@@ -630,5 +639,7 @@ def _check_inputs(model, args, train_dataset, eval_dataset, peft_config) -> None
             check_texts(len(eval_dataset))
     if str(args.eval_strategy.value) != "no" and not eval_dataset:
         raise ValueError(f"`eval_strategy={args.eval_strategy.value!r}` needs an `eval_dataset`.")
+    if quantization_config is not None:
+        check_quantization(model, args, peft_config, training=train_dataset is not None)
     if peft_config is not None:
         check_adapter(model, peft_config)

@@ -1,0 +1,131 @@
+"""Low precision: how far scores in half precision and of quantized models lie from float32, and that they train."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.paths import Replay, SharedPrefix
+from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.self_check import QUANTIZED_TOLERANCE, path_difference
+
+from .tiny import mixed_text, think, tiny_model
+from .training import saved_model, text_data, tiny_trainer
+
+
+# largest difference of a log-probability in nats from float32 with the same weights, on the tiny random model, whose
+# predictions are far more peaked than a trained model's
+STATED = {torch.bfloat16: 0.5, torch.float16: 0.05}
+QUANTIZED = {
+    "8 bits": BitsAndBytesConfig(load_in_8bit=True),
+    "4 bits": BitsAndBytesConfig(load_in_4bit=True),
+    "NF4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+}
+
+
+def lora() -> LoraConfig:
+    """A new one each time: PEFT writes the base's name into it."""
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def assert_learns(trainer) -> None:
+    """The evaluation data's likelihood improves, with thoughts and without."""
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for name in ("eval_nll_with", "eval_nll_without"):
+        assert after[name] < before[name], name
+
+
+def largest_difference(a, b) -> float:
+    """Over all log-probabilities."""
+    names = ("thought_logps", "talk_logps", "reader_logps", "text_logps")
+    return max(float((getattr(a, name).double() - getattr(b, name).double()).abs().max()) for name in names)
+
+
+@pytest.mark.parametrize("path", [SharedPrefix(), Replay()], ids=["shared prefix", "replay"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "pure"])
+@pytest.mark.parametrize("dtype", STATED)
+def test_half_precision_scores_as_float32_within_the_stated_tolerance(dtype, autocast, path):
+    """The same thoughts by the same weights, which are rounded to the lower precision first."""
+    model, text = tiny_model(), mixed_text()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    request = ScoreRequest(text, think(model, text), 3, path)
+    with torch.no_grad():
+        expected = score(model, request)
+        if autocast:
+            with torch.autocast("cpu", dtype):
+                found = score(model, request)
+        else:
+            found = score(model.to(dtype), request)
+    difference = largest_difference(found, expected)
+    assert 0 < difference < STATED[dtype]
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"fp16": True}], ids=["bf16", "fp16"])
+def test_mixed_precision_trains(options, tmp_path):
+    """Weights stay float32, everything is finite, and the likelihood improves."""
+    trainer = tiny_trainer(tmp_path, max_steps=12, evaluation=text_data(8), **options)
+    assert_learns(trainer)
+    assert trainer.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_model_trains_with_its_heads_in_float32(dtype, tmp_path):
+    """Heads are small and learn at a high rate; the base keeps the precision it was asked for."""
+    trainer = tiny_trainer(
+        tmp_path,
+        model=saved_model(tmp_path / "m"),
+        max_steps=30,
+        model_init_kwargs={"dtype": dtype},
+        peft_config=lora(),
+        learning_rate=1e-2,
+        evaluation=text_data(8),
+    )
+    assert_learns(trainer)
+    base = trainer.model.get_base_model()
+    assert base.dtype == getattr(torch, dtype) and base.quietstar.start_embedding.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_model_learns_by_its_adapter(name, tmp_path):
+    """4 and 8 bits, on the shared prefix, saved as an adapter repository and loaded back."""
+    pytest.importorskip("bitsandbytes")
+    path = saved_model(tmp_path / "m", hidden_size=64, intermediate_size=64)
+    trainer = tiny_trainer(
+        tmp_path,
+        model=path,
+        max_steps=30,
+        quantization_config=QUANTIZED[name],
+        peft_config=lora(),
+        learning_rate=1e-2,
+        evaluation=text_data(8),
+    )
+    base = trainer.model.get_base_model()
+    assert base.is_quantized and isinstance(trainer.path, SharedPrefix)
+    assert path_difference(base.eval(), SharedPrefix()) < QUANTIZED_TOLERANCE
+    assert_learns(trainer)
+    trainer.save_model(tmp_path / "saved")
+    again = QuietStarForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=QUANTIZED[name])
+    expected, found = (m.get_base_model().quietstar.state_dict() for m in (trainer.model, again))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path):
+    """Before anything is loaded."""
+    config, path = BitsAndBytesConfig(load_in_8bit=True), saved_model(tmp_path / "m")
+    with pytest.raises(ValueError, match="own weights cannot be trained; pass a `peft_config`"):
+        tiny_trainer(tmp_path, model=path, quantization_config=config)
+    with pytest.raises(ValueError, match="loaded already together with a `quantization_config`"):
+        tiny_trainer(tmp_path, quantization_config=config, peft_config=lora())
+    with pytest.raises(ValueError, match="given twice"):
+        tiny_trainer(
+            tmp_path,
+            model=path,
+            quantization_config=config,
+            peft_config=lora(),
+            model_init_kwargs={"quantization_config": config},
+            data=text_data(),
+        )
