@@ -61,7 +61,7 @@ SMALL = {
     "mamba_d_ssm": 64,
     "sliding_window": 6,
     "rotary_dim": 4,
-    "vocab_size": VOCAB,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     "is_decoder": True,
 }
 DECODER = dict(is_encoder_decoder=False, is_decoder=True)
@@ -83,17 +83,22 @@ EXCEPTIONS: dict[str, dict] = {
     "recurrent_gemma": dict(block_types=["recurrent", "attention"], lru_width=32, attention_window_size=6),
     "electra": dict(embedding_size=32),
     "gemma3n_text": dict(
-        num_kv_shared_layers=0,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
         laurel_rank=8,
         hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCAB,
-        activation_sparsity_pattern=[0.0, 0.0],
-        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "gemma4_text": dict(
-        num_kv_shared_layers=0, hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"]
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "gemma4_unified_text": dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"]),
+    # ids that the texts of this suite do not hold
+    **dict.fromkeys(("gemma4", "gemma4_unified"), dict(image_token_id=0, video_token_id=0, audio_token_id=0)),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=6),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), dict(head_dim=8, num_key_value_heads=2)),

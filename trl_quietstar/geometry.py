@@ -117,8 +117,8 @@ class Branches:
     Parameters:
         anchors (`torch.Tensor` of shape `(B, N)`):
             The text index each branch hangs off.
-        embeds (`torch.Tensor` of shape `(B, N, S, H)`):
-            Input embeddings of the slots.
+        embeds (`torch.Tensor` of shape `(B, N, S, E)`):
+            Input embeddings of the slots, as [`~embeddings.embed_tokens`] gives them.
         mask (`torch.Tensor` of shape `(B, N, S)`, bool):
             False on slots that hold nothing; later slots then move up.
     """

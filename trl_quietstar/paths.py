@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .embeddings import embed_tokens, embedding_inputs
 from .geometry import (
     Branches,
     Text,
@@ -48,7 +49,7 @@ class Reader(Protocol):
         Args:
             anchors (`torch.Tensor` of shape `(B, N)`):
                 The text index each branch hangs off; the same at every call.
-            embeds (`torch.Tensor` of shape `(B, N, H)`):
+            embeds (`torch.Tensor` of shape `(B, N, E)`):
                 Input embeddings of the new slots.
 
         Returns:
@@ -86,9 +87,10 @@ class Path(Protocol):
         ...
 
 
-def backbone(model: PreTrainedModel, **inputs) -> torch.Tensor:
+def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Tensor:
     """
-    The model's own forward without its LM head: what the head reads, `(B, T, H)`.
+    The model's own forward without its LM head: what the head reads, `(B, T, H)`, for embeddings as
+    [`~embeddings.embed_tokens`] gives them.
 
     Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
     """
@@ -103,7 +105,7 @@ def backbone(model: PreTrainedModel, **inputs) -> torch.Tensor:
     own = vars(head).get("forward")  # a hook's, if any
     head.forward = take
     try:
-        type(model).forward(model, **inputs)
+        type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
     finally:
         if own is None:
             del head.forward
@@ -121,14 +123,14 @@ class SharedPrefix:
     def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
         B, N, S, _ = branches.embeds.shape
         T = text.input_ids.shape[1]
-        embeds = torch.cat([model.get_input_embeddings()(text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
+        embeds = torch.cat([embed_tokens(model, text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
         branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
         allowed = packed_attention(text, branches.anchors, branches.mask)
         with recorded_routing(model) as calls:
             hidden = backbone(
                 model,
-                inputs_embeds=embeds,
+                embeds,
                 attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
                 position_ids=position_ids + position_offset(model.config),
                 use_cache=False,
@@ -145,7 +147,7 @@ class CachedReader:
         self.model, self.text = model, text
         self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
         self.key_positions = text.position_ids
-        embeds = model.get_input_embeddings()(text.input_ids)
+        embeds = embed_tokens(model, text.input_ids)
         self.text_hidden = self._forward(embeds, text_attention(text), text.position_ids)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -161,7 +163,7 @@ class CachedReader:
         masks = additive_masks(self.model.config, allowed, position_ids, self.key_positions, embeds.dtype)
         return backbone(
             self.model,
-            inputs_embeds=embeds,
+            embeds,
             attention_mask=masks,
             position_ids=position_ids + position_offset(self.model.config),
             past_key_values=self.cache,
@@ -193,7 +195,7 @@ class Replay:
 
     def _text(self, model: PreTrainedModel, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the text, and which tokens of the forward count."""
-        embeds = model.get_input_embeddings()(text.input_ids)
+        embeds = embed_tokens(model, text.input_ids)
         documents = int(text.document_ids.max())
         number = torch.arange(1, documents + 1, device=embeds.device)
         members = text.document_ids[:, None, :] == number[:, None]  # (B, documents, T)
@@ -208,7 +210,7 @@ class Replay:
 
     def _branches(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the branches, and which tokens of the forward count."""
-        embeds = model.get_input_embeddings()(text.input_ids)
+        embeds = embed_tokens(model, text.input_ids)
         hidden = self._rows(model, text, embeds, branches)
         index = branch_position_ids(text, branches.anchors, branches.mask).clamp(max=hidden.shape[2] - 1)
         slot = (
@@ -236,7 +238,7 @@ class Replay:
         pool = torch.cat([embeds, branches.embeds.flatten(1, 2)], dim=1)
         hidden = backbone(
             model,
-            inputs_embeds=gather_hidden(pool, source).flatten(0, 1),
+            gather_hidden(pool, source).flatten(0, 1),
             attention_mask=(column < length).flatten(0, 1).long(),
             use_cache=False,
         )

@@ -16,6 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from .embeddings import embed_tokens, embed_vector
 from .geometry import Positions, Text, Thoughts, gather_hidden
 from .heads import ThinkingModel
 from .lm_head import logits_of, row_chunk
@@ -108,8 +109,7 @@ def sample_thoughts(
     G, L = settings.num_thoughts, settings.thought_length
     anchors = positions.index.repeat_interleave(G, dim=1)
     draws = uniforms(positions, settings, generators).flatten(1, 2)
-    embed = model.get_input_embeddings()
-    embeds = model.quietstar.start_embedding.to(model.dtype).expand(B, J * G, -1)
+    embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
     token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
     mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
     running = mask[..., 0].clone()
@@ -119,7 +119,7 @@ def sample_thoughts(
         token_ids[..., step] = _draw_tokens(model, hidden, draws[..., step], settings)
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
-        embeds = embed(token_ids[..., step])
+        embeds = embed_tokens(model, token_ids[..., step])
     shape = (B, J, G, L)
     return Thoughts(positions, token_ids.view(shape), mask.view(shape))
 
@@ -147,7 +147,7 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
     unused = torch.zeros(positions.index.shape, dtype=torch.float64, device=hidden.device)
     tokens = [_draw_tokens(model, hidden, unused, greedy)]
     while len(tokens) < length:
-        hidden = reader.extend(positions.index, model.get_input_embeddings()(tokens[-1]))
+        hidden = reader.extend(positions.index, embed_tokens(model, tokens[-1]))
         tokens.append(_draw_tokens(model, hidden, unused, greedy))
     return torch.stack(tokens, dim=-1)
 

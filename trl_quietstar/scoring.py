@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .embeddings import embed_tokens, embed_vector
 from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
 from .lm_head import token_statistics
@@ -154,10 +155,10 @@ def score_thoughts(
         [`Scores`] with `thought_logps`, `text_logps` and `text_correct`.
     """
     B, J, G, L = thoughts.token_ids.shape
-    embeds = model.get_input_embeddings()(thoughts.token_ids[..., :-1])
+    embeds = embed_tokens(model, thoughts.token_ids[..., :-1])
     mask = thoughts.mask[..., :-1]
     if start:
-        embeds = torch.cat([_edge(model.quietstar.start_embedding, thoughts, embeds.dtype), embeds], dim=3)
+        embeds = torch.cat([_edge(model, model.quietstar.start_embedding, thoughts), embeds], dim=3)
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
     anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
     branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
@@ -191,19 +192,18 @@ def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch
     return values.gather(1, flat).view(index.shape)[:, :, None]
 
 
-def _edge(embedding: torch.Tensor, thoughts: Thoughts, dtype: torch.dtype) -> torch.Tensor:
-    """A learned embedding as one slot of every branch: shape `(B, J, G, 1, H)`."""
-    return embedding.to(dtype).expand(*thoughts.mask.shape[:3], 1, -1)
+def _edge(model: ThinkingModel, embedding: torch.Tensor, thoughts: Thoughts) -> torch.Tensor:
+    """A learned embedding as one slot of every branch: shape `(B, J, G, 1, E)`."""
+    return embed_vector(model, embedding).expand(*thoughts.mask.shape[:3], 1, -1)
 
 
 def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -> Branches:
     """`start, thought, end, first M - 1 talk tokens` at every position."""
     G = thoughts.token_ids.shape[2]
-    embed = model.get_input_embeddings()
-    thought = embed(thoughts.token_ids)
-    spoken = embed(talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
-    start = _edge(model.quietstar.start_embedding, thoughts, thought.dtype)
-    end = _edge(model.quietstar.end_embedding, thoughts, thought.dtype)
+    thought = embed_tokens(model, thoughts.token_ids)
+    spoken = embed_tokens(model, talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
+    start = _edge(model, model.quietstar.start_embedding, thoughts)
+    end = _edge(model, model.quietstar.end_embedding, thoughts)
     if thoughts.filler:
         thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]

@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from .embeddings import embed_tokens, embed_vector
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
 from .lm_head import token_statistics
@@ -63,8 +64,8 @@ def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> t
     """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
     B, J, G, L = thoughts.token_ids.shape
     anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
-    embeds = model.get_input_embeddings()(thoughts.token_ids.flatten(1, 2))
-    start = model.quietstar.start_embedding.to(embeds.dtype).expand(B, J * G, 1, -1)
+    embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
+    start = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, 1, -1)
     slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
     hidden = torch.stack([reader.extend(anchors, slot) for slot in slots.unbind(2)], dim=2)
     return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.mask).logps
