@@ -6,7 +6,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaModel, T5Config, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaModel,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    T5Config,
+    TrainingArguments,
+)
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 
@@ -218,6 +226,37 @@ def test_a_model_without_lm_head(tmp_path):
     """A backbone is refused, naming the class to load."""
     with pytest.raises(ValueError, match=r"LM head.*AutoModelForCausalLM"):
         tiny_trainer(tmp_path, model=LlamaModel(tiny_config("llama", vocab_size=300)))
+
+
+def test_an_audio_decoder(tmp_path):
+    """Several codes at a time are no text."""
+    config = MusicgenDecoderConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, num_codebooks=2
+    )
+    with pytest.raises(ValueError, match="predicts 2 codes at a time, as audio decoders do"):
+        tiny_trainer(tmp_path, model=MusicgenForCausalLM(config))
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda model: model.compile() or model])
+def test_a_compiled_model(compiled, tmp_path):
+    """Nothing has been compiled yet when it is refused; so is the option that asks for it."""
+    with pytest.raises(ValueError, match=r"compiled.*`layer.compile\(\)`"):
+        tiny_trainer(tmp_path, model=compiled(plain_model()))
+    with pytest.raises(ValueError, match=r"`torch_compile=True` is not supported"):
+        tiny_trainer(tmp_path, torch_compile=True)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are(tmp_path):
+    """The way that the refusal names works, and gives the same run."""
+    eager, compiled = plain_model(), plain_model()
+    for layer in compiled.model.layers:
+        layer.compile()
+    runs = [tiny_trainer(tmp_path, model=model) for model in (eager, compiled)]
+    for run in runs:
+        run.train()
+    expected, found = ([entry["rl/nll_with"] for entry in logged(run)] for run in runs)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_adapter_twice(tmp_path):

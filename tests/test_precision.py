@@ -113,6 +113,31 @@ def test_a_quantized_model_learns_by_its_adapter(name, tmp_path):
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_gradients_pass_through_4_bit_layers_after_sampling(tmp_path):
+    """They are those of the same weights in full; sampling in `eval()` mode must not switch to kernels without any."""
+    bnb = pytest.importorskip("bitsandbytes")
+    path = saved_model(tmp_path / "m", hidden_size=64, intermediate_size=64)
+    trainer = tiny_trainer(tmp_path, model=path, quantization_config=QUANTIZED["4 bits"], peft_config=lora())
+    base, text = trainer.model.get_base_model(), mixed_text()
+    request = ScoreRequest(text, think(base.eval(), text), 3, trainer.path)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trainer.model.train().zero_grad()
+        score(base, request).talk_logps.sum().backward()
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if "lora_B" in name}
+
+    quantized = gradients()
+    for module in trainer.model.modules():
+        if isinstance(getattr(module, "base_layer", None), bnb.nn.Linear4bit):
+            weight = module.base_layer.weight
+            full = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+            module.base_layer = torch.nn.Linear(full.shape[1], full.shape[0], bias=False)
+            module.base_layer.weight.data = full
+    for name, expected in gradients().items():
+        torch.testing.assert_close(quantized[name], expected, rtol=1e-3, atol=1e-4)
+        assert expected.abs().sum() > 0
+
+
 def test_what_cannot_be_quantized_is_refused(tmp_path):
     """Before anything is loaded."""
     config, path = BitsAndBytesConfig(load_in_8bit=True), saved_model(tmp_path / "m")

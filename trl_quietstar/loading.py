@@ -46,6 +46,11 @@ def build_model(
             kwargs["quantization_config"] = quantization_config
         model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
     base = base_of(model)
+    for module in base.modules():
+        # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that
+        # passes no gradient, and keeps to it in training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if tokenizer is None:
         source = get_config_model_id(base.config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)

@@ -208,10 +208,21 @@ def heads_aside(model: PreTrainedModel):
 def check_causal_lm(model: PreTrainedModel) -> None:
     """Refuses what cannot be a causal thinker, before anything is changed."""
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or model._compiled_call_impl is not None:
+        raise ValueError(
+            f"The model is a {name}, compiled or not a model of Transformers; pass it as `AutoModelForCausalLM` loads it. "
+            "Its layers may be compiled one by one, with `layer.compile()`."
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; thoughts need a causal (decoder-only) language model.")
-    if model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    if head is None:
         raise ValueError(f"{name} has no LM head; load the model with `AutoModelForCausalLM`.")
+    if isinstance(head, nn.ModuleList):
+        raise ValueError(
+            f"{name} predicts {len(head)} codes at a time, as audio decoders do; thoughts need a language model with one "
+            "vocabulary."
+        )
 
 
 class QuietStarForCausalLM:

@@ -1,0 +1,103 @@
+"""Tokenizers of every kind that open models use: thoughts are sampled, ended by a string, shown and trained."""
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.loading import thought_end
+
+from .tiny import byte_tokenizer, randomize, sums, tiny_config
+from .training import text_data, tiny_trainer
+
+
+def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A unigram model with byte fallback, as Llama 2 and Gemma have: trained, written and loaded as a `.model` file."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(sums()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=280, byte_fallback=True, minloglevel=2
+    )
+    return LlamaTokenizer.from_pretrained(folder)
+
+
+def with_bos(folder: Path) -> PreTrainedTokenizerFast:
+    """Every text begins with a token of its own."""
+    tokenizer = byte_tokenizer(bos_token="<bos>")
+    bos = (("<bos>", tokenizer.convert_tokens_to_ids("<bos>")),)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=list(bos)
+    )
+    return tokenizer
+
+
+def characters(folder: Path) -> PreTrainedTokenizerFast:
+    """One token a character, an unknown token, and neither BOS, EOS nor padding."""
+    letters = sorted(set("".join(sums()) + string.ascii_letters) - {" "}) + ["▁"]
+    vocabulary = {token: index for index, token in enumerate(["<unk>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("."), "isolated")]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+KINDS = {
+    "byte-level BPE": lambda folder: byte_tokenizer(),
+    "left padding": lambda folder: byte_tokenizer(pad_token="<pad>", padding_side="left"),
+    "BOS": with_bos,
+    "characters": characters,
+    "sentencepiece": sentencepiece_tokenizer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_trains_and_comes_back(kind, tmp_path):
+    """Thoughts end at a string of its own pieces, the table shows them as text, and the saved model brings it along."""
+    tokenizer = KINDS[kind](tmp_path)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=len(tokenizer) + 3))
+    randomize(model)
+    trainer = tiny_trainer(
+        tmp_path / "out",
+        model=model,
+        tokenizer=tokenizer,
+        evaluation=text_data(8, 100),
+        thought_length=6,
+        min_thought_length=1,
+        thought_stop_string="1",
+    )
+    trainer.train()
+    expected = trainer.evaluate()
+    columns = trainer.sampled_thoughts()
+    assert any(text in "".join(sums()) for text in columns["next"] if text.strip())
+    trainer.save_model()
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again(sums()[17])["input_ids"] == tokenizer(sums()[17])["input_ids"]
+    found = tiny_trainer(
+        tmp_path / "again",
+        model=QuietStarForCausalLM.from_pretrained(tmp_path / "out"),
+        tokenizer=again,
+        evaluation=text_data(8, 100),
+        thought_length=6,
+        min_thought_length=1,
+        thought_stop_string="1",
+    ).evaluate()
+    assert found["eval_nll_with"] == pytest.approx(expected["eval_nll_with"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thought_ends_at_the_token_that_completes_the_string(kind, tmp_path):
+    """Whatever pieces the string is made of."""
+    tokenizer = KINDS[kind](tmp_path)
+    ids = tokenizer("2 plus 6 is 8 .", add_special_tokens=False)["input_ids"]
+    ends = thought_end(tokenizer, "us")
+    ended = [bool(ends(torch.tensor([ids[:length]]))) for length in range(1, len(ids) + 1)]
+    assert ended.count(True) == 1
+    upto = tokenizer.decode(ids[: ended.index(True) + 1])
+    assert "us" in upto and "6" not in upto
