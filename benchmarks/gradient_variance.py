@@ -22,7 +22,7 @@ from trl_quietstar import QuietStarREINFORCETrainer
 from trl_quietstar.advantages import thought_advantages
 from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from trl_quietstar.rewards import masked_mean, thought_rewards
-from trl_quietstar.sampling import sample_thoughts
+from trl_quietstar.sampling import sample_thoughts, uniforms
 from trl_quietstar.scoring import ScoreRequest, Scores, at_talk, score
 
 from .learning import (
@@ -55,7 +55,9 @@ def rollout(trainer: QuietStarREINFORCETrainer, text: Text, seed: int) -> tuple[
     generators = seeded_generators(seed, 0, list(range(PROBLEMS)))
     positions = choose_positions(text, "all", generators)
     reader = trainer.path.read(model, text)
-    thoughts = sample_thoughts(model, reader, text, positions, trainer.sampling, generators)
+    thoughts = sample_thoughts(
+        model, reader, text, positions, trainer.sampling, uniforms(positions, trainer.sampling, generators)
+    )
     scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
     mask = talk_after(text, positions, 1).target_mask[:, :, None]
     without, correct = (at_talk(x, thoughts, 1) for x in (scores.text_logps, scores.text_correct))

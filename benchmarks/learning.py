@@ -39,7 +39,7 @@ from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.controls import CONTROLS, controlled
 from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators
 from trl_quietstar.rewards import thought_rewards
-from trl_quietstar.sampling import sample_thoughts
+from trl_quietstar.sampling import sample_thoughts, uniforms
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
 
@@ -160,7 +160,14 @@ def answer_logps(
 
     text, generators = text_with(0), seeded_generators(7, 0, list(range(count)))
     positions = choose_positions(text, "all", generators)
-    thoughts = sample_thoughts(model, trainer.path.read(model, text), text, positions, trainer.sampling, generators)
+    thoughts = sample_thoughts(
+        model,
+        trainer.path.read(model, text),
+        text,
+        positions,
+        trainer.sampling,
+        uniforms(positions, trainer.sampling, generators),
+    )
     logps: dict[str, list[torch.Tensor]] = {name: [] for name in ("none", *controls)}
     for control in controls:
         other = controlled(thoughts, control, len(VOCABULARY), torch.Generator().manual_seed(7))

@@ -16,7 +16,7 @@ from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.geometry import Text, choose_positions, seeded_generators, talk_after
 from trl_quietstar.paths import SharedPrefix
 from trl_quietstar.rewards import masked_mean
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts
+from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
 
@@ -41,7 +41,9 @@ def reading(model, texts: list[Text], thought_length: int) -> tuple[float, float
         generators = seeded_generators(0, 0, [index])
         positions = choose_positions(text, 8, generators)
         settings = SamplingSettings(thought_length)
-        thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
+        thoughts = sample_thoughts(
+            model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
+        )
         scores = score(model, ScoreRequest(text, thoughts, TALK_LENGTH, path))
         mask = talk_after(text, positions, TALK_LENGTH).target_mask[:, :, None]
         without.append(-masked_mean(at_talk(scores.text_logps, thoughts, TALK_LENGTH), mask).item())

@@ -99,6 +99,7 @@ EXCEPTIONS: dict[str, dict] = {
     "gemma4_unified_text": dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"]),
     # ids that the texts of this suite do not hold
     **dict.fromkeys(("gemma4", "gemma4_unified"), dict(image_token_id=0, video_token_id=0, audio_token_id=0)),
+    "flint": dict(mlp_only_layers=[0]),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=6),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), dict(head_dim=8, num_key_value_heads=2)),

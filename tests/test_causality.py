@@ -33,9 +33,11 @@ def roll_out(model, text: Text, path, amount="all", rows: list[int] | None = Non
 
 
 def _think(model, text, path, positions, draws) -> Thoughts:
-    from trl_quietstar.sampling import sample_thoughts
+    from trl_quietstar.sampling import sample_thoughts, uniforms
 
-    return sample_thoughts(model, path.read(model, text), text, positions, sampling(), draws)
+    return sample_thoughts(
+        model, path.read(model, text), text, positions, sampling(), uniforms(positions, sampling(), draws)
+    )
 
 
 def of_row(thoughts: Thoughts, scores, row: int) -> dict[int, dict[str, torch.Tensor]]:

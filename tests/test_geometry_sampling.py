@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
-from trl_quietstar.loading import thought_end
 from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.sampling import SamplingSettings, sample_thoughts, thought_end, uniforms
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
 from .tiny import byte_tokenizer, every_fourth, exact_model, generators, mixed_text, sampling, think
@@ -341,6 +340,6 @@ def test_sampling_leaves_no_graph():
     model, text = exact_model(), mixed_text()
     reader = SharedPrefix().read(model, text)
     places = choose_positions(text, 2, generators(text))
-    thoughts = sample_thoughts(model, reader, text, places, sampling(), generators(text))
+    thoughts = sample_thoughts(model, reader, text, places, sampling(), uniforms(places, sampling(), generators(text)))
     assert not thoughts.token_ids.requires_grad
     assert torch.is_grad_enabled()

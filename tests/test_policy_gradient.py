@@ -15,7 +15,7 @@ from trl_quietstar.geometry import Positions, Text, Thoughts, seeded_generators
 from trl_quietstar.objective import Coefficients, quietstar_loss
 from trl_quietstar.paths import Replay
 from trl_quietstar.rewards import thought_rewards
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts
+from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
 from trl_quietstar.scoring import ScoreRequest, at_talk, score
 
 from .tiny import exact_model
@@ -119,7 +119,7 @@ def sampled(temperature: float, **advantage_options) -> tuple[torch.Tensor, torc
     draws = seeded_generators(11, 0, list(range(GROUPS)))
     with torch.no_grad():
         reader = Replay().read(model(), batch)
-    thoughts = sample_thoughts(model(), reader, batch, places, settings, draws)
+    thoughts = sample_thoughts(model(), reader, batch, places, settings, uniforms(places, settings, draws))
     batch, scores, rewards = score_and_reward(GROUPS, thoughts, temperature)
     options = dict(use_gae=True, gamma=1.0, gae_lambda=1.0)
     advantages, returns = thought_advantages(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.geometry import Text, choose_positions, seeded_generators
 from trl_quietstar.paths import SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts
+from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
 from trl_quietstar.self_check import TOLERANCES, path_difference
 
 from .test_model import divergence_by_hand
@@ -56,7 +56,14 @@ def test_an_untrained_real_model_with_thoughts_stays_close(smollm):
     text = Text.from_batch(tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"][:, :96])
     generators = seeded_generators(0, 0, [0])
     positions, path = choose_positions(text, 12, generators), SharedPrefix()
-    thoughts = sample_thoughts(model, path.read(model, text), text, positions, SamplingSettings(8), generators)
+    thoughts = sample_thoughts(
+        model,
+        path.read(model, text),
+        text,
+        positions,
+        SamplingSettings(8),
+        uniforms(positions, SamplingSettings(8), generators),
+    )
     pairs = zip(positions.index[0].tolist(), thoughts.token_ids[0, :, 0], strict=True)
     divergences = torch.tensor([divergence_by_hand(model, text.input_ids[0, : j + 1], ids) for j, ids in pairs])
     assert 0 < divergences.mean() < 0.05

@@ -25,7 +25,7 @@ from transformers import (
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators
 from trl_quietstar.paths import Path, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts
+from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
 
 
 VOCAB = 97
@@ -157,9 +157,12 @@ def think(
     """Thoughts sampled with a fixed seed."""
     path = path or SharedPrefix()
     positions = positions_of(text) if positions is None else positions
+    settings = settings or sampling()
     with torch.no_grad():
         reader = path.read(model, text)
-    return sample_thoughts(model, reader, text, positions, settings or sampling(), generators(text, seed))
+    return sample_thoughts(
+        model, reader, text, positions, settings, uniforms(positions, settings, generators(text, seed))
+    )
 
 
 def sums(first: int = 20, second: int = 20) -> list[str]:

@@ -260,6 +260,12 @@ class QuietStarConfig(_BaseConfig):
             prediction=self.reward_prediction,
             value_head_type=self.value_head_type,
             value_head_hidden_size=self.value_head_hidden_size,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            min_thought_length=self.min_thought_length,
+            thought_stop_string=self.thought_stop_string,
         )
 
     def _check_contradictions(self):

@@ -29,6 +29,8 @@ class QuietStarSettings:
             `"linear"`, `"mlp"` or `"transformer"`.
         value_head_hidden_size (`int`):
             Width of the last two.
+        temperature, top_k, top_p, min_p, min_thought_length, thought_stop_string:
+            How thoughts are drawn and end, as in [`QuietStarConfig`].
     """
 
     thought_length: int = 8
@@ -36,6 +38,12 @@ class QuietStarSettings:
     prediction: str = "mixed"
     value_head_type: str = "mlp"
     value_head_hidden_size: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+    min_thought_length: int | None = None
+    thought_stop_string: str | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

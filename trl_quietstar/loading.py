@@ -1,10 +1,8 @@
 """From what a user passes as model and tokenizer to a thinking model, with its adapter."""
 
-from collections.abc import Callable
-
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 from trl.trainer.utils import get_config_model_id
 
@@ -128,26 +126,3 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return token_id
     return 0
-
-
-def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    When a thought ends early: at the EOS token or a string.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Of the model.
-        stop_string (`str`, *optional*):
-            The string.
-
-    Returns:
-        `Callable` from thoughts so far, of shape `(rows, length)`, to a bool of shape `(rows,)`.
-    """
-    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
-    eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-
-    def ends(token_ids: torch.Tensor) -> torch.Tensor:
-        ended = token_ids[:, -1] == eos
-        return ended if criteria is None else ended | criteria(token_ids, None)
-
-    return ends

@@ -20,12 +20,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
+from transformers.generation import StoppingCriteriaList
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ._compat import set_unsaved_keys
+from .generation import Thinking, think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
+from .paths import SharedPrefix
 from .scoring import ScoreRequest, score
+from .self_check import choose_path
 
 
 HEADS_NAME = "quietstar.safetensors"
@@ -44,6 +56,88 @@ class QuietStarMixin:
     def quietstar_settings(self) -> QuietStarSettings:
         """The settings saved in the config."""
         return QuietStarSettings(**self.config.quietstar)
+
+    @functools.cached_property
+    def can_branch(self) -> bool:
+        """Whether thoughts may branch off a text of this model, by the start-up check."""
+        return isinstance(choose_path(self), SharedPrefix)
+
+    def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
+        """
+        The tokenizer that says when a thought ends: the one given, or the one beside the model; None if thoughts have a
+        fixed length.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
+            return tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(self.config.name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                "This model's thoughts may end early, at a token that only its tokenizer knows; pass `tokenizer=...`."
+            ) from error
+
+    def generate(
+        self,
+        *args,
+        think: str = "always",
+        think_every: int = 1,
+        thinking_threshold: float = 0.6,
+        return_thoughts: bool = False,
+        **kwargs,
+    ):
+        """
+        Generates visible text, thinking before it speaks. All arguments of [`~transformers.GenerationMixin.generate`] work
+        with greedy search and sampling.
+
+        Args:
+            think (`str`):
+                `"always"`; `"never"`, as the base model; or `"adaptive"`: where its prediction is uncertain.
+            think_every (`int`):
+                How many tokens a thought serves, up to the model's `talk_length`.
+            thinking_threshold (`float`):
+                Least entropy of the no-thought prediction, divided by log V, to think at (adaptive).
+            return_thoughts (`bool`):
+                Whether to return [`~generation.GenerateThoughtfulOutput`], with the thoughts.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T + new)`, or an output class as with `return_dict_in_generate`.
+
+        Raises:
+            `ValueError`: if a value is outside its limits, or the decoding method cannot think.
+        """
+        thinking, talk_length = Thinking(think, think_every, thinking_threshold), self.quietstar_settings.talk_length
+        if think_every > talk_length:
+            raise ValueError(
+                f"`think_every` is {think_every}, but the model reads a thought for `talk_length` {talk_length} tokens; "
+                "lower it."
+            )
+        if think == "never":
+            if return_thoughts:
+                raise ValueError("There are no thoughts to return with `think='never'`.")
+            return super().generate(*args, **kwargs)
+        # Transformers keeps the streamer and the tokenizer from a custom loop, and so from its own stop strings
+        tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError(f"`stop_strings={stop_strings!r}` needs `tokenizer=...`.")
+            criterion = StopStringCriteria(tokenizer, stop_strings)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs.pop("stopping_criteria", ()), criterion])
+        loop = functools.partial(
+            think_and_speak,
+            thinking=thinking,
+            return_thoughts=return_thoughts,
+            tokenizer=tokenizer,
+            streamer=kwargs.get("streamer"),
+        )
+        training = self.training
+        self.eval()  # no dropout, and a cache even where layers are checkpointed
+        try:
+            return super().generate(*args, custom_generate=loop, **kwargs)
+        finally:
+            self.train(training)
 
     def initialize_thought_embeddings(
         self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—"

@@ -76,7 +76,8 @@ def recorded_routing(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor
         return args, {**kwargs, "output_router_logits": True}
 
     def take(module, args, output):
-        calls.append(output.router_logits)
+        if output.router_logits:  # a family of experts may be configured without any
+            calls.append(output.router_logits)
 
     handles = [
         model.base_model.register_forward_pre_hook(ask, with_kwargs=True),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -17,8 +17,8 @@ from transformers.generation import (
 )
 
 from .embeddings import embed_tokens, embed_vector
-from .geometry import Positions, Text, Thoughts, gather_hidden
-from .heads import ThinkingModel
+from .geometry import Positions, Text, Thoughts, gather_hidden, seeded_generators
+from .heads import QuietStarSettings, ThinkingModel
 from .lm_head import logits_of, row_chunk
 from .paths import Reader
 
@@ -67,6 +67,58 @@ class SamplingSettings:
         return warpers
 
 
+def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    When a thought ends early: at the EOS token or a string.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Of the model.
+        stop_string (`str`, *optional*):
+            The string.
+
+    Returns:
+        `Callable` from thoughts so far, of shape `(rows, length)`, to a bool of shape `(rows,)`.
+    """
+    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
+    eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    def ends(token_ids: torch.Tensor) -> torch.Tensor:
+        ended = token_ids[:, -1] == eos
+        return ended if criteria is None else ended | criteria(token_ids, None)
+
+    return ends
+
+
+def thought_sampling(
+    settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase | None, num_thoughts: int = 1
+) -> SamplingSettings:
+    """
+    How a model draws its thoughts, by the settings it was trained with.
+
+    Args:
+        settings ([`~heads.QuietStarSettings`]):
+            The model's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Needed where thoughts may end early.
+        num_thoughts (`int`):
+            G.
+    """
+    stop = None
+    if settings.min_thought_length is not None and tokenizer is not None:
+        stop = thought_end(tokenizer, settings.thought_stop_string)
+    return SamplingSettings(
+        thought_length=settings.thought_length,
+        num_thoughts=num_thoughts,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        min_thought_length=settings.min_thought_length or 1,
+        stop=stop,
+    )
+
+
 def uniforms(positions: Positions, settings: SamplingSettings, generators: list[torch.Generator]) -> torch.Tensor:
     """Random numbers of shape `(B, J, G, L)`; each sequence's come from its own generator, in position order."""
     B, J = positions.index.shape
@@ -76,6 +128,31 @@ def uniforms(positions: Positions, settings: SamplingSettings, generators: list[
     return draws.to(positions.index.device)
 
 
+def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: int = 0) -> torch.Tensor:
+    """
+    The same random numbers for every thought at the same place of a text, whatever the batch and however far the text
+    has come: what greedy generation and scoring think with.
+
+    Args:
+        position_ids (`torch.Tensor` of shape `(B, J)`):
+            Of the thought positions.
+        settings ([`SamplingSettings`]):
+            How many thoughts and tokens.
+        seed (`int`):
+            Of all of them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G, L)`.
+    """
+    places, inverse = position_ids.cpu().unique(return_inverse=True)
+    shape = (settings.num_thoughts, settings.thought_length)
+    rows = [
+        torch.rand(shape, generator=generator, dtype=torch.float64)
+        for generator in seeded_generators(seed, 0, places.tolist())
+    ]
+    return torch.stack(rows)[inverse].to(position_ids.device)
+
+
 @torch.no_grad()
 def sample_thoughts(
     model: ThinkingModel,
@@ -83,7 +160,7 @@ def sample_thoughts(
     text: Text,
     positions: Positions,
     settings: SamplingSettings,
-    generators: list[torch.Generator],
+    draws: torch.Tensor,
 ) -> Thoughts:
     """
     Writes `num_thoughts` thoughts at every position (Quiet-STaR, section 4.1: parallel generation).
@@ -99,8 +176,8 @@ def sample_thoughts(
             Where to think.
         settings ([`SamplingSettings`]):
             How.
-        generators (`list[torch.Generator]`):
-            One for each sequence.
+        draws (`torch.Tensor` of shape `(B, J, G, L)`):
+            A uniform number for each token, as [`uniforms`] or [`fixed_draws`] gives them.
 
     Returns:
         [`Thoughts`] with tensors of shape `(B, J, G, L)`.
@@ -108,7 +185,7 @@ def sample_thoughts(
     B, J = positions.index.shape
     G, L = settings.num_thoughts, settings.thought_length
     anchors = positions.index.repeat_interleave(G, dim=1)
-    draws = uniforms(positions, settings, generators).flatten(1, 2)
+    draws = draws.flatten(1, 2)
     embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
     token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
     mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
@@ -116,7 +193,7 @@ def sample_thoughts(
     for step in range(L):
         mask[..., step] &= running
         hidden = reader.extend(anchors, embeds)
-        token_ids[..., step] = _draw_tokens(model, hidden, draws[..., step], settings)
+        token_ids[..., step] = draw_tokens(model, hidden, draws[..., step], settings)
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
         embeds = embed_tokens(model, token_ids[..., step])
@@ -145,14 +222,14 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
     greedy = SamplingSettings(length, do_sample=False)
     hidden = gather_hidden(reader.text_hidden, positions.index)
     unused = torch.zeros(positions.index.shape, dtype=torch.float64, device=hidden.device)
-    tokens = [_draw_tokens(model, hidden, unused, greedy)]
+    tokens = [draw_tokens(model, hidden, unused, greedy)]
     while len(tokens) < length:
         hidden = reader.extend(positions.index, embed_tokens(model, tokens[-1]))
-        tokens.append(_draw_tokens(model, hidden, unused, greedy))
+        tokens.append(draw_tokens(model, hidden, unused, greedy))
     return torch.stack(tokens, dim=-1)
 
 
-def _draw_tokens(
+def draw_tokens(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
     """Token ids of shape `(B, N)` for hidden states of shape `(B, N, H)` and uniform numbers of shape `(B, N)`."""

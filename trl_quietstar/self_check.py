@@ -9,7 +9,7 @@ from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
 from .lm_head import token_statistics
 from .paths import Path, Reader, Replay, SharedPrefix
-from .sampling import SamplingSettings, sample_thoughts
+from .sampling import SamplingSettings, sample_thoughts, uniforms
 from .scoring import ScoreRequest, score
 
 
@@ -49,7 +49,9 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
         thought_length=3, num_thoughts=2, min_thought_length=2, stop=lambda ids: ids[:, -1] % 2 == 0
     )
     generators = seeded_generators(seed, 1, [0, 1])
-    thoughts = sample_thoughts(model, path.read(model, text), text, positions, settings, generators)
+    thoughts = sample_thoughts(
+        model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
+    )
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
     pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
     if oracle.router_loss is not None:

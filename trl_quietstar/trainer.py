@@ -41,14 +41,14 @@ from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
 from .lm_head import normalized_entropy
-from .loading import build_model, check_adapter, check_quantization, pad_token_id, thought_end
+from .loading import build_model, check_adapter, check_quantization, pad_token_id
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
 from .report import card_section, print_thoughts, thought_table
 from .rewards import coherence, thought_rewards
 from .routing import use_router_loss
-from .sampling import SamplingSettings, sample_thoughts
+from .sampling import sample_thoughts, thought_sampling, uniforms
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
 from .self_check import choose_path
 
@@ -197,7 +197,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.anti_theater_steps is not None:
             # ahead of the loggers, which close at the end of training
             self.callback_handler.callbacks.insert(0, self._anti_theater)
-        self.sampling = self._sampling_settings()
+        self.sampling = thought_sampling(args.settings(), processing_class, args.num_thoughts)
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
         self._step_reward = MetricSums()  # of the current optimizer step
@@ -240,22 +240,6 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 yield base
         finally:
             base.quietstar = heads
-
-    def _sampling_settings(self) -> SamplingSettings:
-        args = self.args
-        stop = None
-        if args.min_thought_length is not None:
-            stop = thought_end(self.processing_class, args.thought_stop_string)
-        return SamplingSettings(
-            thought_length=args.thought_length,
-            num_thoughts=args.num_thoughts,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            min_thought_length=args.min_thought_length or 1,
-            stop=stop,
-        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`."""
@@ -375,7 +359,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                     args.difficulty_threshold,
                     args.min_thought_interval,
                 )
-                return sample_thoughts(base, reader, text, positions, settings, generators)
+                return sample_thoughts(
+                    base, reader, text, positions, settings, uniforms(positions, settings, generators)
+                )
         finally:
             base.train(training)
 

@@ -1,0 +1,409 @@
+"""Generating with thoughts: think after a token, predict the next from both, emit visible text only.
+
+[`think_and_speak`] is the decoding loop that Transformers' `generate` runs in place of its own, so that prompts, padding,
+logits processors, stopping criteria and streamers are prepared as usual. It asks a [`Decoder`] for hidden states: with the
+shared prefix, text and thoughts share one KV cache, from which a thought is dropped as soon as it was used
+([`CachedDecoder`]); by replay everything is run again at each token ([`ReplayDecoder`]).
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .embeddings import embed_tokens, embed_vector
+from .geometry import Branches, Text
+from .heads import ThinkingModel
+from .lm_head import logits_of, normalized_entropy
+from .paths import Replay, additive_masks, backbone, position_offset
+from .sampling import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
+
+
+MODES = ("always", "never", "adaptive")
+
+
+@dataclass
+class GeneratedThought:
+    """
+    A thought written while generating.
+
+    Parameters:
+        position (`int`):
+            Index in the row of `sequences` of the token it was written after.
+        token_ids (`list[int]`):
+            Its tokens.
+        mixing_weights (`list[float]`):
+            Its weight in the prediction of each token it served, in order.
+    """
+
+    position: int
+    token_ids: list[int]
+    mixing_weights: list[float] = field(default_factory=list)
+
+
+@dataclass
+class GenerateThoughtfulOutput(GenerateDecoderOnlyOutput):
+    """
+    What `generate` returns with `return_dict_in_generate=True` or `return_thoughts=True`: `sequences`, `scores` and
+    `logits` as usual, and `thoughts`, a list of [`GeneratedThought`] for each row.
+    """
+
+    thoughts: list[list[GeneratedThought]] | None = None
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """
+    When to think.
+
+    Parameters:
+        mode (`str`):
+            `"always"`, or `"adaptive"`: where the no-thought prediction is uncertain.
+        every (`int`):
+            M, the tokens that one thought serves.
+        threshold (`float`):
+            Least no-thought entropy, divided by log V, to think at (adaptive).
+
+    Raises:
+        `ValueError`: if a value is outside its limits.
+    """
+
+    mode: str = "always"
+    every: int = 1
+    threshold: float = 0.6
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"`think` is {self.mode!r}; choose one of {', '.join(MODES)}.")
+        if self.every < 1:
+            raise ValueError(f"`think_every` is {self.every}, below its limit of 1; raise it.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"`thinking_threshold` is {self.threshold}; it lies between 0 and 1.")
+
+
+class Decoder(Protocol):
+    """A batch of texts that grow, and one branch after each of them."""
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Appends tokens, `(B, Q)` with their mask, to the texts; hidden states `(B, H)` of the last ones."""
+        ...
+
+    def fork(self, rows: torch.Tensor) -> None:
+        """Begins a branch after the present text in the rows of a mask `(B,)`; an older one there is gone."""
+        ...
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Appends slots, `(B, Q, E)` with their mask, to the branches; their hidden states `(B, Q, H)`."""
+        ...
+
+    def drop(self, rows: torch.Tensor) -> None:
+        """Ends the branches of the rows of a mask `(B,)`."""
+        ...
+
+
+class CachedDecoder:
+    """
+    Texts and branches in one KV cache. Each slot has an owner, 0 for the text, and is seen by position: a text sees text,
+    a branch the text up to where it was forked and its own slots.
+
+    Args:
+        model ([`~heads.ThinkingModel`]):
+            The model.
+    """
+
+    def __init__(self, model: ThinkingModel):
+        self.model = model
+        self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.cache.get_seq_length() == 0:
+            B, device = len(token_ids), token_ids.device
+            self.positions = torch.zeros(B, 0, dtype=torch.long, device=device)
+            self.owner, self.valid = self.positions.clone(), self.positions.bool()
+            self.length = torch.zeros(B, dtype=torch.long, device=device)  # of the text
+            self.branch, self.anchor, self.tip = (torch.zeros_like(self.length) for _ in range(3))
+            self.forks = 0
+        steps = mask.long().cumsum(1)
+        positions = (self.length[:, None] + steps - 1).clamp(min=0)
+        self.length = self.length + steps[:, -1]
+        text = torch.zeros_like(self.branch)
+        return self._forward(embed_tokens(self.model, token_ids), positions, mask, text, positions.amax(1))[:, -1]
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.forks += 1
+        self.branch = torch.where(rows, self.forks, self.branch)
+        self.anchor = torch.where(rows, self.length - 1, self.anchor)
+        self.tip = torch.where(rows, self.length - 1, self.tip)
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        steps = mask.long().cumsum(1)
+        positions = self.tip[:, None] + steps
+        self.tip = self.tip + steps[:, -1]
+        return self._forward(embeds, positions, mask, self.branch, self.anchor)
+
+    def drop(self, rows: torch.Tensor) -> None:
+        self.branch = self.branch.masked_fill(rows, 0)
+        keep = ((self.owner == 0) | (self.owner == self.branch[:, None])).any(0)
+        kept = int(keep.sum())
+        if kept == len(keep):
+            return
+        if bool(keep[:kept].all()):
+            self.cache.crop(kept - len(keep))
+        else:
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+        self.positions, self.owner, self.valid = self.positions[:, keep], self.owner[:, keep], self.valid[:, keep]
+
+    def _forward(self, embeds, positions, mask, owner, anchor) -> torch.Tensor:
+        """One pass of new slots `(B, Q, E)` of the owners `(B,)`, which see text up to the positions `anchor`, `(B,)`."""
+        Q = embeds.shape[1]
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.owner = torch.cat([self.owner, owner[:, None].expand(-1, Q)], dim=1)
+        self.valid = torch.cat([self.valid, mask.bool()], dim=1)
+        seen = ((self.owner == 0) & (self.positions <= anchor[:, None])) | (self.owner == owner[:, None])
+        earlier = self.positions[:, None] <= positions[..., None]
+        own = torch.eye(Q, dtype=torch.bool, device=embeds.device)
+        allowed = (seen & self.valid)[:, None] & earlier
+        allowed[:, :, -Q:] |= own  # so that no row is empty
+        config = self.model.config
+        return backbone(
+            self.model,
+            embeds,
+            attention_mask=additive_masks(config, allowed, positions, self.positions, embeds.dtype),
+            position_ids=positions + position_offset(config),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+
+class ReplayDecoder:
+    """
+    Runs texts and branches again at each call, for models that cannot branch off a cache.
+
+    Args:
+        model ([`~heads.ThinkingModel`]):
+            The model.
+    """
+
+    def __init__(self, model: ThinkingModel):
+        self.model, self.path = model, Replay()
+        self.token_ids: torch.Tensor | None = None
+        self.slots: torch.Tensor | None = None
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.token_ids is None:
+            self.token_ids, self.mask = token_ids, mask.bool()
+            self.anchors = torch.zeros(len(token_ids), dtype=torch.long, device=token_ids.device)
+        else:
+            self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+            self.mask = torch.cat([self.mask, mask.bool()], dim=1)
+        return self.path.text_hidden(self.model, self._text())[:, -1]
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.anchors = torch.where(rows, self.mask.shape[1] - 1, self.anchors)
+        self.drop(rows)
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.slots is None:
+            self.slots, self.slot_mask = embeds[:, :0], mask[:, :0].bool()
+        self.slots = torch.cat([self.slots, embeds], dim=1)
+        self.slot_mask = torch.cat([self.slot_mask, mask.bool()], dim=1)
+        branches = Branches(self.anchors[:, None], self.slots[:, None], self.slot_mask[:, None])
+        return self.path.branch_hidden(self.model, self._text(), branches)[:, 0, -embeds.shape[1] :]
+
+    def drop(self, rows: torch.Tensor) -> None:
+        if self.slots is not None:
+            self.slot_mask = self.slot_mask & ~rows[:, None]
+            used = self.slot_mask.any(0)
+            self.slots, self.slot_mask = self.slots[:, used], self.slot_mask[:, used]
+
+    def _text(self) -> Text:
+        return Text.from_batch(self.token_ids, self.mask)  # type: ignore[arg-type]  # read by now
+
+
+class Mind:
+    """
+    Thinks for a batch of texts that are being generated: the hidden states to predict the next tokens from.
+
+    Args:
+        model ([`~heads.ThinkingModel`]):
+            The model.
+        thinking ([`Thinking`]):
+            When.
+        sampling ([`~sampling.SamplingSettings`]):
+            How thoughts are drawn.
+        fixed (`bool`):
+            Whether thoughts are drawn by fixed random numbers rather than new ones.
+    """
+
+    def __init__(self, model: ThinkingModel, thinking: Thinking, sampling: SamplingSettings, fixed: bool):
+        self.model, self.thinking, self.sampling, self.fixed = model, thinking, sampling, fixed
+        self.decoder: Decoder = CachedDecoder(model) if model.can_branch else ReplayDecoder(model)
+        self.thoughts: list[list[GeneratedThought]] = []
+
+    def begin(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Reads the prompt, `(B, T)`; returns what predicts the next token, `(B, H)`."""
+        self.lengths, self.width = mask.sum(1), prompt.shape[1]
+        self.thoughts = [[] for _ in prompt]
+        self.left = torch.zeros_like(self.lengths)  # tokens that each row's thought still serves
+        return self._mixed(self.decoder.read(prompt, mask), None, torch.ones_like(self.left, dtype=torch.bool))
+
+    def go_on(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
+        """Reads the tokens that were emitted, `(B,)`, in the rows that are unfinished; returns what predicts the next."""
+        self.lengths, self.width = self.lengths + 1, self.width + 1
+        self.left = self.left * unfinished
+        ones = torch.ones_like(tokens, dtype=torch.bool)[:, None]
+        hidden = self.decoder.read(tokens[:, None], ones)
+        alive, read = self.left > 0, None
+        if bool(alive.any()):
+            read = self.decoder.extend(embed_tokens(self.model, tokens[:, None]), alive[:, None])[:, -1]
+        return self._mixed(hidden, read, unfinished)
+
+    def _mixed(self, hidden: torch.Tensor, read: torch.Tensor | None, unfinished: torch.Tensor) -> torch.Tensor:
+        due = (self.left == 0) & unfinished
+        if self.thinking.mode == "adaptive":
+            due &= normalized_entropy(self.model, hidden) >= self.thinking.threshold
+        if bool(due.any()):
+            fresh = self._think(due)
+            read = fresh if read is None else torch.where(due[:, None], fresh, read)
+            self.left = torch.where(due, self.thinking.every, self.left)
+        if read is None:
+            return hidden
+        served = self.left > 0
+        weights = torch.ones_like(served, dtype=self.model.quietstar.start_embedding.dtype)
+        if self.model.quietstar_settings.prediction == "mixed":
+            weights = self.model.quietstar.mixing_head(hidden, read)
+        weights = weights * served
+        for row, (weight, active) in enumerate(zip(weights.tolist(), served.tolist(), strict=True)):
+            if active:
+                self.thoughts[row][-1].mixing_weights.append(weight)
+        self.left = (self.left - 1).clamp(min=0)
+        self.decoder.drop(served & (self.left == 0))
+        mix = weights[:, None].to(hidden.dtype)
+        return mix * read + (1 - mix) * hidden
+
+    def _think(self, rows: torch.Tensor) -> torch.Tensor:
+        """Writes a thought in the rows of a mask `(B,)`; returns what it ends with, `(B, H)`."""
+        model, sampling, B = self.model, self.sampling, len(rows)
+        draws = torch.rand(B, sampling.thought_length, dtype=torch.float64, device=rows.device)
+        if self.fixed:
+            draws = fixed_draws(self.lengths[:, None] - 1, sampling)[:, 0, 0]
+        self.decoder.fork(rows)
+        start, end = (
+            embed_vector(model, vector).expand(B, 1, -1)
+            for vector in (model.quietstar.start_embedding, model.quietstar.end_embedding)
+        )
+        tokens: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
+        running = rows
+        hidden = self.decoder.extend(start, rows[:, None])
+        for step in range(sampling.thought_length):
+            if step > 0:
+                hidden = self.decoder.extend(embed_tokens(model, tokens[-1][:, None]), masks[-1][:, None])
+            tokens.append(draw_tokens(model, hidden, draws[:, step : step + 1], sampling)[:, 0])
+            masks.append(running)
+            if sampling.stop is not None and step + 1 >= sampling.min_thought_length:
+                running = running & ~sampling.stop(torch.stack(tokens, dim=1))
+                if not bool(running.any()):
+                    break
+        last = torch.cat([embed_tokens(model, tokens[-1][:, None]), end], dim=1)
+        ended = self.decoder.extend(last, torch.stack([masks[-1], rows], dim=1))[:, -1]
+        for row, (ids, mask) in enumerate(zip(torch.stack(tokens, 1), torch.stack(masks, 1), strict=True)):
+            if bool(rows[row]):
+                self.thoughts[row].append(GeneratedThought(self.width - 1, ids[mask].tolist()))
+        return ended
+
+
+@torch.no_grad()
+def think_and_speak(
+    model: ThinkingModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    thinking: Thinking,
+    return_thoughts: bool = False,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    synced_gpus: bool = False,
+    **model_kwargs,
+) -> torch.Tensor | GenerateThoughtfulOutput:
+    """
+    The decoding loop, as `generate(custom_generate=...)` calls it: greedy or sampled.
+
+    Args:
+        model ([`~heads.ThinkingModel`]):
+            The model.
+        input_ids (`torch.Tensor` of shape `(B, T)`):
+            Prompts, padded on the left where `attention_mask`, among the further arguments, is 0.
+        logits_processor, stopping_criteria, generation_config, streamer, tokenizer:
+            As `generate` prepares them. With `do_sample=False` thoughts are still drawn as in training, by random numbers
+            that depend on the place in the text alone.
+        thinking ([`Thinking`]):
+            When to think.
+        return_thoughts (`bool`):
+            Whether to return them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T + new)`, or [`GenerateThoughtfulOutput`].
+
+    Raises:
+        `ValueError`: for a decoding method other than greedy search and sampling, a cache to go on from, or right
+            padding.
+    """
+    attention_mask = model_kwargs.get("attention_mask")
+    _check_request(generation_config, attention_mask, synced_gpus, model_kwargs)
+    config, pad = generation_config, generation_config._pad_token_tensor
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
+    mind = Mind(model, thinking, sampling, fixed=not config.do_sample)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    scores, raw_logits = [], []
+    hidden = mind.begin(input_ids, mask.bool())
+    while True:
+        logits = logits_of(model, hidden)
+        warped = logits_processor(input_ids, logits)  # type: ignore[arg-type]
+        if config.output_scores:
+            scores.append(warped)
+        if config.output_logits:
+            raw_logits.append(logits)
+        tokens = torch.multinomial(warped.softmax(-1), 1)[:, 0] if config.do_sample else warped.argmax(-1)
+        if ends and pad is not None:
+            tokens = torch.where(unfinished, tokens, pad)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores))
+        if not bool(unfinished.any()):
+            break
+        hidden = mind.go_on(tokens, unfinished)
+    if streamer is not None:
+        streamer.end()
+    if not (return_thoughts or config.return_dict_in_generate):
+        return input_ids
+    return GenerateThoughtfulOutput(
+        sequences=input_ids,  # type: ignore[arg-type]
+        scores=tuple(scores) or None,  # type: ignore[arg-type]
+        logits=tuple(raw_logits) or None,  # type: ignore[arg-type]
+        thoughts=mind.thoughts if return_thoughts else None,
+    )
+
+
+def _check_request(config: GenerationConfig, attention_mask, synced_gpus: bool, model_kwargs: dict) -> None:
+    if synced_gpus:
+        raise ValueError("Thinking does not run on a model that is sharded over processes; use `think='never'`.")
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample"):
+        raise ValueError(
+            f"Thinking works with greedy search and sampling, not with {mode.value!r}; set `num_beams=1` and the like, or "
+            "`think='never'`."
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("Thinking cannot go on from `past_key_values`; pass the whole text, or `think='never'`.")
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
