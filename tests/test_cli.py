@@ -1,12 +1,14 @@
 """The command line end to end, in this process, on a tiny saved model and files of a few lines."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
@@ -298,6 +300,52 @@ def test_eval_of_an_adapter(recipe, tmp_path):
 def test_eval_without_a_model(recipe):
     with pytest.raises(ValueError, match="`model_name_or_path` is missing"):
         main(["eval", "--dataset_name", recipe["dataset_name"]])
+
+
+def said(capsys, *flags: str) -> str:
+    """What `trl-quietstar generate` prints."""
+    capsys.readouterr()
+    assert main(["generate", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_streams_the_text_and_shows_thoughts(trained, capsys):
+    """The visible text is what `generate` returns; thoughts stand in brackets, one before each token."""
+    model, tokenizer = QuietStarForCausalLM.from_pretrained(trained[0]), AutoTokenizer.from_pretrained(trained[0])
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    out = model.generate(**tokenizer("7 plus 8 is", return_tensors="pt"), return_thoughts=True, **options)
+    expected = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+    flags = ("--model", trained[0], "--prompt", "7 plus 8 is", "--max_new_tokens", "5")
+    plain = said(capsys, *flags)
+    assert plain.strip() == expected.strip().rstrip("�")
+    shown = said(capsys, *flags, "--show-thoughts")
+    assert shown.count("⟨") == len(out.thoughts[0]) > 0
+    assert re.sub("⟨.*?⟩", "", shown).strip() == plain.strip()
+    assert "⟨" not in said(capsys, *flags, "--show-thoughts", "--think", "never")
+
+
+def test_generate_from_standard_input_and_as_a_chat(trained, capsys, monkeypatch):
+    """`-` reads the prompt; `--chat` puts it into the template."""
+    flags = ("--model", trained[0], "--prompt", "-", "--max_new_tokens", "2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("7 plus"))
+    assert said(capsys, *flags).startswith("7 plus")
+    monkeypatch.setattr("sys.stdin", io.StringIO("7 plus"))
+    assert said(capsys, *flags, "--chat").startswith("user: 7 plus")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--prompt", "x"), "`model` is missing; give `--model`"),
+        (("--model", "MODEL"), "`prompt` is missing; give `--prompt`"),
+        (("--model", "MODEL", "--prompt", ""), "`prompt` has no tokens"),
+        (("--model", "MODEL", "--prompt", "1", "--think", "hard"), "`think` is 'hard'"),
+    ],
+)
+def test_generate_says_what_is_wrong(flags, message, trained):
+    """Each with its fix."""
+    with pytest.raises(ValueError, match=message):
+        main(["generate", *(trained[0] if flag == "MODEL" else flag for flag in flags)])
 
 
 def test_training_ends_with_the_verdict(recipe, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The command line.
 
     trl-quietstar train --config recipes/demo.yaml --learning_rate 2e-4
+    trl-quietstar generate --model out/lora --prompt "Twice seven is" --show-thoughts
     trl-quietstar eval --model_name_or_path out/lora --dataset_name test.jsonl --anti-theater
     accelerate launch -m trl_quietstar.cli train --config recipes/lora.yaml
 
@@ -14,21 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from rich.console import Console
+from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
-from .modeling import saved_settings
-from .report import print_anti_theater, print_comparison, print_evaluation, print_thoughts
+from .loading import pad_token_id
+from .modeling import QuietStarForCausalLM, saved_settings
+from .report import TerminalStreamer, print_anti_theater, print_comparison, print_evaluation, print_thoughts
 from .trainer import QuietStarREINFORCETrainer
 
 
-USAGE = """usage: trl-quietstar train|eval [--config RECIPE.yaml] [--FIELD VALUE ...]
+USAGE = """usage: trl-quietstar train|generate|eval [--config RECIPE.yaml] [--FIELD VALUE ...]
 
-train   trains a causal language model to think, evaluates it before and after where there is evaluation data, and
-        saves it
-eval    evaluates a model; with --anti-theater, also whether its thoughts are used or decoration
+train     trains a causal language model to think, evaluates it before and after where there is evaluation data, and
+          saves it
+generate  writes on from a prompt, thinking; with --show-thoughts, the thoughts too
+eval      evaluates a model; with --anti-theater, also whether its thoughts are used or decoration
 
-`trl-quietstar train --help` and `trl-quietstar eval --help` list every field."""
+`trl-quietstar COMMAND --help` lists every field."""
 
 
 @dataclass
@@ -223,6 +228,89 @@ def evaluate(argv: list[str]) -> None:
                 Path(eval_args.output_file).write_text(json.dumps(metrics, indent=2))
 
 
+@dataclass
+class GenerateArguments:
+    """
+    What to write, and how to think.
+
+    Parameters:
+        model (`str`):
+            Id on the Hub or local folder: a thinking model, or an adapter with its heads.
+        prompt (`str`):
+            The text to go on from; `-` reads it from the standard input.
+        show_thoughts (`bool`):
+            Whether to print each thought before the text it served.
+        chat (`bool`):
+            Whether the prompt is a user's message, by the model's chat template.
+        max_new_tokens (`int`):
+            The most visible tokens.
+        do_sample (`bool`), temperature, top_p (`float`):
+            Of the visible text.
+        think, think_every, thinking_threshold:
+            As in `generate` of a thinking model.
+        seed (`int`):
+            Of sampling.
+        revision (`str`, *optional*):
+            Of the model on the Hub.
+        trust_remote_code (`bool`):
+            Whether to run model code from the Hub. Off unless you say so.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
+    prompt: str | None = field(default=None, metadata={"help": "The text to go on from; `-`: standard input."})
+    show_thoughts: bool = field(default=False, metadata={"help": "Whether to print the thoughts too."})
+    chat: bool = field(default=False, metadata={"help": "Whether the prompt is a user's message in a chat."})
+    max_new_tokens: int = field(default=64, metadata={"help": "The most visible tokens."})
+    do_sample: bool = field(default=False, metadata={"help": "Whether to sample the visible text."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the visible text, if sampled."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the visible text, if sampled."})
+    think: str = field(default="always", metadata={"help": "`always`, `never` or `adaptive`."})
+    think_every: int = field(default=1, metadata={"help": "Tokens that one thought serves."})
+    thinking_threshold: float = field(default=0.6, metadata={"help": "Least normalised entropy to think at."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run model code from the Hub."})
+
+
+def generate(argv: list[str]) -> None:
+    """Writes on from a prompt, token by token as they come."""
+    (args,) = TrlParser((GenerateArguments,), prog="trl-quietstar generate").parse_args_and_config(argv)
+    for name in ("model", "prompt"):
+        if getattr(args, name) is None:
+            raise ValueError(f"`{name}` is missing; give `--{name}`.")
+    hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    model = QuietStarForCausalLM.from_pretrained(args.model, **hub).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **hub)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("`prompt` has no tokens; give at least one, since a thought follows a token.")
+    set_seed(args.seed)
+    console = Console()
+    options = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
+    if args.show_thoughts:
+        options["thought_streamer"] = TerminalStreamer(tokenizer, console, thoughts=True)
+    model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.do_sample,
+        pad_token_id=pad_token_id(tokenizer),
+        think=args.think,
+        think_every=args.think_every,
+        thinking_threshold=args.thinking_threshold,
+        tokenizer=tokenizer,
+        streamer=TerminalStreamer(tokenizer, console),
+        **options,
+    )
+
+
 def saved_fields(model_args: ModelConfig) -> dict:
     """
     The fields of `QuietStarConfig` that a saved thinking model keeps.
@@ -242,7 +330,7 @@ def saved_fields(model_args: ModelConfig) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "eval": evaluate}
+    commands = {"train": train, "generate": generate, "eval": evaluate}
     if argv[:1] and argv[0] in commands:
         commands[argv[0]](argv[1:])
         return 0

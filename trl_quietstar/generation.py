@@ -237,10 +237,25 @@ class Mind:
             How thoughts are drawn.
         fixed (`bool`):
             Whether thoughts are drawn by fixed random numbers rather than new ones.
+        streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+            Gets the tokens of each thought.
     """
 
-    def __init__(self, model: ThinkingModel, thinking: Thinking, sampling: SamplingSettings, fixed: bool):
-        self.model, self.thinking, self.sampling, self.fixed = model, thinking, sampling, fixed
+    def __init__(
+        self,
+        model: ThinkingModel,
+        thinking: Thinking,
+        sampling: SamplingSettings,
+        fixed: bool,
+        streamer: BaseStreamer | None = None,
+    ):
+        self.model, self.thinking, self.sampling, self.fixed, self.streamer = (
+            model,
+            thinking,
+            sampling,
+            fixed,
+            streamer,
+        )
         self.decoder: Decoder = CachedDecoder(model) if model.can_branch else ReplayDecoder(model)
         self.thoughts: list[list[GeneratedThought]] = []
 
@@ -314,6 +329,8 @@ class Mind:
         for row, (ids, mask) in enumerate(zip(torch.stack(tokens, 1), torch.stack(masks, 1), strict=True)):
             if bool(rows[row]):
                 self.thoughts[row].append(GeneratedThought(self.width - 1, ids[mask].tolist()))
+                if self.streamer is not None:
+                    self.streamer.put(ids[mask].cpu())
         return ended
 
 
@@ -327,6 +344,7 @@ def think_and_speak(
     thinking: Thinking,
     return_thoughts: bool = False,
     streamer: BaseStreamer | None = None,
+    thought_streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     synced_gpus: bool = False,
     **model_kwargs,
@@ -346,6 +364,8 @@ def think_and_speak(
             When to think.
         return_thoughts (`bool`):
             Whether to return them.
+        thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+            Gets the tokens of each thought, before the text that it served.
 
     Returns:
         `torch.Tensor` of shape `(B, T + new)`, or [`GenerateThoughtfulOutput`].
@@ -359,7 +379,7 @@ def think_and_speak(
     config, pad = generation_config, generation_config._pad_token_tensor
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
-    mind = Mind(model, thinking, sampling, fixed=not config.do_sample)
+    mind = Mind(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     scores, raw_logits = [], []

@@ -4,13 +4,15 @@ The model is the family's own class with a mixin (`QuietStarLlamaForCausalLM`, â
 their names, so plain loading, adapters, merging and serving keep working. On disk:
 
 - `model.safetensors`, `config.json`: the base, with its own `model_type` and `architectures`, and a `quietstar` entry;
-- `quietstar.safetensors`: the heads.
+- `quietstar.safetensors`: the heads;
+- `custom_generate/`: what makes `generate` think where remote code is trusted.
 
 An adapter repository (PEFT) holds the adapter's files, `config.json` and `quietstar.safetensors`.
 """
 
 import functools
 import json
+import shutil
 import types
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ._compat import set_unsaved_keys
@@ -41,6 +44,7 @@ from .self_check import choose_path
 
 
 HEADS_NAME = "quietstar.safetensors"
+CUSTOM_GENERATE = "custom_generate"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -86,6 +90,7 @@ class QuietStarMixin:
         think_every: int = 1,
         thinking_threshold: float = 0.6,
         return_thoughts: bool = False,
+        thought_streamer: BaseStreamer | None = None,
         **kwargs,
     ):
         """
@@ -101,6 +106,8 @@ class QuietStarMixin:
                 Least entropy of the no-thought prediction, divided by log V, to think at (adaptive).
             return_thoughts (`bool`):
                 Whether to return [`~generation.GenerateThoughtfulOutput`], with the thoughts.
+            thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+                Gets the tokens of each thought, before `streamer` gets the text that it served.
 
         Returns:
             `torch.Tensor` of shape `(B, T + new)`, or an output class as with `return_dict_in_generate`.
@@ -131,6 +138,7 @@ class QuietStarMixin:
             return_thoughts=return_thoughts,
             tokenizer=tokenizer,
             streamer=kwargs.get("streamer"),
+            thought_streamer=thought_streamer,
         )
         training = self.training
         self.eval()  # no dropout, and a cache even where layers are checkpointed
@@ -212,19 +220,33 @@ class QuietStarMixin:
         self.quietstar.load_state_dict(tensors)
         self.fresh_thought_embeddings = False
 
-    def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs) -> None:
-        """Saves the base model in its family's own format, and the heads beside it."""
+    def save_pretrained(
+        self, save_directory: str, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Saves the base model in its family's own format, and the heads and what generates with them beside it."""
+        repo_id = kwargs.pop("repo_id", FilePath(save_directory).name)
         set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             save_config(self, save_directory)
             self.save_heads(save_directory)
+            save_custom_generate(save_directory)
+        if push_to_hub:  # not by Transformers, which would upload before the heads are there
+            self.push_to_hub(repo_id)
 
 
 def save_config(model: PreTrainedModel, save_directory: str) -> None:
     """Writes `config.json` with the plain class as architecture, so that plain loading finds it."""
     model.config.architectures = [model._plain_class.__name__]
     model.config.save_pretrained(save_directory)
+
+
+def save_custom_generate(save_directory: str) -> None:
+    """Writes `custom_generate/`, by which a plainly loaded model thinks if its user trusts remote code."""
+    target = FilePath(save_directory) / CUSTOM_GENERATE
+    target.mkdir(exist_ok=True)
+    for name in ("generate.py", "requirements.txt"):
+        shutil.copyfile(FilePath(__file__).parent / CUSTOM_GENERATE / name, target / name)
 
 
 @functools.cache
@@ -285,6 +307,32 @@ def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrai
     model.quietstar = heads.to(device=head.weight.device, dtype=dtype)
     model.fresh_thought_embeddings = True
     model.config.quietstar = settings.to_dict()
+    return model
+
+
+def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Turns a plainly loaded causal LM, in place, into the thinking model it was saved from.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            As `AutoModelForCausalLM.from_pretrained` gave it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        `FileNotFoundError`: if there are no heads where it was loaded from.
+    """
+    if isinstance(model, QuietStarMixin):
+        return model
+    source = model.config.name_or_path
+    hub = {} if FilePath(source).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
+    settings, heads = _settings_in(model.config), _find(source, HEADS_NAME, hub)
+    if settings is None or heads is None:
+        raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+    attach_heads(model, settings)
+    model.load_heads(heads)
     return model
 
 

@@ -1,9 +1,11 @@
 """Thoughts for people to read: a table of a few, and how it is printed."""
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
 from .metrics import BatchResult
@@ -60,6 +62,43 @@ def print_thoughts(columns: dict[str, list], title: str) -> None:
     Console().print(table)
 
 
+class TerminalStreamer(BaseStreamer):
+    """
+    Prints tokens as they come.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes.
+        console ([`~rich.console.Console`]):
+            Prints.
+        thoughts (`bool`):
+            Whether each `put` is a whole thought, shown in brackets; otherwise the first is the prompt, and each one after
+            it the next token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, thoughts: bool = False):
+        self.tokenizer, self.console, self.thoughts = tokenizer, console, thoughts
+        self.token_ids: list[int] = []
+        self.shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.thoughts:
+            text = self.tokenizer.decode(value.tolist()).replace("\n", "↵")
+            self._print(RichText(f"⟨{text}⟩", style="dim italic"))
+            return
+        self.token_ids += value.flatten().tolist()
+        text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        if not text.endswith("�"):  # the rest of a character comes with the next token
+            self._print(RichText(text[self.shown :]))
+            self.shown = len(text)
+
+    def end(self) -> None:
+        self.console.print()
+
+    def _print(self, text: RichText) -> None:
+        self.console.print(text, end="", soft_wrap=True)
+
+
 EVALUATION_ROWS = {
     "reward (gain of thoughts)": "eval_reward",
     "NLL without thoughts, nats": "eval_nll_without",
@@ -70,34 +109,59 @@ EVALUATION_ROWS = {
 }
 
 
-def card_section(model_id: str, evaluation: dict[str, float] | None) -> str:
+def card_section(
+    model_id: str, adapter: bool, evaluation: dict[str, float] | None, thoughts: dict[str, list] | None
+) -> str:
     """
     What a model card adds to TRL's.
 
     Args:
         model_id (`str`):
             To load the model by.
+        adapter (`bool`):
+            Whether the repository holds an adapter.
         evaluation (`dict[str, float]`, *optional*):
             Metrics as `evaluate` gives them.
+        thoughts (`dict[str, list]`, *optional*):
+            Columns of [`thought_table`].
     """
     lines = [
         "",
         "## Thoughts",
         "",
-        "The base weights load as usual. The heads that think load with `trl-quietstar`:",
+        "This model thinks before it speaks, with `pip install trl-quietstar`:",
         "",
         "```python",
+        "from transformers import AutoTokenizer",
         "from trl_quietstar import QuietStarForCausalLM",
         "",
         f"model = QuietStarForCausalLM.from_pretrained({model_id!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({model_id!r})",
+        'inputs = tokenizer("Twice seven is", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=32, return_thoughts=True)",
+        "print(tokenizer.decode(output.sequences[0]))",
         "```",
         "",
     ]
+    if adapter:
+        lines += ["The adapter loads without its thoughts as any other, with `peft`.", ""]
+    else:
+        lines += [
+            "`AutoModelForCausalLM.from_pretrained` loads the base weights as usual, and thinks too with "
+            "`trust_remote_code=True`.",
+            "",
+        ]
     if evaluation is not None:
         lines += ["| held-out | |", "| --- | --- |"]
         lines += [
             f"| {label} | {evaluation[key]:.4f} |" for label, key in EVALUATION_ROWS.items() if key in evaluation
         ]
+        lines.append("")
+    if thoughts:
+        lines += ["Some of its thoughts, in brackets, with the text before and after:", ""]
+        rows = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
+        # an indented block shows text as it is, and ends at no character that the text may hold
+        lines += ["    " + "↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines()) for a, b, c, r in rows]
         lines.append("")
     return "\n".join(lines)
 

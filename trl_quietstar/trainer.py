@@ -555,7 +555,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return
         evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
-        section = card_section(self.args.hub_model_id or model_name, evaluations[-1] if evaluations else None)
+        section = card_section(
+            self.args.hub_model_id or model_name,
+            is_peft_model(self.model),
+            evaluations[-1] if evaluations else None,
+            self._samples.get("eval") or self._samples.get("train"),
+        )
         with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
             card.write(section)
 

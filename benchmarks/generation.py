@@ -1,0 +1,111 @@
+"""What thinking costs in generation, in units of plain cached decoding of the same model, side by side in one run.
+
+    python -m benchmarks.generation --model .demo/SmolLM2-135M-Instruct --output out/generation.json
+
+Each way of decoding emits the same number of tokens after the same context, in alternating repeats; the unit is the median
+time of a token by the base model's own `generate`. Adaptive thinking takes the threshold at which a quarter of the emitted
+tokens has a thought.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from transformers import AutoTokenizer
+
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.geometry import Text
+from trl_quietstar.lm_head import normalized_entropy
+from trl_quietstar.paths import SharedPrefix
+
+
+SHARE = 0.25  # of the tokens, with adaptive thinking
+
+
+def context_of(tokenizer, data: str, length: int) -> torch.Tensor:
+    """The first tokens of the data's texts, one after another: shape `(1, length)`."""
+    texts = load_dataset("json", data_files=data, split="train")
+    ids = tokenizer("\n".join(str(next(iter(row.values()))) for row in texts.take(400)))["input_ids"]
+    return torch.tensor([ids[:length]])
+
+
+@torch.no_grad()
+def quarter_threshold(model, context: torch.Tensor, tokens: int) -> float:
+    """The entropy that is exceeded at a quarter of the places in plain greedy text."""
+    said = model.generate(context, think="never", do_sample=False, max_new_tokens=4 * tokens, eos_token_id=None)
+    hidden = SharedPrefix().read(model, Text.from_batch(said)).text_hidden[0, context.shape[1] - 1 : -1]
+    return float(normalized_entropy(model, hidden).quantile(1 - SHARE))
+
+
+def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> tuple[float, float]:
+    """Time of a token after the first, which pays for the prompt; and thoughts a token."""
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0) | options
+    begin = time.perf_counter()
+    model.generate(context, max_new_tokens=1, **options)
+    middle = time.perf_counter()
+    if options["think"] != "never":
+        options["return_thoughts"] = True
+    out = model.generate(context, max_new_tokens=1 + tokens, **options)
+    seconds = (time.perf_counter() - middle - (middle - begin)) / tokens
+    return seconds, len(out.thoughts[0]) / (1 + tokens) if options["think"] != "never" else 0.0
+
+
+def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
+    """Medians for one context length."""
+    context = context_of(tokenizer, data, length)
+    ways = {
+        "plain": dict(think="never"),
+        "always": dict(think="always"),
+        "every 4": dict(think="always", think_every=4),
+        "adaptive": dict(think="adaptive", thinking_threshold=quarter_threshold(model, context, tokens)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    share = {}
+    for _ in range(repeats):
+        for name, options in ways.items():
+            seconds, share[name] = seconds_per_token(model, context, tokens, **options)
+            times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "context": length,
+        "seconds per plain token": medians["plain"],
+        "units": {name: median / medians["plain"] for name, median in medians.items()},
+        "thoughts per token": share,
+        "adaptive / always": medians["adaptive"] / medians["always"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".demo/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", default=".demo/train.jsonl", help="JSON lines; the first column is the text")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--thought_length", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    settings = QuietStarSettings(thought_length=args.thought_length, talk_length=4)
+    model = QuietStarForCausalLM.from_pretrained(args.model, settings=settings).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with torch.no_grad():
+        assert model.can_branch
+    result = {
+        "model": args.model,
+        "thought_length": args.thought_length,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "rows": [measure(model, tokenizer, args.data, n, args.tokens, args.repeats) for n in args.contexts],
+    }
+    print(json.dumps(result, indent=2))
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What is uploaded, and the ways in which others load it: plainly, trusting remote code, as a thinking model, with PEFT."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.modeling import base_of
+
+from .tiny import byte_tokenizer
+from .training import saved_model, text_data, tiny_trainer
+
+
+LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+GREEDY = dict(do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+
+
+class FakeHub:
+    """Keeps the files that are uploaded, in a folder for each repository."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def create_repo(self, api, repo_id, **kwargs):
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=True)
+        return type("RepoUrl", (str,), {"repo_id": repo_id})(repo_id)
+
+    def create_commit(self, api, repo_id, operations, **kwargs):
+        for operation in operations:
+            target = self.folder / repo_id / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(operation.path_or_fileobj, target)
+
+    def upload_folder(self, api, repo_id, folder_path, ignore_patterns=(), **kwargs):
+        shutil.copytree(
+            folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore_patterns)
+        )
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub's API, faked where files leave the machine."""
+    fake = FakeHub(tmp_path / "hub")
+    for name in ("create_repo", "create_commit", "upload_folder"):
+        method = getattr(fake, name)
+        monkeypatch.setattr(HfApi, name, lambda api, *args, method=method, **kwargs: method(api, *args, **kwargs))
+    return fake
+
+
+def trained(folder: Path, **options):
+    """A trainer that took a few steps, whose thoughts then decide what is said."""
+    trainer = tiny_trainer(
+        folder / "out",
+        model=saved_model(folder / "base"),
+        evaluation=text_data(4, 100),
+        hub_model_id="me/thinker",
+        **options,
+    )
+    trainer.train()
+    with torch.no_grad():
+        base_of(trainer.model).quietstar.mixing_head.bias.fill_(3)
+    trainer.evaluate()
+    return trainer
+
+
+def prompt() -> torch.Tensor:
+    """Text of the corpus."""
+    return byte_tokenizer()("7 plus 8 is", return_tensors="pt")["input_ids"]
+
+
+def test_the_trainer_uploads_all_that_others_need(hub, tmp_path):
+    """One push, four ways to load it back; with thoughts all give the trained model's tokens."""
+    trainer = trained(tmp_path)
+    model = trainer.model.eval()
+    expected, plain_text = (model.generate(prompt(), think=think, **GREEDY) for think in ("always", "never"))
+    assert not torch.equal(expected, plain_text)
+    trainer.push_to_hub()
+    repo = hub.folder / "me/thinker"
+    files = {str(file.relative_to(repo)) for file in repo.rglob("*") if file.is_file()}
+    assert files >= {
+        *("model.safetensors", "quietstar.safetensors", "config.json", "tokenizer.json", "README.md"),
+        *("custom_generate/generate.py", "custom_generate/requirements.txt"),
+    }
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, info = AutoModelForCausalLM.from_pretrained(repo, output_loading_info=True)
+    assert not any(info.values()) and "QuietStar" not in type(plain).__name__
+    assert torch.equal(plain.generate(prompt(), **GREEDY), plain_text)
+
+    trusted = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
+    for arguments in ({"inputs": prompt()}, {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}):
+        assert torch.equal(trusted.generate(**arguments, **GREEDY), expected)
+    assert torch.equal(trusted.generate(prompt(), **GREEDY), expected)
+    assert torch.equal(trusted.generate(prompt(), think="never", **GREEDY), plain_text)
+    assert trusted.generate(prompt(), return_thoughts=True, **GREEDY).thoughts[0]
+
+    thinking = QuietStarForCausalLM.from_pretrained(repo)
+    assert torch.equal(thinking.generate(prompt(), **GREEDY), expected)
+
+    card = (repo / "README.md").read_text()
+    assert "QuietStarForCausalLM.from_pretrained('me/thinker')" in card and "reward (gain of thoughts)" in card
+    assert trainer.sampled_thoughts()["thought"][0].splitlines()[0] in card
+
+
+def test_an_adapter_run_uploads_the_adapter_and_the_heads_only(hub, tmp_path):
+    """A small repository that PEFT loads as any adapter, and `QuietStarForCausalLM` with its thoughts."""
+    trainer = trained(tmp_path, peft_config=LoraConfig(**LORA), learning_rate=1e-2)
+    model = trainer.model.eval()
+    expected, plain_text = (model.generate(input_ids=prompt(), think=t, **GREEDY) for t in ("always", "never"))
+    trainer.push_to_hub()
+    repo = hub.folder / "me/thinker"
+    weights = {file.name for file in repo.rglob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors", "quietstar.safetensors"}
+    assert "loads without its thoughts as any other, with `peft`" in (repo / "README.md").read_text()
+    thinking = QuietStarForCausalLM.from_pretrained(repo)
+    assert torch.equal(thinking.generate(input_ids=prompt(), **GREEDY), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, repo)
+    assert torch.equal(adapted.generate(input_ids=prompt(), **GREEDY), plain_text)
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_a_model_uploads_itself_with_its_heads(way, hub, tmp_path):
+    """By either of the model's own methods."""
+    model = trained(tmp_path).model.eval()
+    if way == "push_to_hub":
+        model.push_to_hub("me/other")
+    else:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/other")
+    again = QuietStarForCausalLM.from_pretrained(hub.folder / "me/other")
+    assert torch.equal(again.generate(prompt(), **GREEDY), model.generate(prompt(), **GREEDY))
+    plain = AutoModelForCausalLM.from_pretrained(hub.folder / "me/other")
+    assert "QuietStar" not in type(plain).__name__
+
+
+def test_pipelines_generate(tmp_path):
+    """`pipeline("text-generation")` speaks plainly by path, and with thoughts from a thinking model or trusting code."""
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    model, tokenizer, text = trainer.model.eval(), byte_tokenizer(), "7 plus 8 is"
+    expected, plain = (
+        tokenizer.decode(model.generate(prompt(), think=think, **GREEDY)[0]) for think in ("always", "never")
+    )
+    folder = str(tmp_path / "out")
+    thinking = QuietStarForCausalLM.from_pretrained(folder)
+    assert pipeline("text-generation", model=folder)(text, **GREEDY)[0]["generated_text"] == plain
+    for options in ({"model": folder, "trust_remote_code": True}, {"model": thinking, "tokenizer": tokenizer}):
+        pipe = pipeline("text-generation", **options)
+        assert pipe(text, **GREEDY)[0]["generated_text"] == expected
+        assert pipe(text, think="never", **GREEDY)[0]["generated_text"] == plain
+
+
+def test_code_is_not_run_unless_it_is_trusted(tmp_path):
+    """A repository's `generate.py` stays a file to those who do not ask for it."""
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    marker = tmp_path / "ran"
+    (tmp_path / "out/custom_generate/generate.py").write_text(f"open({str(marker)!r}, 'w')\ndef generate(**k): ...\n")
+    QuietStarForCausalLM.from_pretrained(tmp_path / "out").generate(prompt(), **GREEDY)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(prompt(), **GREEDY)
+    assert not marker.exists()
+
+
+def test_a_plain_folder_says_that_it_has_no_heads(tmp_path):
+    """The saved `generate.py` beside a model that lost its heads."""
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    (tmp_path / "out/quietstar.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with pytest.raises(FileNotFoundError, match="has no quietstar.safetensors"):
+        model.generate(prompt(), **GREEDY)
+
+
+def test_hostile_thoughts_stay_text_in_the_model_card(tmp_path):
+    """Whatever a thought holds, every line of the block is indented code."""
+    trainer = trained(tmp_path)
+    hostile = "```\n# Title\n<script>alert(1)</script>\n\n[x](javascript:1)"
+    trainer._samples["eval"] = {name: [hostile] for name in ("context", "thought", "next")} | {"reward": [0.5]}
+    trainer.create_model_card()
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    lines = [line for line in card.splitlines() if "script" in line or "Title" in line]
+    assert lines and all(line.startswith("    ") for line in lines)
+
+
+def test_the_tokenizer_comes_along(hub, tmp_path):
+    """So that a repository is complete."""
+    trained(tmp_path).push_to_hub()
+    tokenizer = AutoTokenizer.from_pretrained(hub.folder / "me/thinker")
+    assert tokenizer("7 plus 8 is")["input_ids"] == prompt()[0].tolist()
