@@ -4,7 +4,7 @@
 
 Each way of decoding emits the same number of tokens after the same context, in alternating repeats; the unit is the median
 time of a token by the base model's own `generate`. Adaptive thinking takes the threshold at which a quarter of the emitted
-tokens has a thought.
+tokens has a thought, or the nearest below.
 """
 
 import argparse
@@ -19,9 +19,6 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.geometry import Text
-from trl_quietstar.lm_head import normalized_entropy
-from trl_quietstar.paths import SharedPrefix
 
 
 SHARE = 0.25  # of the tokens, with adaptive thinking
@@ -34,12 +31,16 @@ def context_of(tokenizer, data: str, length: int) -> torch.Tensor:
     return torch.tensor([ids[:length]])
 
 
-@torch.no_grad()
 def quarter_threshold(model, context: torch.Tensor, tokens: int) -> float:
-    """The entropy that is exceeded at a quarter of the places in plain greedy text."""
-    said = model.generate(context, think="never", do_sample=False, max_new_tokens=4 * tokens, eos_token_id=None)
-    hidden = SharedPrefix().read(model, Text.from_batch(said)).text_hidden[0, context.shape[1] - 1 : -1]
-    return float(normalized_entropy(model, hidden).quantile(1 - SHARE))
+    """The threshold at which a quarter of the emitted tokens has a thought, by bisection; each run writes its own text."""
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        share = seconds_per_token(model, context, tokens, think="adaptive", thinking_threshold=middle)[1]
+        if share == SHARE:
+            return middle
+        low, high = (middle, high) if share > SHARE else (low, middle)
+    return high
 
 
 def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> tuple[float, float]:
@@ -52,7 +53,9 @@ def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> t
         options["return_thoughts"] = True
     out = model.generate(context, max_new_tokens=1 + tokens, **options)
     seconds = (time.perf_counter() - middle - (middle - begin)) / tokens
-    return seconds, len(out.thoughts[0]) / (1 + tokens) if options["think"] != "never" else 0.0
+    if options["think"] == "never":
+        return seconds, 0.0
+    return seconds, sum(thought.position >= context.shape[1] for thought in out.thoughts[0]) / tokens
 
 
 def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
@@ -86,15 +89,14 @@ def main() -> None:
     parser.add_argument("--data", default=".demo/train.jsonl", help="JSON lines; the first column is the text")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--thought_length", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     settings = QuietStarSettings(thought_length=args.thought_length, talk_length=4)
     model = QuietStarForCausalLM.from_pretrained(args.model, settings=settings).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with torch.no_grad():
-        assert model.can_branch
+    assert model.can_branch  # checked here, ahead of the clock
     result = {
         "model": args.model,
         "thought_length": args.thought_length,

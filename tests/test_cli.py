@@ -99,6 +99,16 @@ def test_lora_from_the_command_line(recipe, tmp_path):
     assert QuietStarForCausalLM.from_pretrained(tmp_path / "out").get_base_model().quietstar is not None
 
 
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantization_from_the_command_line(bits, recipe, tmp_path):
+    """TRL's own flags; an adapter is needed, and the message says how to get one."""
+    pytest.importorskip("bitsandbytes")
+    assert run(tmp_path, recipe, bits, "--use_peft", "--lora_target_modules", "q_proj", "v_proj") == 0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="pass a `peft_config` \\(`--use_peft` on the command line\\)"):
+        run(tmp_path, recipe, bits)
+
+
 def test_training_without_evaluation_data(recipe, tmp_path, capsys):
     """No evaluation data, no tables: training and saving work still."""
     del recipe["eval_dataset_name"]
