@@ -78,7 +78,9 @@ def test_continuation_is_the_models_own_greedy_one(path):
     for b, j in positions.mask.nonzero().tolist():
         index = int(positions.index[b, j])
         prefix = text.input_ids[b, : index + 1][text.attention_mask[b, : index + 1]][None]
-        generated = model.generate(prefix, do_sample=False, max_new_tokens=4, min_new_tokens=4, eos_token_id=None)
+        generated = model.generate(
+            prefix, think="never", do_sample=False, max_new_tokens=4, min_new_tokens=4, eos_token_id=None
+        )
         assert continuation[b, j].tolist() == generated[0, prefix.shape[1] :].tolist()
 
 

@@ -238,8 +238,8 @@ def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
     decoders = []
 
     class Watched(generation.CachedDecoder):
-        def __init__(self, model):
-            super().__init__(model)
+        def __init__(self, *args):
+            super().__init__(*args)
             decoders.append(self)
 
     monkeypatch.setattr(generation, "CachedDecoder", Watched)
@@ -265,6 +265,14 @@ def test_requests_that_cannot_be_met(options, message):
     """Refused before anything is run."""
     with pytest.raises(ValueError, match=message):
         thinking_model().generate(prompts(5)[0][None], max_new_tokens=2, **options)
+
+
+def test_a_table_of_positions_ends():
+    """GPT-2 has 128 positions here: told before anything is run, with the longest text that fits."""
+    model = thinking_model("gpt2")
+    with pytest.raises(ValueError, match="needs 129 positions, and the model has 128; lower `max_length` to 124"):
+        model.generate(prompts(5)[0][None], max_new_tokens=120)
+    assert generated(model, padded(prompts(100)), new=24).shape[1] == 24
 
 
 def test_training_mode_is_restored():

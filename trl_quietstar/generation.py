@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .data import check_length, max_positions
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Branches, Text
 from .heads import ThinkingModel
@@ -112,20 +113,25 @@ class CachedDecoder:
     Args:
         model ([`~heads.ThinkingModel`]):
             The model.
+        rows (`int`):
+            B.
     """
 
-    def __init__(self, model: ThinkingModel):
+    def __init__(self, model: ThinkingModel, rows: int):
         self.model = model
         self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
+        nothing = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        self.positions, self.owner, self.valid = nothing, nothing, nothing.bool()  # of each slot
+        zeros = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.length = zeros  # of each row's text
+        self.branch, self.anchor, self.tip = (
+            zeros,
+            zeros,
+            zeros,
+        )  # its owner, and the positions where it begins and ends
+        self.forks = 0
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.cache.get_seq_length() == 0:
-            B, device = len(token_ids), token_ids.device
-            self.positions = torch.zeros(B, 0, dtype=torch.long, device=device)
-            self.owner, self.valid = self.positions.clone(), self.positions.bool()
-            self.length = torch.zeros(B, dtype=torch.long, device=device)  # of the text
-            self.branch, self.anchor, self.tip = (torch.zeros_like(self.length) for _ in range(3))
-            self.forks = 0
         steps = mask.long().cumsum(1)
         positions = (self.length[:, None] + steps - 1).clamp(min=0)
         self.length = self.length + steps[:, -1]
@@ -186,20 +192,20 @@ class ReplayDecoder:
     Args:
         model ([`~heads.ThinkingModel`]):
             The model.
+        rows (`int`):
+            B.
     """
 
-    def __init__(self, model: ThinkingModel):
+    def __init__(self, model: ThinkingModel, rows: int):
         self.model, self.path = model, Replay()
-        self.token_ids: torch.Tensor | None = None
-        self.slots: torch.Tensor | None = None
+        self.token_ids = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        self.mask = self.slot_mask = self.token_ids.bool()
+        self.slots = embed_tokens(model, self.token_ids)
+        self.anchors = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.token_ids is None:
-            self.token_ids, self.mask = token_ids, mask.bool()
-            self.anchors = torch.zeros(len(token_ids), dtype=torch.long, device=token_ids.device)
-        else:
-            self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
-            self.mask = torch.cat([self.mask, mask.bool()], dim=1)
+        self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+        self.mask = torch.cat([self.mask, mask.bool()], dim=1)
         return self.path.text_hidden(self.model, self._text())[:, -1]
 
     def fork(self, rows: torch.Tensor) -> None:
@@ -207,21 +213,18 @@ class ReplayDecoder:
         self.drop(rows)
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.slots is None:
-            self.slots, self.slot_mask = embeds[:, :0], mask[:, :0].bool()
         self.slots = torch.cat([self.slots, embeds], dim=1)
         self.slot_mask = torch.cat([self.slot_mask, mask.bool()], dim=1)
         branches = Branches(self.anchors[:, None], self.slots[:, None], self.slot_mask[:, None])
         return self.path.branch_hidden(self.model, self._text(), branches)[:, 0, -embeds.shape[1] :]
 
     def drop(self, rows: torch.Tensor) -> None:
-        if self.slots is not None:
-            self.slot_mask = self.slot_mask & ~rows[:, None]
-            used = self.slot_mask.any(0)
-            self.slots, self.slot_mask = self.slots[:, used], self.slot_mask[:, used]
+        mask = self.slot_mask & ~rows[:, None]
+        used = mask.any(0)
+        self.slots, self.slot_mask = self.slots[:, used], mask[:, used]
 
     def _text(self) -> Text:
-        return Text.from_batch(self.token_ids, self.mask)  # type: ignore[arg-type]  # read by now
+        return Text.from_batch(self.token_ids, self.mask)
 
 
 class Mind:
@@ -249,18 +252,14 @@ class Mind:
         fixed: bool,
         streamer: BaseStreamer | None = None,
     ):
-        self.model, self.thinking, self.sampling, self.fixed, self.streamer = (
-            model,
-            thinking,
-            sampling,
-            fixed,
-            streamer,
-        )
-        self.decoder: Decoder = CachedDecoder(model) if model.can_branch else ReplayDecoder(model)
+        self.model, self.thinking, self.sampling = model, thinking, sampling
+        self.fixed, self.streamer = fixed, streamer
         self.thoughts: list[list[GeneratedThought]] = []
 
     def begin(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Reads the prompt, `(B, T)`; returns what predicts the next token, `(B, H)`."""
+        kind = CachedDecoder if self.model.can_branch else ReplayDecoder
+        self.decoder: Decoder = kind(self.model, len(prompt))
         self.lengths, self.width = mask.sum(1), prompt.shape[1]
         self.thoughts = [[] for _ in prompt]
         self.left = torch.zeros_like(self.lengths)  # tokens that each row's thought still serves
@@ -270,6 +269,7 @@ class Mind:
         """Reads the tokens that were emitted, `(B,)`, in the rows that are unfinished; returns what predicts the next."""
         self.lengths, self.width = self.lengths + 1, self.width + 1
         self.left = self.left * unfinished
+        self.decoder.drop(~unfinished)
         ones = torch.ones_like(tokens, dtype=torch.bool)[:, None]
         hidden = self.decoder.read(tokens[:, None], ones)
         alive, read = self.left > 0, None
@@ -378,6 +378,7 @@ def think_and_speak(
     _check_request(generation_config, attention_mask, synced_gpus, model_kwargs)
     config, pad = generation_config, generation_config._pad_token_tensor
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check_positions(model, config.max_length)
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
     mind = Mind(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -427,3 +428,10 @@ def _check_request(config: GenerationConfig, attention_mask, synced_gpus: bool, 
         raise ValueError("Thinking cannot go on from `past_key_values`; pass the whole text, or `think='never'`.")
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
+
+
+def _check_positions(model: ThinkingModel, max_length: int) -> None:
+    """Rotary positions go on beyond those that a model was trained for; a table of positions ends."""
+    if getattr(model.config.get_text_config(), "rope_parameters", None) is None:
+        thought_length = model.quietstar_settings.thought_length
+        check_length(max_length, thought_length, max_positions(model.config))  # type: ignore[arg-type]
