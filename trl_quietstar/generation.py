@@ -18,7 +18,7 @@ from .data import check_length, max_positions
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Branches, Text
 from .heads import ThinkingModel
-from .lm_head import logits_of, normalized_entropy
+from .lm_head import logits_of, uncertainty
 from .paths import Replay, additive_masks, backbone, position_offset
 from .sampling import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
 
@@ -229,7 +229,7 @@ class ReplayDecoder:
 
 class Mind:
     """
-    Thinks for a batch of texts that are being generated: the hidden states to predict the next tokens from.
+    Thinks for a batch of texts that are being generated, and says what comes next.
 
     Args:
         model ([`~heads.ThinkingModel`]):
@@ -257,16 +257,16 @@ class Mind:
         self.thoughts: list[list[GeneratedThought]] = []
 
     def begin(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Reads the prompt, `(B, T)`; returns what predicts the next token, `(B, H)`."""
+        """Reads the prompt, `(B, T)`; returns the next token's logits, `(B, V)`."""
         kind = CachedDecoder if self.model.can_branch else ReplayDecoder
         self.decoder: Decoder = kind(self.model, len(prompt))
         self.lengths, self.width = mask.sum(1), prompt.shape[1]
         self.thoughts = [[] for _ in prompt]
         self.left = torch.zeros_like(self.lengths)  # tokens that each row's thought still serves
-        return self._mixed(self.decoder.read(prompt, mask), None, torch.ones_like(self.left, dtype=torch.bool))
+        return self._logits(self.decoder.read(prompt, mask), None, torch.ones_like(self.left, dtype=torch.bool))
 
     def go_on(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
-        """Reads the tokens that were emitted, `(B,)`, in the rows that are unfinished; returns what predicts the next."""
+        """Reads the tokens that were emitted, `(B,)`; returns the next one's logits. Finished rows no longer think."""
         self.lengths, self.width = self.lengths + 1, self.width + 1
         self.left = self.left * unfinished
         self.decoder.drop(~unfinished)
@@ -275,18 +275,19 @@ class Mind:
         alive, read = self.left > 0, None
         if bool(alive.any()):
             read = self.decoder.extend(embed_tokens(self.model, tokens[:, None]), alive[:, None])[:, -1]
-        return self._mixed(hidden, read, unfinished)
+        return self._logits(hidden, read, unfinished)
 
-    def _mixed(self, hidden: torch.Tensor, read: torch.Tensor | None, unfinished: torch.Tensor) -> torch.Tensor:
-        due = (self.left == 0) & unfinished
+    def _logits(self, hidden: torch.Tensor, read: torch.Tensor | None, unfinished: torch.Tensor) -> torch.Tensor:
+        due, plain = (self.left == 0) & unfinished, None
         if self.thinking.mode == "adaptive":
-            due &= normalized_entropy(self.model, hidden) >= self.thinking.threshold
+            plain = logits_of(self.model, hidden)
+            due &= uncertainty(plain) >= self.thinking.threshold
         if bool(due.any()):
             fresh = self._think(due)
             read = fresh if read is None else torch.where(due[:, None], fresh, read)
             self.left = torch.where(due, self.thinking.every, self.left)
         if read is None:
-            return hidden
+            return logits_of(self.model, hidden) if plain is None else plain
         served = self.left > 0
         weights = torch.ones_like(served, dtype=self.model.quietstar.start_embedding.dtype)
         if self.model.quietstar_settings.prediction == "mixed":
@@ -298,7 +299,7 @@ class Mind:
         self.left = (self.left - 1).clamp(min=0)
         self.decoder.drop(served & (self.left == 0))
         mix = weights[:, None].to(hidden.dtype)
-        return mix * read + (1 - mix) * hidden
+        return logits_of(self.model, mix * read + (1 - mix) * hidden)
 
     def _think(self, rows: torch.Tensor) -> torch.Tensor:
         """Writes a thought in the rows of a mask `(B,)`; returns what it ends with, `(B, H)`."""
@@ -384,9 +385,8 @@ def think_and_speak(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     scores, raw_logits = [], []
-    hidden = mind.begin(input_ids, mask.bool())
+    logits = mind.begin(input_ids, mask.bool())
     while True:
-        logits = logits_of(model, hidden)
         warped = logits_processor(input_ids, logits)  # type: ignore[arg-type]
         if config.output_scores:
             scores.append(warped)
@@ -401,7 +401,7 @@ def think_and_speak(
         unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores))
         if not bool(unfinished.any()):
             break
-        hidden = mind.go_on(tokens, unfinished)
+        logits = mind.go_on(tokens, unfinished)
     if streamer is not None:
         streamer.end()
     if not (return_thoughts or config.return_dict_in_generate):

@@ -4,6 +4,7 @@ The LM head is applied to what the backbone returns after its final norm. Famili
 do so here, after mixing.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -139,3 +140,9 @@ def normalized_entropy(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Te
         entropies = token_statistics(model, hidden, mask.long(), mask).entropies
     V = model.get_output_embeddings().weight.shape[0]
     return entropies / torch.log(torch.tensor(float(V), device=hidden.device))
+
+
+def uncertainty(logits: torch.Tensor) -> torch.Tensor:
+    """The same from logits of shape `(..., V)`."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1) / math.log(logits.shape[-1])
