@@ -10,6 +10,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .config import QuietStarConfig
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
+from .sampling import SamplingSettings
 
 
 if is_peft_available():
@@ -120,3 +121,20 @@ def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> 
         return ended if criteria is None else ended | criteria(token_ids, None)
 
     return ends
+
+
+def sampling_settings(args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
+    """How thoughts are drawn by a configuration."""
+    stop = None
+    if args.min_thought_length is not None:
+        stop = thought_end(tokenizer, args.thought_stop_string)
+    return SamplingSettings(
+        thought_length=args.thought_length,
+        num_thoughts=args.num_thoughts,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        min_thought_length=args.min_thought_length or 1,
+        stop=stop,
+    )
