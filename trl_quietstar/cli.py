@@ -283,7 +283,7 @@ def inspect(argv: list[str]) -> None:
     ids = tokenizer(words)["input_ids"]
     kept = ids[: args.max_length]
     if len(kept) < 2:
-        raise ValueError(f"The text {inspect_args.text!r} has {len(kept)} tokens; give one of at least two.")
+        raise ValueError(f"The text {inspect_args.text!r} has fewer than two tokens; give a longer one.")
     check_length(len(kept), args.thought_length, max_positions(base.config))
     text = Text.from_batch(torch.tensor([kept], device=args.device))
     texts = inspect_texts(tokenizer, text, *think_about(base, text, tokenizer, args))
@@ -343,7 +343,7 @@ def read_text(name: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"The text {name!r} is not UTF-8 ({error}); save it as UTF-8.") from None
     if not words.strip():
-        raise ValueError(f"The text {name!r} is empty; give one of at least two tokens.")
+        raise ValueError(f"The text {name!r} is empty; give a longer one.")
     return words
 
 

@@ -6,6 +6,8 @@ const details = document.getElementById("details");
 // each step is about three times the one before it, and the same on every page, so that pages can be compared
 const STEPS = [0.01, 0.03, 0.1, 0.3];
 let chosen = null; // the token whose details stay
+let hovered = null; // the token under the pointer
+let pointer = ""; // where that is on the screen
 
 // Everything that was written by a model or a user goes through here, as text.
 function element(tag, className, text) {
@@ -145,6 +147,7 @@ function showDetails(token) {
 function choose(token) {
   if (chosen) chosen.removeAttribute("aria-current");
   chosen = token;
+  hovered = null;
   if (token) {
     token.setAttribute("aria-current", "true");
     for (const other of token.parentElement.querySelectorAll('.thinks[tabindex="0"]')) other.tabIndex = -1;
@@ -220,10 +223,19 @@ showExtremes();
 choose(null);
 document.addEventListener("keydown", onKey);
 texts.addEventListener("focusin", (event) => event.target.closest(".thinks") && choose(event.target));
-texts.addEventListener("pointerover", (event) => {
+// moves only: a page that scrolls below a resting pointer must not take the details away from the focus
+document.addEventListener("pointermove", (event) => {
+  const moved = `${event.screenX} ${event.screenY}`;
   const token = event.target.closest(".thinks");
-  if (token) showDetails(token);
+  if (moved === pointer) return;
+  pointer = moved;
+  if (!token || token === hovered) return;
+  hovered = token;
+  showDetails(token);
 });
-texts.addEventListener("pointerleave", () => showDetails(chosen));
+texts.addEventListener("pointerleave", () => {
+  hovered = null;
+  showDetails(chosen);
+});
 const linked = /^#t\d+-\d+$/.test(location.hash) && document.getElementById(location.hash.slice(1));
 if (linked) jump(linked);
