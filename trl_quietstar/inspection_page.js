@@ -36,7 +36,8 @@ function shade(gain) {
 }
 
 function visible(piece) {
-  return piece === "" ? "·" : piece.replaceAll("\n", "↵");
+  if (piece === "") return "·";
+  return (piece.trim() === "" ? piece.replaceAll(" ", "␣") : piece).replaceAll("\n", "↵");
 }
 
 function tokenAt(t, i) {
@@ -200,8 +201,8 @@ function excerptLink(excerpt) {
     event.preventDefault();
     jump(tokenAt(excerpt.text, excerpt.token));
   });
-  const words = add(element("span", "quote"), element("span", "soft", "…" + visible(excerpt.context)),
-    element("bdi", "thought", ` [${visible(excerpt.thought)}] `), element("span", "", visible(excerpt.next)));
+  const words = add(element("span", "quote"), element("span", "soft", visible(excerpt.context)),
+    element("bdi", "thought", visible(excerpt.thought)), element("span", "", visible(excerpt.next)));
   return add(link, element("span", "gain " + shade(excerpt.gain), signed(excerpt.gain)), words);
 }
 
