@@ -6,10 +6,16 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 
-.PHONY: help train demo-data test test-all bench models lint format clean
+# what `make report` looks at; the flags are the recipe's, which a model that was not trained does not know
+REPORT_MODEL ?= .demo/out
+REPORT_FLAGS ?= --thought_length 6 --thought_start_text " [" --thought_end_text " ]" --thought_stop_string "]"
+CHROMIUM ?= chromium
+
+.PHONY: help train demo-data report test test-all bench models lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
+	@echo "make report    look at the thoughts of what was trained: out/report.html, and its picture for the README"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
@@ -35,6 +41,15 @@ demo-data: $(VENV)/demo
 
 train: demo-data
 	$(OFFLINE) $(BIN)/trl-quietstar train --config recipes/demo.yaml
+
+# after `make train`; Chromium takes the picture, and refuses its sandbox to root
+report: $(VENV)/demo
+	@test -e $(REPORT_MODEL)/config.json || (echo "There is no model in $(REPORT_MODEL): run make train first."; exit 1)
+	mkdir -p out
+	$(OFFLINE) $(BIN)/trl-quietstar inspect --model $(REPORT_MODEL) --text examples/problem.txt --output out/report.html \
+		$(REPORT_FLAGS)
+	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1140 \
+		--screenshot=docs/report.png "file://$(CURDIR)/out/report.html#t0-51"
 
 test: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not real"

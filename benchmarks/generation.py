@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 
@@ -27,7 +28,7 @@ SHARE = 0.25  # of the tokens, with adaptive thinking
 def context_of(tokenizer, data: str, length: int) -> torch.Tensor:
     """The first tokens of the data's texts, one after another: shape `(1, length)`."""
     texts = load_dataset("json", data_files=data, split="train")
-    ids = tokenizer("\n".join(str(next(iter(row.values()))) for row in texts.take(400)))["input_ids"]
+    ids = tokenizer("\n".join(str(next(iter(row.values()))) for row in texts.take(2_000)))["input_ids"]
     return torch.tensor([ids[:length]])
 
 
@@ -43,19 +44,29 @@ def quarter_threshold(model, context: torch.Tensor, tokens: int) -> float:
     return high
 
 
+class Clock(BaseStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to print."""
+
+
 def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> tuple[float, float]:
-    """Time of a token after the first, which pays for the prompt; and thoughts a token."""
-    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0) | options
-    begin = time.perf_counter()
-    model.generate(context, max_new_tokens=1, **options)
-    middle = time.perf_counter()
-    if options["think"] != "never":
+    """Mean time of a token after the first, which pays for the prompt; and the share of those that had a thought."""
+    clock, thinks = Clock(), options["think"] != "never"
+    if thinks:
         options["return_thoughts"] = True
+    options |= dict(do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock)
     out = model.generate(context, max_new_tokens=1 + tokens, **options)
-    seconds = (time.perf_counter() - middle - (middle - begin)) / tokens
-    if options["think"] == "never":
-        return seconds, 0.0
-    return seconds, sum(thought.position >= context.shape[1] for thought in out.thoughts[0]) / tokens
+    seconds = (clock.times[-1] - clock.times[1]) / tokens  # the first call is the prompt's
+    written = out.thoughts[0] if thinks else []
+    return seconds, sum(thought.position >= context.shape[1] for thought in written) / tokens
 
 
 def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:

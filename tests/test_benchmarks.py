@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, early_stopping, gradient_variance, learning
+from benchmarks import ablations, early_stopping, generation, gradient_variance, learning
 from trl_quietstar.controls import CONTROLS
+
+from .tiny import sums
+from .training import saved_model
 
 
 CONDITIONS = {"none", "with", *CONTROLS} - {"real"}
@@ -120,3 +123,19 @@ def test_early_stopping_runs(argv, tmp_path, monkeypatch):
     full, stopped = json.loads((tmp_path / "out.json").read_text())["0"]
     assert full["steps"] == 4 and full["saved"] == 0
     assert stopped["steps"] == 3  # the first evaluation sets the best, two do not improve on it
+
+
+def test_generation_reports_every_way(tmp_path, monkeypatch, capsys):
+    """Units for each way of decoding at each context; the quarter is bracketed, and plain decoding is the unit."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in sums()))
+    model = saved_model(tmp_path / "model", max_position_embeddings=256)
+    flags = ["--model", model, "--data", str(data), "--contexts", "16", "64", "--tokens", "8", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *flags, "--output", str(tmp_path / "out.json")])
+    generation.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["context"] for row in rows] == [16, 64]
+    for row in rows:
+        assert row["units"]["plain"] == 1 and row["units"]["always"] > row["units"]["every 4"] > 1
+        assert row["thoughts per token"]["always"] == 1 and row["thoughts per token"]["every 4"] == 0.25
+        assert row["thoughts per token"]["adaptive"] <= 0.25

@@ -367,6 +367,24 @@ def test_training_ends_with_the_verdict(recipe, tmp_path, capsys):
 # Usage
 
 
+def test_help_of_inspect(capsys):
+    """What to look at, and the sampling of thoughts."""
+    with pytest.raises(SystemExit) as ending:
+        main(["inspect", "--help"])
+    assert ending.value.code == 0
+    printed = capsys.readouterr().out
+    for option in (
+        "--model",
+        "--text",
+        "--output",
+        "--num_thoughts",
+        "--max_length",
+        "--seed",
+        "--thought_stop_string",
+    ):
+        assert option in printed
+
+
 @pytest.mark.parametrize("argv, status", [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
 def test_usage(argv, status, capsys):
     """Anything but a known command prints the usage; only asking for it is a success."""

@@ -3,6 +3,7 @@
     trl-quietstar train --config recipes/demo.yaml --learning_rate 2e-4
     trl-quietstar generate --model out/lora --prompt "Twice seven is" --show-thoughts
     trl-quietstar eval --model_name_or_path out/lora --dataset_name test.jsonl --anti-theater
+    trl-quietstar inspect --model out/lora --text story.txt --output report.html
     accelerate launch -m trl_quietstar.cli train --config recipes/lora.yaml
 
 Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a key of the recipe and a flag, which wins.
@@ -14,24 +15,34 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from rich.console import Console
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
-from .loading import pad_token_id
-from .modeling import QuietStarForCausalLM, saved_settings
+from .data import check_length, max_positions
+from .geometry import Text, Thoughts, choose_positions, seeded_generators
+from .inspection import inspect_texts, think_in_chunks
+from .inspection_page import write_page
+from .lm_head import normalized_entropy
+from .loading import build_model, pad_token_id
+from .modeling import QuietStarForCausalLM, base_of, saved_settings
 from .report import TerminalStreamer, print_anti_theater, print_comparison, print_evaluation, print_thoughts
+from .sampling import fixed_draws, thought_sampling
+from .scoring import Scores
+from .self_check import choose_path
 from .trainer import QuietStarREINFORCETrainer
 
 
-USAGE = """usage: trl-quietstar train|generate|eval [--config RECIPE.yaml] [--FIELD VALUE ...]
+USAGE = """usage: trl-quietstar train|generate|eval|inspect [--config RECIPE.yaml] [--FIELD VALUE ...]
 
 train     trains a causal language model to think, evaluates it before and after where there is evaluation data, and
           saves it
 generate  writes on from a prompt, thinking; with --show-thoughts, the thoughts too
 eval      evaluates a model; with --anti-theater, also whether its thoughts are used or decoration
+inspect   writes a page of what a model thinks after each token of a text: --model PATH --text FILE --output PAGE.html
 
 `trl-quietstar COMMAND --help` lists every field."""
 
@@ -89,6 +100,25 @@ class EvalArguments:
 
     anti_theater: bool = field(default=False, metadata={"help": "Whether to validate that the thoughts are used."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+
+
+@dataclass
+class InspectArguments:
+    """
+    What to look at.
+
+    Parameters:
+        model (`str`):
+            Id on the Hub or local folder of a thinking model, an adapter with its heads, or a plain causal LM.
+        text (`str`):
+            UTF-8 file, or `-` for standard input.
+        output (`str`):
+            HTML file to write.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
+    text: str | None = field(default=None, metadata={"help": "UTF-8 file, or - for standard input."})
+    output: str = field(default="report.html", metadata={"help": "HTML file to write."})
 
 
 def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
@@ -205,7 +235,10 @@ def evaluate(argv: list[str]) -> None:
     parser = TrlParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), prog="trl-quietstar eval")
     *_, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        parser.set_defaults(output_dir=scratch, report_to="none", **saved_fields(model_args))
+        if model_args.model_name_or_path is None:
+            raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
+        fields = saved_fields(model_args.model_name_or_path, revision=model_args.model_revision)
+        parser.set_defaults(output_dir=scratch, report_to="none", **fields)
         eval_args, data_args, args, model_args = parser.parse_args_and_config(argv)
         train_dataset, eval_dataset = load_data(data_args)
         args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
@@ -311,26 +344,100 @@ def generate(argv: list[str]) -> None:
     )
 
 
-def saved_fields(model_args: ModelConfig) -> dict:
-    """
-    The fields of `QuietStarConfig` that a saved thinking model keeps.
-
-    Raises:
-        `ValueError`: if no model is named.
-    """
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
-    settings = saved_settings(model_args.model_name_or_path, revision=model_args.model_revision)
+def saved_fields(source: str, **hub) -> dict:
+    """The fields of `QuietStarConfig` that a saved thinking model keeps; none for a plain model."""
+    settings = saved_settings(source, **hub)
     if settings is None:
         return {}
     fields = settings.to_dict()
     return {"reward_prediction": fields.pop("prediction"), **fields}
 
 
+def inspect(argv: list[str]) -> None:
+    """Writes a page of what a model thinks after each token of a text, by its saved settings unless others are given."""
+    parser = TrlParser((InspectArguments, QuietStarConfig), prog="trl-quietstar inspect")
+    with tempfile.TemporaryDirectory() as scratch:
+        parser.set_defaults(output_dir=scratch, report_to="none", num_thoughts=3, seed=0)
+        inspect_args, _ = parser.parse_args_and_config(argv)
+        if inspect_args.model is None or inspect_args.text is None:
+            missing = "model" if inspect_args.model is None else "text"
+            raise ValueError(f"`{missing}` is missing; give `--{missing}`.")
+        fields = saved_fields(inspect_args.model)
+        parser.set_defaults(**fields)
+        inspect_args, args = parser.parse_args_and_config(argv)
+    words = read_text(inspect_args.text)
+    model, tokenizer = build_model(inspect_args.model, args, None, None, None)
+    base = base_of(model.to(args.device).eval())
+    ids = tokenizer(words)["input_ids"]
+    kept = ids[: args.max_length]
+    if len(kept) < 2:
+        raise ValueError(f"The text {inspect_args.text!r} has fewer than two tokens; give a longer one.")
+    check_length(len(kept), args.thought_length, max_positions(base.config))
+    text = Text.from_batch(torch.tensor([kept], device=args.device))
+    texts = inspect_texts(tokenizer, text, *think_about(base, text, tokenizer, args))
+    warnings = _warnings(inspect_args.model, bool(fields), len(kept), len(ids))
+    for warning in warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    settings = (
+        f"Model {inspect_args.model}. Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, "
+        f"read for the next {args.talk_length} tokens; temperature {args.temperature:g}, seed {args.seed}."
+    )
+    name = "standard input" if inspect_args.text == "-" else Path(inspect_args.text).name
+    write_page(Path(inspect_args.output), f"Thoughts on {name}", texts, [settings, *warnings])
+    print(f"Wrote {inspect_args.output}")
+
+
+def _warnings(model: str, trained: bool, shown: int, tokens: int) -> list[str]:
+    """What a reader of the report must know."""
+    warnings = []
+    if shown < tokens:
+        warnings.append(f"The text has {tokens:,} tokens, of which the first {shown:,} are shown; raise `max_length`.")
+    if not trained:
+        warnings.append(f"{model} was never trained to think: its heads, and so its thoughts, are untrained.")
+    return warnings
+
+
+def think_about(
+    model: PreTrainedModel, text: Text, tokenizer: PreTrainedTokenizerBase, args: QuietStarConfig
+) -> tuple[Thoughts, Scores]:
+    """A model's thoughts on a text of one row, by the configuration, and their scores."""
+    path = choose_path(model, args.thought_path)
+    generators = seeded_generators(args.seed, 0, [0])
+    with torch.no_grad():
+        positions = choose_positions(
+            text,
+            args.thought_positions,
+            generators,
+            lambda: normalized_entropy(model, path.read(model, text).text_hidden[:, :-1]),
+            args.difficulty_threshold,
+            args.min_thought_interval,
+        )
+    settings = thought_sampling(args.settings(), tokenizer, args.num_thoughts)
+    draws = fixed_draws(text.position_ids.gather(1, positions.index), settings, args.seed)  # as greedy generation has
+    return think_in_chunks(model, path, text, positions, settings, draws, args.talk_length, args.reward_prediction)
+
+
+def read_text(name: str) -> str:
+    """
+    A UTF-8 file, or standard input for `-`.
+
+    Raises:
+        `ValueError`: if it is not UTF-8, or empty.
+    """
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        words = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The text {name!r} is not UTF-8 ({error}); save it as UTF-8.") from None
+    if not words.strip():
+        raise ValueError(f"The text {name!r} is empty; give a longer one.")
+    return words
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "generate": generate, "eval": evaluate}
+    commands = {"train": train, "generate": generate, "eval": evaluate, "inspect": inspect}
     if argv[:1] and argv[0] in commands:
         commands[argv[0]](argv[1:])
         return 0

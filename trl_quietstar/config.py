@@ -216,6 +216,11 @@ class QuietStarConfig(_BaseConfig):
         False, "Whether to print a few thoughts at each log and to send them to W&B or trackio as a table."
     )
     num_thoughts_to_print: int = _option(5, "How many.")
+    report_thoughts: bool = _option(
+        False,
+        "Whether each evaluation writes `reports/step-N.html` in the output directory, with the thoughts on its first "
+        "batch and plots of the run so far, and sends a few of them to W&B or trackio as a table.",
+    )
 
     packing_strategy = "bfd"  # not an option: the strategy that keeps document boundaries
 

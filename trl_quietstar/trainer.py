@@ -40,6 +40,8 @@ from .callbacks import AntiTheaterCallback
 from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
+from .inspection import inspect_texts
+from .inspection_page import write_page
 from .lm_head import normalized_entropy
 from .loading import build_model, check_adapter, check_quantization, pad_token_id
 from .metrics import BatchResult, MetricSums, batch_metrics
@@ -206,6 +208,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._last_logged_step = 0
         self._window_start = time.perf_counter()
         self._samples: dict[str, list] = {}
+        self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
 
     # Model and reference
 
@@ -414,6 +417,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             metrics["coherence"] = (self._coherence(batch), batch.exists)
         if first:
             self._samples[mode] = thought_table(self.processing_class, batch, self.args.num_thoughts_to_print)
+            if mode == "eval" and self.args.report_thoughts and self.accelerator.is_main_process:
+                self._inspected = inspect_texts(self.processing_class, batch.text, batch.thoughts, batch.scores)
         if mode == "train":
             tokens = batch.text.predicted().sum() + batch.thoughts.mask.sum()
             metrics["num_thoughts"] = (batch.exists.sum(), torch.ones((), device=tokens.device))
@@ -473,16 +478,23 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return metrics
 
     def _log_thoughts(self) -> None:
-        samples = self._samples["train"]
-        table = {"step": [self.state.global_step] * len(samples["thought"]), **samples}
+        table = self._table("train")
         print_thoughts(table, f"Thoughts at step {self.state.global_step}")
+        self._send_table("thoughts", table)
+
+    def _table(self, mode: str) -> dict[str, list]:
+        samples = self._samples[mode]
+        return {"step": [self.state.global_step] * len(samples["thought"]), **samples}
+
+    def _send_table(self, name: str, table: dict[str, list]) -> None:
+        """Sends a table of thoughts to W&B and trackio, where they are in use."""
         backends = []
         if "wandb" in self.args.report_to and wandb.run is not None:
             backends.append(wandb)
         if "trackio" in self.args.report_to:
             backends.append(trackio)
         for backend in backends:
-            backend.log({"thoughts": backend.Table(dataframe=pd.DataFrame(table))})
+            backend.log({name: backend.Table(dataframe=pd.DataFrame(table))})
 
     # Evaluation
 
@@ -498,6 +510,17 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         for name in EVAL_METRICS:
             output.metrics[f"{metric_key_prefix}_{name}"] = self._metrics["eval"].mean(name) or 0.0
         return output
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._inspected is not None:  # only now is this evaluation in the log history
+            texts, self._inspected = self._inspected, None
+            self._send_table(f"{metric_key_prefix}_thoughts", self._table("eval"))
+            suffix = metric_key_prefix.removeprefix("eval").replace("_", "-", 1)
+            path = Path(self.args.output_dir, "reports", f"step-{self.state.global_step}{suffix}.html")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_page(path, f"Thoughts at step {self.state.global_step}", texts, history=self.state.log_history)
+        return metrics
 
     def validate_thoughts(self) -> AntiTheaterReport:
         """
