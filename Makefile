@@ -6,9 +6,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 
-# what `make report` looks at; the flags are the recipe's, which a model that was not trained does not know
+# what `make report` looks at
 REPORT_MODEL ?= .demo/out
-REPORT_FLAGS ?= --thought_length 6 --thought_start_text " [" --thought_end_text " ]" --thought_stop_string "]"
 CHROMIUM ?= chromium
 
 .PHONY: help train demo-data report test test-all bench models lint format clean
@@ -46,8 +45,7 @@ train: demo-data
 report: $(VENV)/demo
 	@test -e $(REPORT_MODEL)/config.json || (echo "There is no model in $(REPORT_MODEL): run make train first."; exit 1)
 	mkdir -p out
-	$(OFFLINE) $(BIN)/trl-quietstar inspect --model $(REPORT_MODEL) --text examples/problem.txt --output out/report.html \
-		$(REPORT_FLAGS)
+	$(OFFLINE) $(BIN)/trl-quietstar inspect --model $(REPORT_MODEL) --text examples/problem.txt --output out/report.html
 	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1140 \
 		--screenshot=docs/report.png "file://$(CURDIR)/out/report.html#t0-51"
 
@@ -60,12 +58,13 @@ test-all: demo-data
 models: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m tests.conformance --output docs/models.md
 
-bench: $(VENV)/dev
+bench: demo-data
 	mkdir -p out
 	$(OFFLINE) $(BIN)/python -m benchmarks.learning --output out/learning.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.ablations --output docs/ablations
 	$(OFFLINE) $(BIN)/python -m benchmarks.gradient_variance --output out/gradient_variance.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.early_stopping --output out/early_stopping.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.generation --output out/generation.json
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.geometry import Branches, Positions, Text
 from trl_quietstar.lm_head import logits_of, normalized_entropy
+from trl_quietstar.modeling import heads_aside
 from trl_quietstar.paths import Replay
 from trl_quietstar.sampling import fixed_draws, sample_thoughts, thought_sampling
 
@@ -257,6 +259,7 @@ def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
         ({"think_every": 5}, "`think_every` is 5, but the model reads a thought for `talk_length` 4 tokens"),
         ({"think": "adaptive", "thinking_threshold": 1.5}, "`thinking_threshold` is 1.5; it lies between 0 and 1"),
         ({"num_beams": 2}, "not with 'beam_search'"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32), "input_ids": None}, "no `input_ids` to think after"),
         ({"think": "never", "return_thoughts": True}, "no thoughts to return"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, "padded on the right; set `padding_side='left'`"),
     ],
@@ -264,7 +267,32 @@ def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
 def test_requests_that_cannot_be_met(options, message):
     """Refused before anything is run."""
     with pytest.raises(ValueError, match=message):
-        thinking_model().generate(prompts(5)[0][None], max_new_tokens=2, **options)
+        thinking_model().generate(**{"input_ids": prompts(5)[0][None], "max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_generates(dtype):
+    """With float32 heads beside the base, as they are loaded; greedily the same twice."""
+    model = thinking_model().to(dtype)
+    model.quietstar.float()
+    first, second = (generated(model, padded(prompts(5, 7))) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_adapter_generates():
+    """Through PEFT's own `generate`, as with the adapter merged."""
+    model, (prompt,) = thinking_model(), prompts(5)
+    with heads_aside(model):
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    inputs = padded([prompt])
+    spoken = generated(adapted, inputs)
+    with adapted.disable_adapter():
+        assert not torch.equal(generated(adapted, inputs), spoken)
+    assert torch.equal(generated(adapted.merge_and_unload(), inputs), spoken)
 
 
 def test_a_table_of_positions_ends():

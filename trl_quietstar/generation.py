@@ -376,7 +376,7 @@ def think_and_speak(
             padding.
     """
     attention_mask = model_kwargs.get("attention_mask")
-    _check_request(generation_config, attention_mask, synced_gpus, model_kwargs)
+    _check_request(generation_config, input_ids, attention_mask, synced_gpus, model_kwargs)
     config, pad = generation_config, generation_config._pad_token_tensor
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check_positions(model, config.max_length)
@@ -414,7 +414,9 @@ def think_and_speak(
     )
 
 
-def _check_request(config: GenerationConfig, attention_mask, synced_gpus: bool, model_kwargs: dict) -> None:
+def _check_request(config: GenerationConfig, input_ids, attention_mask, synced_gpus: bool, model_kwargs: dict) -> None:
+    if input_ids.shape[1] == 0:
+        raise ValueError("There are no `input_ids` to think after; give a prompt of at least one token.")
     if synced_gpus:
         raise ValueError("Thinking does not run on a model that is sharded over processes; use `think='never'`.")
     mode = config.get_generation_mode()
