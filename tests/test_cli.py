@@ -364,6 +364,24 @@ def test_training_ends_with_the_verdict(recipe, tmp_path, capsys):
     assert "Anti-theater validation" in capsys.readouterr().out
 
 
+# Inspection
+
+
+def test_inspect_of_an_adapter(recipe, tmp_path, capsys):
+    """An adapter's folder is shown with its base and its heads, by the lengths it was trained with."""
+    run(tmp_path, {**recipe, "use_peft": True, "lora_target_modules": "all-linear", "lora_r": 4})
+    (tmp_path / "text.txt").write_text("3 plus 4 is 7 .")
+    pages = []
+    for model in (recipe["output_dir"], recipe["model_name_or_path"]):
+        output = tmp_path / "page.html"
+        flags = ["--text", str(tmp_path / "text.txt"), "--output", str(output), "--use_cpu", "--thought_length", "3"]
+        assert main(["inspect", "--model", model, *flags, "--talk_length", "2", "--value_head_hidden_size", "16"]) == 0
+        pages.append(output.read_text())
+    adapted, plain = (re.search(r"NLL without thoughts</dt><dd>([\d.]+)", page)[1] for page in pages)
+    assert adapted != plain
+    assert ["never trained" in page for page in pages] == [False, True]
+
+
 # Usage
 
 
@@ -373,15 +391,7 @@ def test_help_of_inspect(capsys):
         main(["inspect", "--help"])
     assert ending.value.code == 0
     printed = capsys.readouterr().out
-    for option in (
-        "--model",
-        "--text",
-        "--output",
-        "--num_thoughts",
-        "--max_length",
-        "--seed",
-        "--thought_stop_string",
-    ):
+    for option in ("--model", "--text", "--output", "--num_thoughts", "--max_length", "--seed", "--temperature"):
         assert option in printed
 
 
