@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_quietstar.cli import main
 from trl_quietstar.geometry import Text, talk_after
-from trl_quietstar.inspection import inspect_texts, summarize, think_in_chunks, token_pieces
+from trl_quietstar.inspection import inspect_texts, summarize, token_pieces
 from trl_quietstar.inspection_page import render_page
+from trl_quietstar.likelihood import think_in_chunks
 from trl_quietstar.paths import Replay, SharedPrefix
 from trl_quietstar.rewards import masked_mean
 from trl_quietstar.sampling import uniforms
@@ -209,7 +210,7 @@ def test_chunks_change_nothing(path, monkeypatch):
     model, text = tiny_model(), mixed_text()
     results = []
     for branches in (1_000, 6):
-        monkeypatch.setattr("trl_quietstar.inspection.BRANCHES_AT_ONCE", branches)
+        monkeypatch.setattr("trl_quietstar.likelihood.BRANCHES_AT_ONCE", branches)
         results.append(
             think_in_chunks(
                 model,

@@ -3,6 +3,7 @@
     trl-quietstar train --config recipes/demo.yaml --learning_rate 2e-4
     trl-quietstar generate --model out/lora --prompt "Twice seven is" --show-thoughts
     trl-quietstar eval --model_name_or_path out/lora --dataset_name test.jsonl --anti-theater
+    trl-quietstar eval --model out/lora --tasks gsm8k --compare
     trl-quietstar inspect --model out/lora --text story.txt --output report.html
     accelerate launch -m trl_quietstar.cli train --config recipes/lora.yaml
 
@@ -12,7 +13,7 @@ Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a k
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,13 +25,21 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from .config import QuietStarConfig
 from .data import check_length, max_positions
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
-from .inspection import inspect_texts, think_in_chunks
+from .inspection import inspect_texts
 from .inspection_page import write_page
+from .likelihood import think_in_chunks
 from .lm_head import normalized_entropy
 from .loading import build_model, pad_token_id
 from .modeling import QuietStarForCausalLM, base_of, saved_settings
-from .report import TerminalStreamer, print_anti_theater, print_comparison, print_evaluation, print_thoughts
-from .sampling import fixed_draws, thought_sampling
+from .report import (
+    TerminalStreamer,
+    print_anti_theater,
+    print_comparison,
+    print_evaluation,
+    print_outcomes,
+    print_thoughts,
+)
+from .sampling import Thinking, fixed_draws, thought_sampling
 from .scoring import Scores
 from .self_check import choose_path
 from .trainer import QuietStarREINFORCETrainer
@@ -41,7 +50,8 @@ USAGE = """usage: trl-quietstar train|generate|eval|inspect [--config RECIPE.yam
 train     trains a causal language model to think, evaluates it before and after where there is evaluation data, and
           saves it
 generate  writes on from a prompt, thinking; with --show-thoughts, the thoughts too
-eval      evaluates a model; with --anti-theater, also whether its thoughts are used or decoration
+eval      evaluates a model; with --anti-theater, also whether its thoughts are used or decoration; with --tasks, on any
+          tasks of lm-evaluation-harness, and with --compare there also without thoughts
 inspect   writes a page of what a model thinks after each token of a text: --model PATH --text FILE --output PAGE.html
 
 `trl-quietstar COMMAND --help` lists every field."""
@@ -230,8 +240,81 @@ def train(argv: list[str]) -> None:
         trainer.push_to_hub()
 
 
+@dataclass
+class TaskArguments:
+    """
+    What to run in lm-evaluation-harness.
+
+    Parameters:
+        model (`str`):
+            Id on the Hub or local folder.
+        tasks (`str`):
+            Names, separated by commas.
+        compare (`bool`):
+            Whether to run without thoughts too, and compare document by document.
+        include_path (`str`, *optional*):
+            Folder with task files of one's own.
+        limit, num_fewshot (`int`, *optional*), batch_size (`int`):
+            Documents of each task; examples in the prompt; texts at once.
+        think, think_every, thinking_threshold:
+            As in `generate` of a thinking model.
+        revision (`str`, *optional*), trust_remote_code (`bool`):
+            Of the model on the Hub; whether to run code from there.
+        output_file (`str`, *optional*):
+            JSON file for the outcomes.
+    """
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
+    tasks: str | None = field(default=None, metadata={"help": "Tasks of lm-eval, separated by commas."})
+    compare: bool = field(default=False, metadata={"help": "Whether to run without thoughts too."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
+    limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt."})
+    batch_size: int = field(default=1, metadata={"help": "Texts at once."})
+    think: str = field(default="always", metadata={"help": "`always`, `never` or `adaptive`."})
+    think_every: int = field(default=1, metadata={"help": "Tokens that one thought serves."})
+    thinking_threshold: float = field(default=0.6, metadata={"help": "Least normalised entropy to think at."})
+    revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run model code from the Hub."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the outcomes."})
+
+
+def evaluate_on_tasks(argv: list[str]) -> None:
+    """Runs tasks of lm-evaluation-harness with thoughts, and without them to compare."""
+    try:
+        from .harness import QuietStarLM, evaluate_tasks, paired_test
+    except ImportError as error:
+        raise ImportError("`--tasks` needs lm-eval; install it with `pip install trl-quietstar[eval]`.") from error
+    (args,) = TrlParser((TaskArguments,), prog="trl-quietstar eval").parse_args_and_config(argv)
+    if args.model is None:
+        raise ValueError("`model` is missing; give `--model`.")
+    model = QuietStarLM(
+        args.model,
+        args.think,
+        args.think_every,
+        args.thinking_threshold,
+        args.revision,
+        args.trust_remote_code,
+        args.batch_size,
+    )
+    tasks = [task.strip() for task in args.tasks.split(",")]
+    options = (tasks, args.include_path, args.limit, args.num_fewshot)
+    outcomes, plain, p_values = evaluate_tasks(model, *options), None, []
+    if args.compare:
+        model.thinking = Thinking("never")
+        plain = evaluate_tasks(model, *options)
+        p_values = [paired_test(a, b) for a, b in zip(outcomes, plain, strict=True)]
+    print_outcomes(outcomes, plain, p_values)
+    if args.output_file is not None:
+        found = {"with": outcomes, "without": plain or [], "p": p_values}
+        Path(args.output_file).write_text(json.dumps(found, indent=2, default=asdict))
+
+
 def evaluate(argv: list[str]) -> None:
-    """Evaluates a model on held-out text, by the settings it was trained with unless others are given."""
+    """Evaluates a model on held-out text, by the settings it was trained with unless others are given; or on tasks."""
+    if "--tasks" in argv:
+        evaluate_on_tasks(argv)
+        return
     parser = TrlParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), prog="trl-quietstar eval")
     *_, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:

@@ -25,8 +25,8 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
     embeds = model.get_input_embeddings()(token_ids)
     if _layer_size(model) == 0:
         return embeds
-    by_layer = model.get_decoder().get_per_layer_inputs(token_ids.flatten()[None])
-    return torch.cat([embeds, by_layer.reshape(*token_ids.shape, -1).to(embeds.dtype)], dim=-1)
+    by_layer = model.get_decoder().get_per_layer_inputs(token_ids.flatten()[None]).flatten(2)
+    return torch.cat([embeds, by_layer.view(*token_ids.shape, by_layer.shape[2]).to(embeds.dtype)], dim=-1)
 
 
 def embed_vector(model: PreTrainedModel, vector: torch.Tensor) -> torch.Tensor:

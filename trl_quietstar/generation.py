@@ -20,10 +20,7 @@ from .geometry import Branches, Text
 from .heads import ThinkingModel
 from .lm_head import logits_of, uncertainty
 from .paths import Replay, additive_masks, backbone, position_offset
-from .sampling import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
-
-
-MODES = ("always", "never", "adaptive")
+from .sampling import SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
 
 
 @dataclass
@@ -53,36 +50,6 @@ class GenerateThoughtfulOutput(GenerateDecoderOnlyOutput):
     """
 
     thoughts: list[list[GeneratedThought]] | None = None
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """
-    When to think.
-
-    Parameters:
-        mode (`str`):
-            `"always"`, or `"adaptive"`: where the no-thought prediction is uncertain.
-        every (`int`):
-            M, the tokens that one thought serves.
-        threshold (`float`):
-            Least no-thought entropy, divided by log V, to think at (adaptive).
-
-    Raises:
-        `ValueError`: if a value is outside its limits.
-    """
-
-    mode: str = "always"
-    every: int = 1
-    threshold: float = 0.6
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"`think` is {self.mode!r}; choose one of {', '.join(MODES)}.")
-        if self.every < 1:
-            raise ValueError(f"`think_every` is {self.every}, below its limit of 1; raise it.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"`thinking_threshold` is {self.threshold}; it lies between 0 and 1.")
 
 
 class Decoder(Protocol):
@@ -234,7 +201,7 @@ class Mind:
     Args:
         model ([`~heads.ThinkingModel`]):
             The model.
-        thinking ([`Thinking`]):
+        thinking ([`~sampling.Thinking`]):
             When.
         sampling ([`~sampling.SamplingSettings`]):
             How thoughts are drawn.
@@ -361,7 +328,7 @@ def think_and_speak(
         logits_processor, stopping_criteria, generation_config, streamer, tokenizer:
             As `generate` prepares them. With `do_sample=False` thoughts are still drawn as in training, by random numbers
             that depend on the place in the text alone.
-        thinking ([`Thinking`]):
+        thinking ([`~sampling.Thinking`]):
             When to think.
         return_thoughts (`bool`):
             Whether to return them.

@@ -10,74 +10,14 @@ import math
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .geometry import Positions, Text, Thoughts, talk_after
-from .heads import ThinkingModel
-from .paths import Path
+from .geometry import Text, Thoughts, talk_after
 from .rewards import masked_mean
-from .sampling import SamplingSettings, sample_thoughts
-from .scoring import ScoreRequest, Scores, at_talk, score
+from .scoring import Scores, at_talk
 
 
-BRANCHES_AT_ONCE = 96
 CONTEXT_TOKENS = 12
 EXTREMES = 5  # most and least helpful thoughts
 UNFINISHED = "\ufffd"  # what a decoder gives for bytes that are no character yet
-
-
-@torch.no_grad()
-def think_in_chunks(
-    model: ThinkingModel,
-    path: Path,
-    text: Text,
-    positions: Positions,
-    settings: SamplingSettings,
-    draws: torch.Tensor,
-    talk_length: int,
-    prediction: str,
-) -> tuple[Thoughts, Scores]:
-    """
-    Writes and scores thoughts at any number of positions, a few of them at a time, so that memory does not grow with
-    the text's length squared.
-
-    Args:
-        model ([`ThinkingModel`]):
-            A model with heads, in `eval()` mode.
-        path ([`Path`]):
-            How to get hidden states.
-        text ([`Text`]):
-            The batch.
-        positions ([`Positions`]):
-            Where to think.
-        settings ([`SamplingSettings`]):
-            How.
-        draws (`torch.Tensor` of shape `(B, J, G, L)`):
-            A uniform number for each token.
-        talk_length (`int`):
-            M.
-        prediction (`str`):
-            `"mixed"` or `"thought"`.
-
-    Returns:
-        [`Thoughts`], and [`Scores`] with `text_logps`, `talk_logps` and `mixing_weights`.
-    """
-    size = max(BRANCHES_AT_ONCE // settings.num_thoughts, 1)
-    thoughts, scores = [], []
-    pieces = (x.split(size, dim=1) for x in (positions.index, positions.mask, draws))
-    for index, mask, numbers in zip(*pieces, strict=True):
-        part = sample_thoughts(model, path.read(model, text), text, Positions(index, mask), settings, numbers)
-        thoughts.append(part)
-        scores.append(score(model, ScoreRequest(text, part, talk_length, path, prediction=prediction)))
-    together = Scores(
-        talk_logps=_joined(scores, "talk_logps"),
-        mixing_weights=_joined(scores, "mixing_weights"),
-        text_logps=scores[0].text_logps,
-    )
-    token_ids, mask = (torch.cat([x.token_ids for x in thoughts], 1), torch.cat([x.mask for x in thoughts], 1))
-    return Thoughts(positions, token_ids, mask), together
-
-
-def _joined(scores: list[Scores], name: str) -> torch.Tensor:
-    return torch.cat([part[name] for part in scores], dim=1)
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

@@ -36,9 +36,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ._compat import set_unsaved_keys
-from .generation import Thinking, think_and_speak
+from .generation import think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
 from .paths import SharedPrefix
+from .sampling import Thinking
 from .scoring import ScoreRequest, score
 from .self_check import choose_path
 

@@ -1,5 +1,7 @@
 """Thoughts for people to read: a table of a few, and how it is printed."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +12,10 @@ from transformers.generation.streamers import BaseStreamer
 from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
 from .metrics import BatchResult
 from .rewards import masked_mean
+
+
+if TYPE_CHECKING:
+    from .harness import Outcome
 
 
 CONTEXT_TOKENS = 16
@@ -244,3 +250,28 @@ def _shown(estimate: Estimate) -> tuple[str, str]:
     if estimate.value != estimate.value:
         return "undefined", ""
     return f"{estimate.value:+.4f}", f"{estimate.low:+.4f} to {estimate.high:+.4f}"
+
+
+def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_values: list[float]) -> None:
+    """
+    Prints what lm-eval measured.
+
+    Args:
+        thinking (`list` of [`~harness.Outcome`]):
+            With thoughts, or as the user asked.
+        plain (`list` of [`~harness.Outcome`], *optional*):
+            The same without thoughts.
+        p_values (`list[float]`):
+            Of the paired tests, if there is something to compare.
+    """
+    table = Table(title="Tasks of lm-eval" + ("" if plain is None else ", with and without thoughts"))
+    for name in ("task", "metric", "value") if plain is None else ("task", "metric", "with", "without", "change", "p"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=name != "task")
+    for i, outcome in enumerate(thinking):
+        row = [outcome.task, outcome.metric, f"{outcome.value:.4f} ± {outcome.stderr:.4f}"]
+        if plain is not None:
+            other = plain[i]
+            row += [f"{other.value:.4f} ± {other.stderr:.4f}", f"{outcome.value - other.value:+.4f}"]
+            row.append(f"{p_values[i]:.3f}")
+        table.add_row(*row)
+    Console().print(table)

@@ -23,6 +23,9 @@ from .lm_head import logits_of, row_chunk
 from .paths import Reader
 
 
+MODES = ("always", "never", "adaptive")
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """
@@ -65,6 +68,36 @@ class SamplingSettings:
         if self.min_p is not None:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """
+    When to think.
+
+    Parameters:
+        mode (`str`):
+            `"always"`, or `"adaptive"`: where the no-thought prediction is uncertain.
+        every (`int`):
+            M, the tokens that one thought serves.
+        threshold (`float`):
+            Least no-thought entropy, divided by log V, to think at (adaptive).
+
+    Raises:
+        `ValueError`: if a value is outside its limits.
+    """
+
+    mode: str = "always"
+    every: int = 1
+    threshold: float = 0.6
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"`think` is {self.mode!r}; choose one of {', '.join(MODES)}.")
+        if self.every < 1:
+            raise ValueError(f"`think_every` is {self.every}, below its limit of 1; raise it.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"`thinking_threshold` is {self.threshold}; it lies between 0 and 1.")
 
 
 def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:

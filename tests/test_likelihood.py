@@ -1,0 +1,86 @@
+"""Scoring with thoughts is what generation with thoughts says, all positions at once."""
+
+import pytest
+import torch
+
+from trl_quietstar import likelihood
+from trl_quietstar.likelihood import log_likelihoods
+from trl_quietstar.lm_head import uncertainty
+from trl_quietstar.sampling import Thinking
+
+from .test_generation import padded, prompts, thinking_model
+
+
+def of_generated(model, inputs: dict, thinking: Thinking, new: int = 8):
+    """Greedy text with the log-probabilities that generation gave each new token, and those of scoring it."""
+    options = dict(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    options |= dict(return_dict_in_generate=True, output_logits=True)
+    options |= dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
+    out = model.generate(**inputs, **options)
+    said = torch.stack(out.logits, dim=1).log_softmax(-1)
+    start = inputs["input_ids"].shape[1]
+    expected = said.gather(2, out.sequences[:, start:, None])[..., 0]
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.sequences[:, start:])], dim=1)
+    wanted = torch.zeros_like(mask)
+    wanted[:, start:] = 1
+    logps, correct = log_likelihoods(model, out.sequences, mask, wanted, thinking)
+    return expected, logps[:, start - 1 :], correct[:, start - 1 :], logps[:, : start - 1]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "gemma4_text", "bloom", "mamba"])
+def test_generated_text_scores_as_it_was_generated(name, every):
+    """Token by token, in a batch with padding; each token was the most likely one."""
+    expected, found, correct, before = of_generated(
+        thinking_model(name), padded(prompts(7, 4)), Thinking("always", every)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert correct.all() and (before == 0).all()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_adaptive_scoring_thinks_where_generation_does(every):
+    """At the same places, and plainly elsewhere."""
+    model = thinking_model()
+    with torch.no_grad():
+        entropies = uncertainty(model(**padded(prompts(20, 20))).logits)
+    thinking = Thinking("adaptive", every, float(entropies.median()))
+    expected, found, *_ = of_generated(model, padded(prompts(7, 4)), thinking, new=12)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_equals_its_rows(side):
+    """Padding on either side changes nothing."""
+    model, rows = thinking_model(), prompts(11, 6)
+    inputs = padded(rows)
+    if side == "right":
+        inputs = {name: x.clone() for name, x in inputs.items()}
+        inputs["input_ids"][1] = inputs["input_ids"][1].roll(-5)
+        inputs["attention_mask"][1] = inputs["attention_mask"][1].roll(-5)
+    together, _ = log_likelihoods(model, **inputs)
+    for row, ids in zip(together, rows, strict=True):
+        alone, _ = log_likelihoods(model, ids[None])
+        scored = row[row != 0]
+        torch.testing.assert_close(scored, alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """However few branches run at once."""
+    model, inputs = thinking_model(), padded(prompts(11, 6))
+    whole = log_likelihoods(model, **inputs)
+    monkeypatch.setattr(likelihood, "BRANCHES_AT_ONCE", 6)
+    chunked = log_likelihoods(model, **inputs)
+    torch.testing.assert_close(chunked[0], whole[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(chunked[1], whole[1])
+
+
+def test_without_thoughts_it_is_the_base_model():
+    """Log-softmax of the plain logits."""
+    model, (ids,) = thinking_model(), prompts(9)
+    with torch.no_grad():
+        plain = model(input_ids=ids[None]).logits[:, :-1].log_softmax(-1)
+    logps, correct = log_likelihoods(model, ids[None], thinking=Thinking("never"))
+    torch.testing.assert_close(logps, plain.gather(2, ids[None, 1:, None])[..., 0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(correct, plain.argmax(-1) == ids[None, 1:])
+    assert (logps - log_likelihoods(model, ids[None])[0]).abs().max() > 1e-2
