@@ -34,6 +34,8 @@ class ScoreRequest:
             The sampling temperature; the policy's log-probabilities are taken at it.
         prediction (`str`):
             `"mixed"` or `"thought"`.
+        branch_batch_size (`int`, *optional*):
+            How many branches of each row are scored at once, as in [`~paths.Path.encode`].
     """
 
     text: Text
@@ -42,6 +44,7 @@ class ScoreRequest:
     path: Path
     temperature: float = 1.0
     prediction: str = "mixed"
+    branch_batch_size: int | None = None
 
 
 @dataclass
@@ -97,7 +100,7 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     B, J, G, L = thoughts.token_ids.shape
     talk = talk_after(text, thoughts.positions, request.talk_length)
     M = request.talk_length
-    encoded = request.path.encode(model, text, _full_branches(model, text, thoughts, talk))
+    encoded = request.path.encode(model, text, _full_branches(model, text, thoughts, talk), request.branch_batch_size)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     drawn_from = hidden[..., :L, :]
     policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature)
