@@ -24,6 +24,7 @@ FIELDS = (
 )
 TRAINED = FIELDS[:-1]  # similarity is only logged
 TOLERANCE = 1e-9
+FAST = SharedPrefix()
 
 
 def assert_same(ours: torch.Tensor, oracle: torch.Tensor, name: str, tolerance: float = TOLERANCE) -> None:
@@ -60,7 +61,7 @@ def assert_same_gradients(ours: dict, oracle: dict, tolerance: float = TOLERANCE
             assert_same(ours[name], gradient, f"gradient of {name}", tolerance)
 
 
-def assert_paths_agree(model, path: Path = SharedPrefix(), **options) -> None:
+def assert_paths_agree(model, path: Path = FAST, **options) -> None:
     """A path and replay give the same scores and gradients on every kind of row."""
     text = mixed_text(model.config.vocab_size)
     thoughts = think(model, text, positions=positions_of(text, 0.7))

@@ -238,6 +238,17 @@ def choose_positions(
     return Positions(order.to(device), chosen.gather(1, order).to(device))
 
 
+def most_positions(thought_positions: int | float | str, text_length: int, min_interval: int) -> int:
+    """The most positions that [`choose_positions`] can choose in a row of `text_length` tokens."""
+    usable = text_length - 1
+    if thought_positions == "difficulty":
+        return max(-(-usable // min_interval), 1)
+    if isinstance(thought_positions, str):
+        return max(usable, 1)
+    amount = thought_positions if isinstance(thought_positions, int) else round(thought_positions * usable)
+    return max(min(amount, usable), 1)
+
+
 def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator) -> torch.Tensor:
     """Mask of shape `(T - 1,)` with `amount` of the usable places, drawn without replacement."""
     places = usable.nonzero().flatten()

@@ -65,7 +65,7 @@ def think_in_chunks(
         for name in ("talk_logps", "talk_correct", "mixing_weights")
     }
     token_ids, mask = (torch.cat([x.token_ids for x in thoughts], 1), torch.cat([x.mask for x in thoughts], 1))
-    return Thoughts(positions, token_ids, mask), Scores(text_logps=scores[0].text_logps, **joined)
+    return Thoughts(positions, token_ids, mask), Scores(text_logps=scores[0].text_logps, **joined)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

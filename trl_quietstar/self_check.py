@@ -59,9 +59,9 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     if oracle.router_loss is not None:
         pairs.append((ours.router_loss, oracle.router_loss))
     pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
-    pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps, ordinary, strict=True)]
+    pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
     plain = Text.from_batch(text.input_ids, text.attention_mask)  # which a path may read without a mask
-    pairs.append(tuple(_text_logps(model, p, plain) for p in (path, Replay())))
+    pairs.append((_text_logps(model, path, plain), _text_logps(model, Replay(), plain)))
     differences = [(a - b).double().abs().max() / b.double().abs().max().clamp(min=1) for a, b in pairs]
     return float(torch.stack(differences).max())
 
