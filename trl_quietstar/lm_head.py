@@ -211,25 +211,33 @@ class _Tiles:
         """Gradient of what [`cap`] was given, in place."""
         return grad if self.softcap is None else grad.mul_(1 - (capped / self.softcap) ** 2)
 
-    def back(self, grads: "_HeadGradients", grad: torch.Tensor, hidden: torch.Tensor, at: slice) -> torch.Tensor:
-        """From the gradient of scaled logits to that of hidden states; notes that of the head."""
-        grad = (grad if self.scale == 1 else grad.mul_(self.scale)).to(self.dtype)
-        grads.add(grad, hidden.to(self.dtype), at)
-        return (grad @ self.weight[at].to(self.dtype)).to(torch.promote_types(self.dtype, torch.float32))
+    def back(
+        self, heads: "_HeadGradients", at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """From gradients of scaled logits to those of their hidden states, each given as a pair; those of the head go to
+        `heads`."""
+        cast = [
+            ((grad if self.scale == 1 else grad.mul_(self.scale)).to(self.dtype), hidden.to(self.dtype))
+            for grad, hidden in pairs
+        ]
+        heads.put(at, *cast)
+        weight = self.weight[at].to(self.dtype)
+        return [(grad @ weight).to(torch.promote_types(self.dtype, torch.float32)) for grad, _ in cast]
 
 
 class _HeadGradients:
-    """Gradients of weight and bias, where they are wanted."""
+    """Gradients of weight and bias, where they are wanted; filled a slice of the vocabulary at a time."""
 
     def __init__(self, weight, bias, wanted: tuple[bool, bool]):
-        self.weight = torch.zeros_like(weight) if wanted[0] else None
-        self.bias = torch.zeros_like(bias) if wanted[1] else None
+        self.weight = torch.empty_like(weight) if wanted[0] else None
+        self.bias = torch.empty_like(bias) if wanted[1] else None
 
-    def add(self, grad: torch.Tensor, hidden: torch.Tensor, at: slice) -> None:
+    def put(self, at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Those of a slice, from gradients of its logits, `(rows, width)`, and the hidden states they came from."""
         if self.weight is not None:
-            self.weight[at] += grad.T @ hidden
+            self.weight[at] = sum(grad.T @ hidden for grad, hidden in pairs)
         if self.bias is not None:
-            self.bias[at] += grad.sum(0)
+            self.bias[at] = sum(grad.sum(0) for grad, _ in pairs)
 
 
 class _Best:
@@ -323,7 +331,8 @@ class _Statistics(torch.autograd.Function):
             # -p·(d_logp + d_entropy·(log p + entropy)), and d_logp at the target
             slope.mul_(log_p.mul_(-d_entropies[:, None]).sub_((d_logps + d_entropies * entropies)[:, None]))
             slope = tempered(_add_at_targets(slope, d_logps, targets, at), ctx.temperature)
-            d_hidden = d_hidden + tiles.back(heads, tiles.uncap(slope, capped), hidden, at)
+            (part,) = tiles.back(heads, at, (tiles.uncap(slope, capped), hidden))
+            d_hidden = d_hidden + part
         return d_hidden.to(hidden.dtype), heads.weight, heads.bias, None, None, None, None
 
 
@@ -367,8 +376,8 @@ class _MixedStatistics(torch.autograd.Function):
             d_weights = d_weights + torch.linalg.vecdot(slope, gap)
             own_slope.addcmul_(slope, share)
             text_slope.index_add_(0, index, slope.mul_(1 - share))
-            d_text_hidden = d_text_hidden + tiles.back(heads, text_slope, text, at)
-            d_read = d_read + tiles.back(heads, own_slope, read, at)
+            text_part, part = tiles.back(heads, at, (text_slope, text), (own_slope, read))
+            d_text_hidden, d_read = d_text_hidden + text_part, d_read + part
         d_hidden = (d_text_hidden.to(text.dtype), d_read.to(read.dtype), d_weights.to(weights.dtype))
         return *d_hidden, heads.weight, heads.bias, None, None, None, None
 

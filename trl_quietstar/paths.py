@@ -155,16 +155,26 @@ class SharedPrefix:
 
 
 class BranchReader:
-    """Keeps the text's keys and values, and those of the branches' slots, step after step."""
+    """
+    Keeps the text's keys and values, and those of the branches' slots, step after step.
 
-    def __init__(self, model: PreTrainedModel, text: Text):
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        text ([`Text`]):
+            The batch.
+        embed (`Callable`, *optional*):
+            From token ids to embeddings. Defaults to [`~embeddings.embed_tokens`].
+    """
+
+    def __init__(self, model: PreTrainedModel, text: Text, embed: Callable | None = None):
         if not branch_attention.enable(model):
             raise ValueError("The attention of this family cannot branch.")
         self.model, self.text, self.memory = model, text, TextMemory()
         self.own: dict = {}
         self.length = 0  # slots that were kept
         mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
-        embeds = embed_tokens(model, text.input_ids)
+        embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
         if not text.is_plain:
             position_ids = text.position_ids
             mask = additive_masks(model.config, text_attention(text), position_ids, position_ids, embeds.dtype)

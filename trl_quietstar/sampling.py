@@ -4,6 +4,7 @@ A token is drawn by inverting the distribution's cumulative sum at a given unifo
 of the model, the text up to its position, and its own random numbers: the same on either path and in any batch.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -216,7 +217,11 @@ def sample_thoughts(
     Returns:
         [`Thoughts`] with tensors of shape `(B, J, G, L)`.
     """
-    return _write(model, reader, positions, settings, draws, lambda hidden, u: draw_tokens(model, hidden, u, settings))
+
+    def draw(hidden: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return draw_tokens(model, hidden, u, settings)
+
+    return _write(model, reader, positions, settings, draws, draw, functools.partial(embed_tokens, model))
 
 
 def _write(
@@ -226,8 +231,10 @@ def _write(
     settings: SamplingSettings,
     draws: torch.Tensor,
     draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    embed: Callable[[torch.Tensor], torch.Tensor],
 ) -> Thoughts:
-    """The loop over a thought's tokens; `draw` gives them for hidden states `(B, N, H)` and uniform numbers `(B, N)`."""
+    """The loop over a thought's tokens: `draw` gives them for hidden states `(B, N, H)` and uniform numbers `(B, N)`,
+    `embed` their embeddings."""
     B, J = positions.index.shape
     G, L = settings.num_thoughts, settings.thought_length
     anchors = positions.index.repeat_interleave(G, dim=1)
@@ -243,7 +250,7 @@ def _write(
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
         if step + 1 < L:
-            embeds = embed_tokens(model, drawn)  # no view of what goes on changing: a graph may keep it
+            embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
     shape = (B, J, G, L)
     return Thoughts(positions, token_ids.view(shape), mask.view(shape))
 
@@ -276,7 +283,7 @@ class ThoughtSampler:
         return sample_thoughts(model, reader, text, positions, self.settings, self._draws(positions))
 
     def sample_in_graph(
-        self, model: ThinkingModel, text: Text, reader: Reader
+        self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[Thoughts, torch.Tensor, Drawn]:
         """
         The same thoughts, keeping the graph of the forwards that they were drawn from.
@@ -287,7 +294,9 @@ class ThoughtSampler:
             text ([`Text`]):
                 The batch.
             reader ([`Reader`]):
-                The text as this model read it, with gradient; it goes on from the last token but one.
+                The text as this model read it, with gradient; it has then seen all tokens of a thought but the last.
+            embed (`Callable`):
+                From token ids to embeddings.
 
         Returns:
             `tuple`: [`Thoughts`]; the hidden states that each token was drawn from, `(B, J, G, L, H)`; and what is known of
@@ -301,7 +310,7 @@ class ThoughtSampler:
             return drawn[-1].token_ids
 
         positions = self._positions(model, text, reader)
-        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw)
+        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed)
         shape = thoughts.mask.shape
         names = ("token_ids", "logps", "entropies", "log_z")
         known = Drawn(*(torch.stack([getattr(d, name) for d in drawn], dim=2).view(shape) for name in names))

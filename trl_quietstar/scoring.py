@@ -3,13 +3,15 @@
 This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and autocast see an ordinary forward.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import ModelOutput
 
-from .embeddings import embed_tokens, embed_vector
-from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
+from .embeddings import LookupTape, embed_tokens, embed_vector
+from .geometry import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
 from .lm_head import Drawn, prediction_statistics, token_statistics
 from .paths import BranchReader, Path
@@ -159,7 +161,7 @@ def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> 
     """Runs text and branches of thoughts that were sampled before."""
     text = request.text
     talk = talk_after(text, thoughts.positions, request.talk_length)
-    branches = _full_branches(model, text, thoughts, talk)
+    branches = _full_branches(model, thoughts, talk, functools.partial(embed_tokens, model))
     encoded = request.path.encode(model, text, branches, request.branch_batch_size)
     return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
 
@@ -171,13 +173,13 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     The forwards that draw the tokens are those of the slots before them; what is left is the last thought token, the end
     and the talk.
     """
-    text = request.text
-    reader = BranchReader(model, text)
-    thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, reader)
+    text, embed = request.text, LookupTape(model)
+    reader = BranchReader(model, text, embed)
+    thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, reader, embed)
     talk = talk_after(text, thoughts.positions, request.talk_length)
-    branches, L = _full_branches(model, text, thoughts, talk), thoughts.mask.shape[3]
-    rest = reader.grow(branches.anchors, branches.embeds[:, :, L:], branches.mask)
-    hidden = torch.cat([drawn_from, rest.unflatten(1, thoughts.mask.shape[1:3])], dim=3)
+    rest = _full_branches(model, thoughts, talk, embed, seen=thoughts.mask.shape[3])
+    tail = reader.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
+    hidden = torch.cat([drawn_from, tail], dim=3)
     return _Encoding(thoughts, reader.text_hidden, hidden, [], drawn)
 
 
@@ -248,21 +250,26 @@ def _edge(model: ThinkingModel, embedding: torch.Tensor, thoughts: Thoughts) -> 
     return embed_vector(model, embedding).expand(*thoughts.mask.shape[:3], 1, -1)
 
 
-def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -> Branches:
-    """`start, thought, end, first M - 1 talk tokens` at every position."""
-    G = thoughts.token_ids.shape[2]
-    thought = embed_tokens(model, thoughts.token_ids)
-    spoken = embed_tokens(model, talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
+def _full_branches(
+    model: ThinkingModel, thoughts: Thoughts, talk: Talk, embed: Callable[[torch.Tensor], torch.Tensor], seen: int = 0
+) -> Branches:
+    """`start, thought, end, first M - 1 talk tokens` at every position, without the embeddings of the first `seen`
+    slots."""
+    (G, L), left = thoughts.token_ids.shape[2:], max(seen - 1, 0)
+    # a token is read only where another follows: the text's last token would predict nothing
+    spoken_ids, spoken_mask = (
+        x[:, :, None].expand(-1, -1, G, -1) for x in (talk.token_ids[..., :-1], talk.input_mask[..., 1:])
+    )
+    tokens = embed(torch.cat([thoughts.token_ids[..., left:], spoken_ids], dim=3))  # one gradient of the table for all
+    thought, spoken = tokens.split([L - left, spoken_ids.shape[3]], dim=3)
     start = _edge(model, model.quietstar.start_embedding, thoughts)
     end = _edge(model, model.quietstar.end_embedding, thoughts)
     if thoughts.filler:
         thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]
-    # a token is read only where another follows: the text's last token would predict nothing
-    spoken_mask = talk.input_mask[:, :, None, 1:].expand(-1, -1, G, -1)
     return Branches(
         anchors=thoughts.positions.index.repeat_interleave(G, dim=1),
-        embeds=torch.cat([start, thought, end, spoken], dim=3).flatten(1, 2),
+        embeds=torch.cat([*([start] if seen == 0 else []), thought, end, spoken], dim=3).flatten(1, 2),
         mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
     )
 
