@@ -10,7 +10,7 @@ alternation with the steps that it measures, and is never checkpointed. No optim
 
 - `reference`, `quarter` (a random quarter of the positions), `checkpointing`;
 - sweeps: `length` (T), `positions` (J), `thought_length` (L), `num_thoughts` (G); but for `positions` at 64 random positions;
-- `replay`: branches as ordinary sequences, once. Its graph would take 20 GB, so it and what it is compared with checkpoint;
+- `replay`: branches as ordinary sequences, once. Its graph would take some 20 GB, so it and its rival are checkpointed;
 - `sampling`: thought tokens a second, against TRL's `RLOOTrainer` that continues prefixes of the text as separate prompts;
 - `generation`: each way of decoding, in units of plain cached decoding.
 
@@ -165,18 +165,24 @@ def step_times(case: Case, repeats: int) -> dict:
         runs = [{name: step(trainer, inputs) for name, step in STEPS.items()} for _ in range(repeats)]
         J, args = thought_positions(trainer, inputs), trainer.args
     plain = statistics.median(run["plain"]["plain"] for run in runs)
-    seconds = statistics.median(sum(run["thinking"].values()) for run in runs)
-    stages = {name: statistics.median(run["thinking"][name] for run in runs) for name in runs[0]["thinking"]}
+    stages = median_run([run["thinking"] for run in runs])
+    seconds = sum(stages.values())
     tokens = J * args.num_thoughts * (args.thought_length + args.talk_length + 1)
     return {
         **dict(T=case.length, J=J, G=args.num_thoughts, L=args.thought_length, M=args.talk_length),
         "plain seconds": plain,
         "step seconds": seconds,
         "units": seconds / plain,
+        "units of each repeat": [sum(run["thinking"].values()) / run["plain"]["plain"] for run in runs],
         "stage units": {name: value / plain for name, value in stages.items()},
         "branch tokens": tokens,
         "seconds per branch token": (seconds - plain) / tokens,
     }
+
+
+def median_run(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The one with the median of all stages together, so that its stages add up to that."""
+    return sorted(runs, key=lambda stages: sum(stages.values()))[(len(runs) - 1) // 2]
 
 
 def thought_positions(trainer: QuietStarREINFORCETrainer, inputs: dict) -> int:
