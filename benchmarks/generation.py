@@ -23,6 +23,11 @@ from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 
 
 SHARE = 0.25  # of the tokens, with adaptive thinking
+FIXED_WAYS = {
+    "plain": dict(think="never"),
+    "always": dict(think="always"),
+    "every 4": dict(think="always", think_every=4),
+}
 
 
 def context_of(tokenizer, data: str, length: int) -> torch.Tensor:
@@ -69,22 +74,25 @@ def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> t
     return seconds, sum(thought.position >= context.shape[1] for thought in written) / tokens
 
 
-def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
-    """Medians for one context length."""
-    context = context_of(tokenizer, data, length)
-    ways = {
-        "plain": dict(think="never"),
-        "always": dict(think="always"),
-        "every 4": dict(think="always", think_every=4),
-        "adaptive": dict(think="adaptive", thinking_threshold=quarter_threshold(model, context, tokens)),
-    }
+def compare(
+    model, context: torch.Tensor, ways: dict[str, dict], tokens: int, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a token by each way of decoding, in alternating repeats; and the share that had a thought."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     share = {}
     for _ in range(repeats):
         for name, options in ways.items():
             seconds, share[name] = seconds_per_token(model, context, tokens, **options)
             times[name].append(seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}, share
+
+
+def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
+    """Medians for one context length."""
+    context = context_of(tokenizer, data, length)
+    threshold = quarter_threshold(model, context, tokens)
+    ways = {**FIXED_WAYS, "adaptive": dict(think="adaptive", thinking_threshold=threshold)}
+    medians, share = compare(model, context, ways, tokens, repeats)
     return {
         "context": length,
         "seconds per plain token": medians["plain"],
