@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .embeddings import embed_tokens, embedding_inputs
 from .geometry import (
@@ -40,7 +41,10 @@ def position_offset(config: PreTrainedConfig) -> int:
 class Reader(Protocol):
     """A text that was read, and branches that grow token by token after it."""
 
-    text_hidden: torch.Tensor  # (B, T, H)
+    @property
+    def text_hidden(self) -> torch.Tensor:
+        """Hidden states of the text, `(B, T, H)`."""
+        ...
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -94,6 +98,11 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
 
     Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
     """
+    return backbone_output(model, embeds, **inputs)[0]
+
+
+def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+    """The same, and what the forward returned: a cache, say."""
     head, taken = model.get_output_embeddings(), []
     if has_router_loss(model.config):  # not by the family's forward, which misreads a 4D mask
         inputs["output_router_logits"] = False
@@ -105,13 +114,13 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
     own = vars(head).get("forward")  # a hook's, if any
     head.forward = take
     try:
-        type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
+        output = type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
     finally:
         if own is None:
             del head.forward
         else:
             head.forward = own
-    return taken[0]
+    return taken[0], output
 
 
 class SharedPrefix:
@@ -175,7 +184,7 @@ class Replay:
     """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
     hand."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "ReplayReader":
+    def read(self, model: PreTrainedModel, text: Text) -> Reader:
         return ReplayReader(model, text)
 
     def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
