@@ -278,7 +278,7 @@ def additive_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     The mask in the form the family's forward takes: one float tensor of shape `(B, 1, Q, K)`, or one for each layer
-    type. Sliding windows are cut by true position, since a branch's slots lie far from the text they continue.
+    type. Sliding windows and chunks are cut by true position, since a branch's slots lie far from the text they continue.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -291,15 +291,17 @@ def additive_masks(
             Of the embeddings; a bool mask would be silently misread by eager attention.
     """
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    near = {}
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        near["sliding_attention"] = queries - keys < window
+    if (chunk := getattr(config, "attention_chunk_size", None)) is not None:
+        near["chunked_attention"] = queries // chunk == keys // chunk
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if window is None or (layer_types and "sliding_attention" not in layer_types):
-        return _additive(allowed, dtype)
-    near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    sliding = _additive(allowed & near, dtype)
-    if not layer_types:
-        return sliding
-    return {"full_attention": _additive(allowed, dtype), "sliding_attention": sliding}
+    if not layer_types and "sliding_attention" in near:
+        return _additive(allowed & near["sliding_attention"], dtype)
+    masks = {kind: _additive(allowed & seen, dtype) for kind, seen in near.items() if kind in layer_types}
+    return {"full_attention": _additive(allowed, dtype)} | masks if masks else _additive(allowed, dtype)
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
