@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, early_stopping, generation, gradient_variance, learning
+from benchmarks import ablations, early_stopping, generation, gradient_variance, learning, replay
 from trl_quietstar.controls import CONTROLS
 
 from .tiny import sums
@@ -139,3 +139,16 @@ def test_generation_reports_every_way(tmp_path, monkeypatch, capsys):
         assert row["units"]["plain"] == 1 and row["units"]["always"] > row["units"]["every 4"] > 1
         assert row["thoughts per token"]["always"] == 1 and row["thoughts per token"]["every 4"] == 0.25
         assert row["thoughts per token"]["adaptive"] <= 0.25
+
+
+def test_replay_reads_fewer_tokens_from_the_cache(monkeypatch, tmp_path):
+    """The same task with everything run again and with the family's cache."""
+    sizes = ("--length", "12", "--positions", "3", "--thought_length", "2", "--tokens", "2", "--repeats", "1")
+    monkeypatch.setattr("sys.argv", ["replay", "--models", "bloom", *sizes, "--output", str(tmp_path / "out.json")])
+    replay.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["model"] == "bloom" and row["by token"] is False
+    for task in ("sample", "generate"):
+        again, cached = row[task]["again"], row[task]["cached"]
+        assert cached["tokens"] < again["tokens"] and min(again["seconds"], cached["seconds"]) > 0
+    assert row["generate"]["cached"]["tokens"] == 12 + 1 + 2 * (2 + 2)

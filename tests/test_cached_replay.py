@@ -112,7 +112,7 @@ def test_generation_reads_no_token_twice(name, every, monkeypatch):
     assert counter.tokens == 2 * (9 + steps) and counter.forwards == 1 + steps
 
 
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "bloom", "falcon_h1"])
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "bloom", "falcon_h1", "gemma3_text"])
 def test_copies_share_nothing(name):
     """Rows of unequal lengths go on, copied, joined and chosen, as each does alone; the original is left as it was."""
     model = tiny_model(name)
