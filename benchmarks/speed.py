@@ -244,7 +244,7 @@ def sampling_rates(case: Case, repeats: int) -> dict:
         for _ in range(repeats + 1):
             plain.append(plain_step(trainer, inputs)["plain"])
             trainer.model.train()
-            ours.append(rate(lambda: int(trainer._sample_thoughts(text, "train").mask.sum())))
+            ours.append(rate(lambda: int(trainer._sample_thoughts(text, trainer._sampler(text, "train")).mask.sum())))
             theirs.append(rate(lambda: sum(map(len, rloo._generate_single_turn(prompts, None, {})))))
     ours_rate, theirs_rate = statistics.median(ours[1:]), statistics.median(theirs[1:])  # the first warms up
     return {
@@ -271,7 +271,7 @@ def generation_cost(case: Case, repeats: int) -> dict:
         inputs = case.inputs()
         plain = [plain_step(trainer, inputs)["plain"] for _ in range(repeats)]
         model = trainer.model.eval()
-        assert model.can_branch  # checked here, ahead of the clock
+        assert model.branches_in_cache  # checked here, ahead of the clock
         medians, _ = compare(model, inputs["input_ids"], FIXED_WAYS, GENERATED_TOKENS, repeats)
     units = {name: median / medians["plain"] for name, median in medians.items()}
     return {"plain seconds": statistics.median(plain), "seconds per plain token": medians["plain"], "units": units}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, early_stopping, generation, gradient_variance, learning, measuring, speed
+from benchmarks import ablations, early_stopping, generation, gradient_variance, learning, measuring, replay, speed
 from trl_quietstar.controls import CONTROLS
 
 from .tiny import sums
@@ -229,3 +229,16 @@ def test_peak_memory_is_that_of_the_call():
     for size in (50_000_000, 25_000_000):
         peak = measuring.peak_above(lambda size=size: torch.ones(size))
         assert peak == pytest.approx(4 * size, rel=0.1)
+
+
+def test_replay_reads_fewer_tokens_from_the_cache(monkeypatch, tmp_path):
+    """The same task with everything run again and with the family's cache."""
+    sizes = ("--length", "12", "--positions", "3", "--thought_length", "2", "--tokens", "2", "--repeats", "1")
+    monkeypatch.setattr("sys.argv", ["replay", "--models", "bloom", *sizes, "--output", str(tmp_path / "out.json")])
+    replay.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["model"] == "bloom" and row["by token"] is False
+    for task in ("sample", "generate"):
+        again, cached = row[task]["again"], row[task]["cached"]
+        assert cached["tokens"] < again["tokens"] and min(again["seconds"], cached["seconds"]) > 0
+    assert row["generate"]["cached"]["tokens"] == 12 + 1 + 2 * (2 + 2)

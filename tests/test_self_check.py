@@ -15,6 +15,7 @@ from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
+from .conformance import tiny_model as family_model
 from .tiny import FAMILIES, exact_model, mixed_text, randomize, sampling, think, tiny_model
 from .training import tiny_trainer
 
@@ -175,6 +176,17 @@ class WholeDocument(SharedPrefix):
         return reader
 
 
+class WiderChunk(MaskedPrefix):
+    """Chunks of attention begin one token late."""
+
+    def encode(self, model, text, branches, batch_size=None):
+        model.config.attention_chunk_size += 1
+        try:
+            return super().encode(model, text, branches)
+        finally:
+            model.config.attention_chunk_size -= 1
+
+
 class LateReader(SharedPrefix):
     """Thoughts are sampled as if after the token before; scoring is right."""
 
@@ -191,6 +203,13 @@ class LateReader(SharedPrefix):
 def test_the_check_sees_small_mistakes(wrong):
     """Being off by one token anywhere, in scoring or in sampling, exceeds the tolerance by far."""
     assert path_difference(tiny_model("mistral-window"), wrong()) > 10 * TOLERANCES[torch.float32]
+
+
+def test_the_check_sees_a_wrong_chunk():
+    """Llama 4 attends within chunks, cut by true position."""
+    model = family_model("llama4_text")
+    assert path_difference(model, MaskedPrefix()) < TOLERANCES[torch.float32] / 10
+    assert path_difference(model, WiderChunk()) > 10 * TOLERANCES[torch.float32]
 
 
 class NotANumber(SharedPrefix):

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from . import branch_attention
 from .branch_attention import BranchReading, TextMemory, TextReading
@@ -45,7 +46,10 @@ def position_offset(config: PreTrainedConfig) -> int:
 class Reader(Protocol):
     """A text that was read, and branches that grow token by token after it."""
 
-    text_hidden: torch.Tensor  # (B, T, H)
+    @property
+    def text_hidden(self) -> torch.Tensor:
+        """Hidden states of the text, `(B, T, H)`."""
+        ...
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -110,6 +114,11 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
 
     Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
     """
+    return backbone_output(model, embeds, **inputs)[0]
+
+
+def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+    """The same, and what the forward returned: a cache, say."""
     head, taken = model.get_output_embeddings(), []
     if has_router_loss(model.config):  # not by the family's forward, which misreads a 4D mask
         inputs["output_router_logits"] = False
@@ -121,13 +130,13 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
     own = vars(head).get("forward")  # a hook's, if any
     head.forward = take
     try:
-        type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
+        output = type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
     finally:
         if own is None:
             del head.forward
         else:
             head.forward = own
-    return taken[0]
+    return taken[0], output
 
 
 class SharedPrefix:
@@ -204,13 +213,14 @@ class BranchReader:
         Returns:
             Hidden states of the new slots, of shape `(B, N, Q, H)`.
         """
+        if embeds[..., 0].numel() == 0:
+            return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
         reading = self._branch_reading(anchors, mask, embeds.shape[2], keep)
         position_ids = branch_position_ids(self.text, anchors, mask)[:, :, self.length :]
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
-        hidden = self._forward(
-            embeds.flatten(1, 2), reading, in_mask_form(self.model.config, nothing, nothing), position_ids.flatten(1)
-        )
+        masks = in_mask_form(self.model.config, nothing, dict.fromkeys(_near_kinds(self.model.config), nothing))
+        hidden = self._forward(embeds.flatten(1, 2), reading, masks, position_ids.flatten(1))
         self.length += embeds.shape[2] if keep else 0
         return hidden.unflatten(1, embeds.shape[1:3])
 
@@ -254,12 +264,18 @@ def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[in
     return [tuple(pair) for pair in torch.stack(pairs).tolist()]
 
 
+def _near_kinds(config: PreTrainedConfig) -> list[str]:
+    """Which of the model's layer types do not see all of a text."""
+    config = config.get_text_config()
+    limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return [kind for kind, name in limits.items() if kind in layer_types and getattr(config, name, None) is not None]
+
+
 def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
     """A window that the layers do not name would be seen past, and only in texts longer than it."""
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    has_window = "sliding_attention" in kinds and getattr(config, "sliding_window", None) is not None
-    if (has_window and not memory.has_windows) or "chunked_attention" in kinds:
+    kinds = _near_kinds(config)
+    if "chunked_attention" in kinds or (kinds and not memory.has_windows):
         raise ValueError("The attention layers of this family do not name the window that they see.")
 
 
@@ -340,7 +356,7 @@ class Replay:
     """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
     hand."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "ReplayReader":
+    def read(self, model: PreTrainedModel, text: Text) -> Reader:
         return ReplayReader(model, text)
 
     def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
@@ -443,7 +459,7 @@ def additive_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     The mask in the form the family's forward takes: one float tensor of shape `(B, 1, Q, K)`, or one for each layer
-    type. Sliding windows are cut by true position, since a branch's slots lie far from the text they continue.
+    type. Sliding windows and chunks are cut by true position, since a branch's slots lie far from the text they continue.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -455,23 +471,27 @@ def additive_masks(
         dtype (`torch.dtype`):
             Of the embeddings; a bool mask would be silently misread by eager attention.
     """
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    full = _additive(allowed, dtype)
-    if window is None:
-        return in_mask_form(config, full, full)
-    near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    return in_mask_form(config, full, _additive(allowed & near, dtype))
+    config = config.get_text_config()
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    near = {}
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        near["sliding_attention"] = queries - keys < window
+    if (chunk := getattr(config, "attention_chunk_size", None)) is not None:
+        near["chunked_attention"] = queries // chunk == keys // chunk
+    masks = {kind: _additive(allowed & seen, dtype) for kind, seen in near.items()}
+    return in_mask_form(config, _additive(allowed, dtype), masks)
 
 
 def in_mask_form(
-    config: PreTrainedConfig, full: torch.Tensor, sliding: torch.Tensor
+    config: PreTrainedConfig, full: torch.Tensor, near: dict[str, torch.Tensor]
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The masks of full and of sliding attention, each `(B, 1, Q, K)`, as the family's forward takes them."""
-    config = config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "sliding_window", None) is None or (layer_types and "sliding_attention" not in layer_types):
-        return full
-    return {"full_attention": full, "sliding_attention": sliding} if layer_types else sliding
+    """The masks of full attention and, by layer type, of nearer ones, each `(B, 1, Q, K)`, as the family's forward takes
+    them."""
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if not layer_types and "sliding_attention" in near:
+        return near["sliding_attention"]
+    masks = {kind: mask for kind, mask in near.items() if kind in layer_types}
+    return {"full_attention": full} | masks if masks else full
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

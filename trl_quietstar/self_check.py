@@ -1,10 +1,12 @@
 """The start-up check: is the fast path exact on *this* model? Nobody trains on silently wrong masks."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from . import branch_attention
+from .cached_replay import CachedReplay
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
@@ -22,6 +24,12 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 # 0.30 or more where a mask is wrong
 QUANTIZED_TOLERANCE = 2e-1
 TEXT_LENGTH = 24
+# Fastest first
+PATHS_OF: dict[str, tuple[Path, ...]] = {
+    "shared_prefix": (SharedPrefix(), MaskedPrefix()),
+    "replay": (CachedReplay(), CachedReplay(by_token=True), Replay()),
+}
+PATHS = PATHS_OF["shared_prefix"] + PATHS_OF["replay"]
 
 
 @torch.no_grad()
@@ -109,7 +117,8 @@ def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
 
 def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     """
-    The shared prefix where it is exact on this model, by its attention or else by a mask, otherwise replay.
+    The first path that is exact on this model: the shared prefix by its attention or by a mask, replay that goes on from the
+    family's cache, plain replay.
 
     Args:
         model ([`ThinkingModel`]):
@@ -124,28 +133,41 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     training = model.training
     model.eval()
     try:
-        problem = None
-        for path in () if wanted == "replay" else (SharedPrefix(), MaskedPrefix()):
-            problem = _problem(model, path)
-            if problem is None:
-                return path
-            branch_attention.disable(model)
-        if wanted == "shared_prefix":
-            raise ValueError(f"The shared prefix is not exact on this model: {problem}. Use `thought_path='auto'`.")
-        hopeless = _problem(model, Replay())
+        path, problems = _first_exact(model, PATHS if wanted == "auto" else PATHS_OF[wanted])
     finally:
         model.train(training)
-    if hopeless is not None:
+    if path is None and wanted == "shared_prefix":
+        raise ValueError(f"The shared prefix is not exact on this model: {problems[-1]}. Use `thought_path='auto'`.")
+    if path is None:
         raise ValueError(
-            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {hopeless}. Thoughts need a "
+            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {problems[-1]}. Thoughts need a "
             "decoder that reads from left to right (an encoder may have to be loaded with `is_decoder=True`) and takes "
             "`inputs_embeds`."
         )
-    if problem is not None:
+    if wanted == "auto" and isinstance(path, Replay):
         logger.warning(
-            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.", problem
+            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
+            problems[len(PATHS_OF["shared_prefix"]) - 1],
         )
-    return Replay()
+    return path
+
+
+@torch.no_grad()
+def takes_masks(model: ThinkingModel) -> bool:
+    """Whether this model reads a branch by a 4D mask as it should; in `eval()` mode."""
+    return _problem(model, MaskedPrefix()) is None
+
+
+def _first_exact(model: ThinkingModel, paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The first path without a problem, if any, and the problems of those before it."""
+    problems: list[str] = []
+    for path in paths:
+        problem = _problem(model, path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+        branch_attention.disable(model)
+    return None, problems
 
 
 def _problem(model: ThinkingModel, path: Path) -> str | None:

@@ -204,7 +204,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._samples_in_graph = (
             type(self.path) is SharedPrefix
             and args.disable_dropout
-            and not args.gradient_checkpointing
+            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
             and args.single_pass is not False
             and not has_router_loss(base.config)
         )
