@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-TILE_ELEMENTS = 2**24  # logits held at once (64 MB in float32)
+TILE_ELEMENTS = 2**21  # logits held at once (8 MB in float32)
 LEAST_WIDTH = 256  # of a tile, however many rows it has
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what families call it
 
@@ -72,9 +72,11 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over the temperature; themselves at 1."""
-    return logits if temperature == 1 else logits / temperature
+def logits_in_scratch(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The same, without gradient, where the next such call writes its own."""
+    weight, bias = _weights(model)
+    tiles = _Tiles(weight, bias, logit_transform(model.config), _compute_dtype(hidden), len(hidden))
+    return tiles.cap(tiles.raw(hidden, slice(0, len(weight)), "logits"))
 
 
 def row_chunk(model: PreTrainedModel) -> int:
@@ -173,6 +175,22 @@ def _weights(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]
     return head.weight, getattr(head, "bias", None)
 
 
+_scratch: dict[tuple, torch.Tensor] = {}
+
+
+def scratch(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """
+    A tile to write into, `(rows, width)`, whose content lasts until the next one of the same name.
+
+    Memory that is fresh from the operating system costs more than what is computed in it: of a step's time a quarter went
+    into the first touch of temporary logits.
+    """
+    key = (name, dtype, device)
+    if key not in _scratch or _scratch[key].numel() < rows * width:
+        _scratch[key] = torch.empty(rows * width, dtype=dtype, device=device)
+    return _scratch[key][: rows * width].view(rows, width)
+
+
 class _Tiles:
     """
     Logits of rows of hidden states, a slice of the vocabulary at a time, and the way back from their gradients.
@@ -190,39 +208,48 @@ class _Tiles:
 
     def __init__(self, weight, bias, transform, dtype, rows: int):
         self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.exact = torch.promote_types(dtype, torch.float32)  # of what is done with logits
         self.scale, self.softcap = transform
         V = weight.shape[0]
         width = min(max(TILE_ELEMENTS // max(rows, 1), LEAST_WIDTH), V)
         self.slices = [slice(start, min(start + width, V)) for start in range(0, V, width)]
 
-    def raw(self, hidden: torch.Tensor, at: slice) -> torch.Tensor:
-        """Scaled logits before the soft-cap, in at least float32."""
-        logits = hidden.to(self.dtype) @ self.weight[at].to(self.dtype).T
+    def scratch(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return scratch(name, like.shape[0], like.shape[1], self.exact, like.device)
+
+    def raw(self, hidden: torch.Tensor, at: slice, name: str) -> torch.Tensor:
+        """Scaled logits before the soft-cap, in at least float32, in the scratch of a name."""
+        head = self.weight[at].to(self.dtype)
+        logits = scratch(name, len(hidden), len(head), self.dtype, hidden.device)
+        torch.mm(hidden.to(self.dtype), head.T, out=logits)
         if self.bias is not None:
             logits += self.bias[at].to(self.dtype)
-        logits = logits.to(torch.promote_types(self.dtype, torch.float32))
+        logits = logits.to(self.exact)
         return logits if self.scale == 1 else logits.mul_(self.scale)
 
     def cap(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits; `raw` itself without a soft-cap."""
-        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
+        """Logits, in place of `raw`."""
+        return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def uncap(self, grad: torch.Tensor, capped: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of what [`cap`] was given, in place."""
-        return grad if self.softcap is None else grad.mul_(1 - (capped / self.softcap) ** 2)
+    def slope(self, capped: torch.Tensor) -> torch.Tensor | None:
+        """Derivative of the soft-cap; None without one."""
+        return None if self.softcap is None else 1 - (capped / self.softcap) ** 2
 
     def back(
-        self, heads: "_HeadGradients", at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """From gradients of scaled logits to those of their hidden states, each given as a pair; those of the head go to
-        `heads`."""
-        cast = [
-            ((grad if self.scale == 1 else grad.mul_(self.scale)).to(self.dtype), hidden.to(self.dtype))
-            for grad, hidden in pairs
-        ]
-        heads.put(at, *cast)
+        self, heads: "_HeadGradients", at: slice, *parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> None:
+        """From gradients of scaled logits to the gradients of their hidden states, each given with the hidden states and
+        where their gradient is summed up; that of the head goes to `heads`."""
         weight = self.weight[at].to(self.dtype)
-        return [(grad @ weight).to(torch.promote_types(self.dtype, torch.float32)) for grad, _ in cast]
+        pairs = []
+        for grad, hidden, total in parts:
+            grad = (grad if self.scale == 1 else grad.mul_(self.scale)).to(self.dtype)
+            if total.dtype == self.dtype:
+                total.addmm_(grad, weight)
+            else:
+                total += grad @ weight
+            pairs.append((grad, hidden.to(self.dtype)))
+        heads.put(at, *pairs)
 
 
 class _HeadGradients:
@@ -235,7 +262,13 @@ class _HeadGradients:
     def put(self, at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Those of a slice, from gradients of its logits, `(rows, width)`, and the hidden states they came from."""
         if self.weight is not None:
-            self.weight[at] = sum(grad.T @ hidden for grad, hidden in pairs)
+            (grad, hidden), *others = pairs
+            if grad.dtype == self.weight.dtype:
+                torch.mm(grad.T, hidden, out=self.weight[at])
+            else:
+                self.weight[at] = grad.T @ hidden
+            for grad, hidden in others:
+                self.weight[at] += grad.T @ hidden
         if self.bias is not None:
             self.bias[at] = sum(grad.sum(0) for grad, _ in pairs)
 
@@ -249,22 +282,22 @@ class _Best:
         self.top, self.index = torch.full_like(targets, -torch.inf, dtype=torch.float64), torch.zeros_like(targets)
         self.target = self.top
 
-    def fold(self, logits: torch.Tensor, at: slice, ranked: bool = True) -> torch.Tensor:
-        """Takes a tile in; returns its log-softmax over itself, `ranked` or not among all tokens."""
-        normalized = logits.log_softmax(-1)
-        self.parts.append(logits[:, 0] - normalized[:, 0])
+    def fold(
+        self, logits: torch.Tensor, at: slice, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes a tile in, whose exponentials, over their greatest, are written to `out` or in place of it; returns the
+        greatest, and the sum."""
         local = self.targets - at.start
         inside = (local >= 0) & (local < logits.shape[1])
         target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         self.target = torch.where(inside, target, self.target.to(target.dtype))
-        if ranked:
-            top, index = logits.max(-1)
-            better = top > self.top  # the first of equals is the likeliest, as `argmax` has it
-            self.top, self.index = (
-                torch.where(better, top, self.top),
-                torch.where(better, index + at.start, self.index),
-            )
-        return normalized
+        top, index = logits.max(-1)
+        better = top > self.top  # the first of equals is the likeliest, as `argmax` has it
+        self.top, self.index = torch.where(better, top, self.top), torch.where(better, index + at.start, self.index)
+        shifted = torch.sub(logits, top[:, None], out=logits if out is None else out)
+        total = shifted.exp_().sum(-1)
+        self.parts.append(top + total.log())
+        return top, total
 
     @property
     def log_z(self) -> torch.Tensor:
@@ -296,6 +329,10 @@ def _add_at_targets(slope: torch.Tensor, grad: torch.Tensor, targets: torch.Tens
     return slope.scatter_add_(1, local.clamp(0, slope.shape[1] - 1)[:, None], (grad * inside)[:, None])
 
 
+def _times(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return values if factor is None else values.mul_(factor)
+
+
 class _Statistics(torch.autograd.Function):
     """Statistics of rows of hidden states; the backward computes their logits again. See [`token_statistics`]."""
 
@@ -303,14 +340,15 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature, transform, known):
         tiles = _Tiles(weight, bias, transform, _compute_dtype(hidden), len(hidden))
         if known is None:
-            best, dots = _Best(targets), []
+            best, means = _Best(targets), []
             for at in tiles.slices:
-                logits = tempered(tiles.cap(tiles.raw(hidden, at)), temperature)
-                normalized = best.fold(logits, at)
-                dots.append(torch.linalg.vecdot(normalized.exp_(), logits))
+                logits = tiles.cap(tiles.raw(hidden, at, "logits")).div_(temperature)
+                weights = tiles.scratch("weights", logits)
+                _, total = best.fold(logits, at, weights)
+                means.append(weights.mul_(logits).sum(-1) / total)
             log_z = best.log_z
             shares = (torch.stack(best.parts) - log_z).exp()
-            logps, entropies, correct = best.logps, log_z - (shares * torch.stack(dots)).sum(0), best.correct
+            logps, entropies, correct = best.logps, log_z - (shares * torch.stack(means)).sum(0), best.correct
         else:
             logps, entropies, log_z = known
             correct = torch.zeros_like(targets, dtype=torch.bool)
@@ -323,31 +361,34 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, d_logps, d_entropies, _):
         hidden, weight, bias, targets, log_z, entropies = ctx.saved_tensors
         tiles, heads = ctx.tiles, _HeadGradients(weight, bias, (ctx.needs_input_grad[1], ctx.needs_input_grad[2]))
-        d_hidden: torch.Tensor | float = 0.0
+        d_hidden = torch.zeros_like(hidden, dtype=tiles.exact)
+        constant = (d_logps + d_entropies * entropies)[:, None]
         for at in tiles.slices:
-            capped = tiles.cap(tiles.raw(hidden, at))
-            log_p = tempered(capped if tiles.softcap is None else capped.clone(), ctx.temperature).sub_(log_z[:, None])
-            slope = log_p.exp()
+            capped = tiles.cap(tiles.raw(hidden, at, "logits"))
+            factor = tiles.slope(capped)
+            log_p = capped.div_(ctx.temperature).sub_(log_z[:, None])
+            slope = torch.exp(log_p, out=tiles.scratch("weights", log_p))
             # -p·(d_logp + d_entropy·(log p + entropy)), and d_logp at the target
-            slope.mul_(log_p.mul_(-d_entropies[:, None]).sub_((d_logps + d_entropies * entropies)[:, None]))
-            slope = tempered(_add_at_targets(slope, d_logps, targets, at), ctx.temperature)
-            (part,) = tiles.back(heads, at, (tiles.uncap(slope, capped), hidden))
-            d_hidden = d_hidden + part
+            slope.mul_(log_p.mul_(-d_entropies[:, None]).sub_(constant))
+            slope = _add_at_targets(slope, d_logps, targets, at).div_(ctx.temperature)
+            tiles.back(heads, at, (_times(slope, factor), hidden, d_hidden))
         return d_hidden.to(hidden.dtype), heads.weight, heads.bias, None, None, None, None
 
 
 class _MixedStatistics(torch.autograd.Function):
-    """See [`prediction_statistics`]: `rows` n of other hidden states, each mixed with one of m text rows."""
+    """See [`prediction_statistics`]: n rows of other hidden states, each mixed with one of m text rows."""
 
     @staticmethod
     def forward(ctx, text, read, weights, weight, bias, text_targets, index, targets, transform):
         tiles = _Tiles(weight, bias, transform, _compute_dtype(text), 2 * len(read) + len(text))
         of_text, mixed, own = _Best(text_targets), _Best(targets), _Best(targets)
+        share = weights[:, None].to(tiles.exact)
         for at in tiles.slices:
-            text_raw, raw = tiles.raw(text, at), tiles.raw(read, at)
+            text_raw, raw = tiles.raw(text, at, "text"), tiles.raw(read, at, "logits")
+            both = torch.index_select(text_raw, 0, index, out=tiles.scratch("weights", raw))
+            mixed.fold(tiles.cap(both.lerp_(raw, share)), at)
             of_text.fold(tiles.cap(text_raw), at)
-            own.fold(tiles.cap(raw), at, ranked=False)
-            mixed.fold(tiles.cap(torch.lerp(text_raw[index], raw, weights[:, None].to(raw.dtype))), at)
+            own.fold(tiles.cap(raw), at)
         ctx.save_for_backward(
             *(text, read, weights, weight, bias, text_targets, index, targets),
             *(of_text.log_z, mixed.log_z, own.log_z),
@@ -361,23 +402,25 @@ class _MixedStatistics(torch.autograd.Function):
     def backward(ctx, d_text, _, d_mixed, __, d_own):
         text, read, weights, weight, bias, text_targets, index, targets, *log_zs = ctx.saved_tensors
         tiles, heads = ctx.tiles, _HeadGradients(weight, bias, ctx.needs_input_grad[3:5])
-        share = weights[:, None].to(d_mixed.dtype)
-        d_text_hidden, d_read, d_weights = 0.0, 0.0, 0.0
+        share = weights[:, None].to(tiles.exact)
+        d_text_hidden, d_read = (torch.zeros_like(x, dtype=tiles.exact) for x in (text, read))
+        d_weights = torch.zeros_like(weights, dtype=tiles.exact)
+        goals = ((d_text, text_targets), (d_mixed, targets), (d_own, targets))
         for at in tiles.slices:
-            text_raw, raw = tiles.raw(text, at), tiles.raw(read, at)
-            gap = raw - text_raw[index]
-            capped = [tiles.cap(x) for x in (text_raw, torch.addcmul(raw, gap, share - 1), raw)]
-            kept = [x.clone() if tiles.softcap is not None else None for x in capped]
-            goals = ((d_text, text_targets), (d_mixed, targets), (d_own, targets))
+            text_raw, raw = tiles.raw(text, at, "text"), tiles.raw(read, at, "logits")
+            gap = torch.index_select(text_raw, 0, index, out=tiles.scratch("gap", raw))
+            gap = torch.sub(raw, gap, out=gap)
+            both = torch.addcmul(raw, gap, share - 1, out=tiles.scratch("weights", raw))
+            capped = [tiles.cap(x) for x in (text_raw, both, raw)]
+            factors = [tiles.slope(x) for x in capped]
             text_slope, slope, own_slope = (
-                tiles.uncap(_nll_slope(x, log_z, grad, goal, at), old)
-                for x, log_z, (grad, goal), old in zip(capped, log_zs, goals, kept, strict=True)
+                _times(_nll_slope(x, log_z, grad, goal, at), factor)
+                for x, log_z, (grad, goal), factor in zip(capped, log_zs, goals, factors, strict=True)
             )
-            d_weights = d_weights + torch.linalg.vecdot(slope, gap)
+            d_weights += gap.mul_(slope).sum(-1)
             own_slope.addcmul_(slope, share)
             text_slope.index_add_(0, index, slope.mul_(1 - share))
-            text_part, part = tiles.back(heads, at, (text_slope, text), (own_slope, read))
-            d_text_hidden, d_read = d_text_hidden + text_part, d_read + part
+            tiles.back(heads, at, (text_slope, text, d_text_hidden), (own_slope, read, d_read))
         d_hidden = (d_text_hidden.to(text.dtype), d_read.to(read.dtype), d_weights.to(weights.dtype))
         return *d_hidden, heads.weight, heads.bias, None, None, None, None
 

@@ -6,7 +6,7 @@ of the model, the text up to its position, and its own random numbers: the same 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
@@ -20,7 +20,7 @@ from transformers.generation import (
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from .heads import QuietStarSettings, ThinkingModel
-from .lm_head import Drawn, logits_of, normalized_entropy, row_chunk, tempered
+from .lm_head import Drawn, logits_in_scratch, normalized_entropy, row_chunk, scratch
 from .paths import Path, Reader
 
 
@@ -366,9 +366,10 @@ def draw_tokens(
     warpers, size = settings.warpers(), row_chunk(model)
     tokens = []
     for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
-        logits = logits_of(model, rows)
+        logits = logits_in_scratch(model, rows)
         if settings.do_sample:
-            tokens.append(_invert(warpers(None, logits).softmax(-1), u))  # type: ignore[arg-type]  # none reads the ids
+            warped = warpers(None, logits)  # type: ignore[arg-type]  # none reads the ids so far
+            tokens.append(_invert(warped.sub_(warped.amax(-1, keepdim=True)).exp_(), u))
         else:
             tokens.append(logits.argmax(-1))
     return torch.cat(tokens).view(draws.shape)
@@ -379,27 +380,29 @@ def draw_with_statistics(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> Drawn:
     """The same tokens, and what the policy at the sampling temperature says of them, from one set of logits."""
-    warpers, size = settings.warpers(), row_chunk(model)
-    tempers_only = len(warpers) == (settings.temperature != 1.0)
+    shapers, size = replace(settings, temperature=1.0).warpers(), row_chunk(model)
     parts = []
     for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
-        logits = logits_of(model, rows)
-        policy = tempered(logits, settings.temperature)
-        log_probs = policy.log_softmax(-1)
-        log_z = policy[:, 0] - log_probs[:, 0]
-        probs = log_probs.exp()
-        entropies = log_z - torch.linalg.vecdot(probs, policy)
+        logits = logits_in_scratch(model, rows).div_(settings.temperature)
+        top = logits.amax(-1, keepdim=True)
+        shifted = logits.sub_(top)
+        mass = torch.exp(
+            shifted, out=scratch("weights", len(shifted), shifted.shape[1], shifted.dtype, shifted.device)
+        )
+        total = mass.sum(-1)
         if not settings.do_sample:
-            token_ids = logits.argmax(-1)
+            token_ids = shifted.argmax(-1)
         else:
-            token_ids = _invert(probs if tempers_only else warpers(None, logits).softmax(-1), u)  # type: ignore[arg-type]
-        parts.append((token_ids, log_probs.gather(1, token_ids[:, None])[:, 0], entropies, log_z))
+            token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u)  # type: ignore[arg-type]
+        logps = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
+        entropies = total.log() - shifted.mul_(mass).sum(-1) / total
+        parts.append((token_ids, logps, entropies, top[:, 0] + total.log()))
     return Drawn(*(torch.cat(x).view(draws.shape) for x in zip(*parts, strict=True)))
 
 
 def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
-    The token at which the cumulative probability passes `u`, of shape `(rows,)`.
+    The token at which the cumulative probability passes `u`, of shape `(rows,)`; probabilities, `(rows, V)`, are relative.
 
     The sum runs over blocks of the vocabulary first, then within one, so that no second array of `(rows, V)` is made.
     """
