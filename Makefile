@@ -53,7 +53,7 @@ report: $(VENV)/demo
 	@test -e $(REPORT_MODEL)/config.json || (echo "There is no model in $(REPORT_MODEL): run make train first."; exit 1)
 	mkdir -p out
 	$(OFFLINE) $(BIN)/trl-quietstar inspect --model $(REPORT_MODEL) --text examples/problem.txt --output out/report.html
-	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1140 \
+	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1060 \
 		--screenshot=docs/report.png "file://$(CURDIR)/out/report.html#t0-51"
 
 # after `make train`

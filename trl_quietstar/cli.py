@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import traceback
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -550,6 +551,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def console() -> int:
     """Entry point of the console script: of an error that this package words itself, prints the words alone."""
+    if not sys.warnoptions:  # what libraries deprecate in each other would break into the text that streams
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         return main()
     except (ValueError, OSError, ImportError) as error:
