@@ -79,6 +79,8 @@ bench: demo-data
 	$(OFFLINE) $(BIN)/python -m benchmarks.gradient_variance --output out/gradient_variance.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.early_stopping --output out/early_stopping.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.generation --output out/generation.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.speed --output out/speed.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.replay --output out/replay.json
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -3,8 +3,7 @@
     python -m benchmarks.generation --model .demo/SmolLM2-135M-Instruct --output out/generation.json
 
 Each way of decoding emits the same number of tokens after the same context, in alternating repeats; the unit is the median
-time of a token by the base model's own `generate`. Of the clock on the wall, and of the processor's time, which other
-processes on the machine disturb less. Adaptive thinking takes the threshold at which a quarter of the emitted
+time of a token by the base model's own `generate`. Adaptive thinking takes the threshold at which a quarter of the emitted
 tokens has a thought, or the nearest below.
 """
 
@@ -21,9 +20,15 @@ from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.paths import SharedPrefix
 
 
 SHARE = 0.25  # of the tokens, with adaptive thinking
+FIXED_WAYS = {
+    "plain": dict(think="never"),
+    "always": dict(think="always"),
+    "every 4": dict(think="always", think_every=4),
+}
 
 
 def context_of(tokenizer, data: str, length: int) -> torch.Tensor:
@@ -38,7 +43,7 @@ def quarter_threshold(model, context: torch.Tensor, tokens: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(8):
         middle = (low + high) / 2
-        _, share = seconds_per_token(model, context, tokens, think="adaptive", thinking_threshold=middle)
+        share = seconds_per_token(model, context, tokens, think="adaptive", thinking_threshold=middle)[1]
         if share == SHARE:
             return middle
         low, high = (middle, high) if share > SHARE else (low, middle)
@@ -46,55 +51,56 @@ def quarter_threshold(model, context: torch.Tensor, tokens: int) -> float:
 
 
 class Clock(BaseStreamer):
-    """Notes when each token comes, by the clock on the wall and by the processor's."""
+    """Notes when each token comes."""
 
     def __init__(self):
-        self.times: list[tuple[float, float]] = []
+        self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append((time.perf_counter(), time.process_time()))
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is left to print."""
 
 
-def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> tuple[list[float], float]:
-    """Mean times of a token after the first, which pays for the prompt; and the share of those that had a thought."""
+def seconds_per_token(model, context: torch.Tensor, tokens: int, **options) -> tuple[float, float]:
+    """Mean time of a token after the first, which pays for the prompt; and the share of those that had a thought."""
     clock, thinks = Clock(), options["think"] != "never"
     if thinks:
         options["return_thoughts"] = True
     options |= dict(do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock)
     out = model.generate(context, max_new_tokens=1 + tokens, **options)
-    first, last = clock.times[1], clock.times[-1]  # the first call is the prompt's
-    seconds = [(end - start) / tokens for start, end in zip(first, last, strict=True)]
+    seconds = (clock.times[-1] - clock.times[1]) / tokens  # the first call is the prompt's
     written = out.thoughts[0] if thinks else []
     return seconds, sum(thought.position >= context.shape[1] for thought in written) / tokens
 
 
-def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
-    """Medians for one context length."""
-    context = context_of(tokenizer, data, length)
-    ways = {
-        "plain": dict(think="never"),
-        "always": dict(think="always"),
-        "every 4": dict(think="always", think_every=4),
-        "adaptive": dict(think="adaptive", thinking_threshold=quarter_threshold(model, context, tokens)),
-    }
-    times: dict[str, list[list[float]]] = {name: [] for name in ways}
+def compare(
+    model, context: torch.Tensor, ways: dict[str, dict], tokens: int, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a token by each way of decoding, in alternating repeats; and the share that had a thought."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     share = {}
     for _ in range(repeats):
         for name, options in ways.items():
             seconds, share[name] = seconds_per_token(model, context, tokens, **options)
             times[name].append(seconds)
-    row: dict = {"context": length, "thoughts per token": share}
-    for clock, label in enumerate(("wall", "processor")):
-        medians = {name: statistics.median(seconds[clock] for seconds in values) for name, values in times.items()}
-        row[label] = {
-            "seconds per plain token": medians["plain"],
-            "units": {name: median / medians["plain"] for name, median in medians.items()},
-            "adaptive / always": medians["adaptive"] / medians["always"],
-        }
-    return row
+    return {name: statistics.median(values) for name, values in times.items()}, share
+
+
+def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int) -> dict:
+    """Medians for one context length."""
+    context = context_of(tokenizer, data, length)
+    threshold = quarter_threshold(model, context, tokens)
+    ways = {**FIXED_WAYS, "adaptive": dict(think="adaptive", thinking_threshold=threshold)}
+    medians, share = compare(model, context, ways, tokens, repeats)
+    return {
+        "context": length,
+        "seconds per plain token": medians["plain"],
+        "units": {name: median / medians["plain"] for name, median in medians.items()},
+        "thoughts per token": share,
+        "adaptive / always": medians["adaptive"] / medians["always"],
+    }
 
 
 def main() -> None:
@@ -110,7 +116,7 @@ def main() -> None:
     settings = QuietStarSettings(thought_length=args.thought_length, talk_length=4)
     model = QuietStarForCausalLM.from_pretrained(args.model, settings=settings).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    assert model.can_branch  # checked here, ahead of the clock
+    assert isinstance(model.thought_path, SharedPrefix)  # checked here, ahead of the clock
     result = {
         "model": args.model,
         "thought_length": args.thought_length,

@@ -25,7 +25,7 @@ import json
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -235,11 +235,12 @@ class Until90(TrainerCallback):
 class RandomThoughts(QuietStarREINFORCETrainer):
     """Trains on random tokens in place of the model's own thoughts."""
 
-    def _sample_thoughts(self, text, mode):
-        thoughts = super()._sample_thoughts(text, mode)
+    def _score_request(self, text, mode):
+        request = super()._score_request(text, mode)
         if mode == "eval":
-            return thoughts
-        return controlled(thoughts, "random", len(VOCABULARY), torch.Generator().manual_seed(self.state.global_step))
+            return request
+        generator = torch.Generator().manual_seed(self.state.global_step)
+        return replace(request, thoughts=controlled(request.thoughts, "random", len(VOCABULARY), generator))
 
 
 def flipped(*args) -> torch.Tensor:
@@ -275,7 +276,9 @@ def configuration(task: Task, directory: str, seed: int, steps: int, **options) 
 
 def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict, sabotage: str | None = None) -> dict:
     """Trains a copy of a pretrained model to think, and measures before and after."""
-    trainer_class = RandomThoughts if sabotage == "random_thoughts" else QuietStarREINFORCETrainer
+    trainer_class: type[QuietStarREINFORCETrainer] = QuietStarREINFORCETrainer
+    if sabotage == "random_thoughts":
+        trainer_class, options = RandomThoughts, {**options, "single_pass": False}  # they come from elsewhere
     flip = patch("trl_quietstar.trainer.thought_rewards", flipped) if sabotage == "flipped_reward" else nullcontext()
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_class(

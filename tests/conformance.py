@@ -28,7 +28,8 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
-from trl_quietstar.paths import SharedPrefix
+from trl_quietstar.cached_replay import CachedReplay
+from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.self_check import path_difference
 
 from .tiny import byte_tokenizer
@@ -38,6 +39,12 @@ VOCAB = 320
 LARGEST = 200e6  # parameters
 LEAST_MOVED = 4  # tensors, by a training step; an adapter on two projections of one layer has as many
 SECONDS = 90  # for one type
+PATH_NAMES = {
+    SharedPrefix: "shared prefix",
+    MaskedPrefix: "shared prefix (mask)",
+    CachedReplay: "cached replay",
+    Replay: "replay",
+}
 SMALL = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
@@ -73,10 +80,56 @@ EXCEPTIONS: dict[str, dict] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart"), DECODER),
     **dict.fromkeys(("mvp", "pegasus", "plbart", "whisper"), DECODER),
     "prophetnet": {**DECODER, "num_decoder_layers": 2, "num_decoder_attention_heads": 4},
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note", "dots3_note_text"), MLA),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), MLA),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("llama4", "llama4_text"), dict(attention_chunk_size=6, no_rope_layers=[1, 0])),
+    "zamba": dict(
+        num_hidden_layers=3,
+        layers_block_type=["linear_attention", "hybrid", "hybrid"],
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        mamba_dt_rank=4,
+    ),
+    "cohere_compass_text": dict(
+        rope_parameters=dict.fromkeys(
+            ("full_attention", "sliding_attention"), dict(rope_type="default", rope_theta=1e4)
+        ),
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+    ),
+    "qwen4_exp_text": dict(
+        layer_types=["linear_attention", "indexed_attention"],
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        indexer_head_dim=8,
+        indexer_kv_heads=1,
+        indexer_n_heads=2,
+    ),
+    "dots3_note": dict(
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            mlp_layer_types=["dense"] * 2,
+            adapter_in_dim=32,
+            adapter_out_dim=32,
+        ),
+        audio_config=dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            downsample_hidden_size=16,
+            adapter_input_size=32,
+            adapter_out_dim=32,
+        ),
+    ),
     "deepseek_v2": {**MLA, "num_experts_per_tok": 2},
-    "dots1": dict(n_routed_experts=4, num_experts_per_tok=2),
+    "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     "bailing_hybrid": {**MLA, **HYBRID},
     "kimi_linear": {**MLA, **HYBRID, "linear_head_dim": 8, "linear_num_heads": 4},
     "nemotron_h": dict(layers_block_type=["linear_attention", "full_attention"], n_groups=1),
@@ -107,7 +160,7 @@ EXCEPTIONS: dict[str, dict] = {
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), dict(layer_types=["conv", "full_attention"])),
     "mamba2": dict(num_heads=8, n_groups=1),
     "nemotron": dict(num_key_value_heads=2, head_dim=8),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), HYBRID),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), HYBRID),
     "reformer": dict(is_decoder=True, axial_pos_embds=False, attention_head_size=8),
     "xlm": dict(causal=True),
     "xmod": dict(default_language="en_XX"),
@@ -120,9 +173,26 @@ LORA_TARGETS = {
     "nemotron_h": ["in_proj", "q_proj", "v_proj"],
     **dict.fromkeys(("llama4", "llama4_text", "phimoe"), ["q_proj", "v_proj"]),
 }
+# why a type cannot learn to think, where the error does not say
+REASONS = {
+    "blt": "cuts bytes into patches by the bytes themselves; a learned embedding is none",
+    "cpmant": "its forward takes token ids only; a learned embedding has none",
+    "deepseek_v4": "routes tokens by their ids in its first layers (`hash_moe`); a learned embedding has none",
+    "emu3": "Transformers maps its text config to no causal LM, so that a saved one loads by `Emu3ForCausalLM` only",
+    "gemma3n": "needs timm even for text; its text model alone is `gemma3n_text`",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "a draft model, which reads the keys and values of the model it drafts for",
+    ),
+    "mllama": "Transformers maps its text config to no causal LM, so that a saved one loads by `MllamaForCausalLM` only",
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "reads and writes several audio codes a step, not one token"),
+    "prophetnet": "its head reads several streams of hidden states, one for each of the next tokens",
+    "xlnet": "reads in both directions",
+    "youtu": "trains, but Transformers clears the padding token's embedding when it loads this type",
+}
 DOZEN = (
     *("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "mixtral", "deepseek_v3", "gpt_oss", "olmo2", "opt"),
-    *("bloom", "mamba", "gpt_neo", "qwen3_next", "roberta", "minicpm3"),
+    *("bloom", "mamba", "gpt_neo", "qwen3_next", "roberta", "minicpm3", "llama4_text"),
 )
 
 
@@ -147,10 +217,11 @@ def _shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedCo
     given = default.to_dict()
     given |= {alias: given.get(name) for alias, name in default.attribute_map.items()}
     fields = {name: value for name, value in SMALL.items() if name.endswith("token_id") or given.get(name) is not None}
+    parts = {name: type(getattr(default, name, None)) for name in config_class.sub_configs}
     parts = {
         name: _shrunk(part, EXCEPTIONS.get(part.model_type, {}))
-        for name, part in config_class.sub_configs.items()
-        if hasattr(part, "sub_configs")
+        for name, part in parts.items()
+        if issubclass(part, PreTrainedConfig) and name not in changes
     }
     return config_class(**{**fields, **parts, **changes})
 
@@ -182,7 +253,7 @@ def examine(model_type: str, folder: Path) -> Row:
         row.note = type(model).__name__.removeprefix("QuietStar")
         step = "check"
         trainer = _trainer(model, folder)
-        row.path = "shared prefix" if isinstance(trainer.path, SharedPrefix) else "replay"
+        row.path = PATH_NAMES[type(trainer.path)]
         row.difference = path_difference(model, trainer.path)
         step = "train"
         _check_training(trainer)
@@ -195,7 +266,10 @@ def examine(model_type: str, folder: Path) -> Row:
         adapter = LoraConfig(r=2, target_modules=LORA_TARGETS.get(model_type, "all-linear"), task_type="CAUSAL_LM")
         _check_training(_trainer(tiny_model(model_type), folder, adapter))
     except Exception as error:  # whatever a family may raise is what the table is there to say
-        row.failed, row.note = step, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        row.failed, row.note = (
+            step,
+            REASONS.get(model_type, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"),
+        )
         if "-v" in sys.argv:
             traceback.print_exc()
     return row
@@ -259,10 +333,15 @@ check, a training step, saving and reloading, plain loading with `AutoModelForCa
 
     python -m tests.conformance --output docs/models.md
 
-**Shared prefix** is the fast path; **replay** runs each thought as an ordinary sequence, for models whose masks or states
-cannot branch. The difference is the largest in any log-probability or value between that path, in sampling and in scoring,
-and ordinary forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer makes the same check on your own
-model when it starts, and refuses a model that even replay cannot score.
+**Shared prefix** is the fast path: the text is read once, and every thought attends to it and to itself. Families whose
+attention does not come by Transformers' interface take text and thoughts in one forward, told apart by a **mask**. Where
+neither works, **cached replay** samples and generates by ordinary cached decoding, on copies of the family's own cache, and
+reads no token twice; scoring, which needs gradient, runs each thought as an ordinary sequence in one batch, since these
+families update their states in place. **Replay** does the latter throughout, where even the cache is not exact.
+
+The difference is the largest in any log-probability or value between that path, in sampling and in scoring, and ordinary
+forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer makes the same check on your own model when it
+starts, and refuses a model that even replay cannot score.
 
 A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
 build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/paths.py` if its positions do not begin at 0; in `logit_transform` of
@@ -278,11 +357,12 @@ def _too_slow(*_) -> None:
 def table(rows: list[Row]) -> str:
     """Markdown, with the counts first."""
     passed = [row for row in rows if not row.failed]
-    shared = [row for row in passed if row.path == "shared prefix"]
+    shared, cached = ([row for row in passed if row.path.startswith(x)] for x in ("shared prefix", "cached replay"))
     lines = [
         HEADER.format(version=".".join(transformers_version.split(".")[:2])).rstrip(),
         "",
-        f"Of {len(rows)} model types {len(passed)} pass every step, {len(shared)} of them on the shared prefix.",
+        f"Of {len(rows)} model types {len(passed)} pass every step, {len(shared)} of them on the shared prefix and "
+        f"{len(cached)} by cached replay.",
         "",
         "| model type | path | difference from replay | LoRA | notes |",
         "| --- | --- | --- | --- | --- |",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, early_stopping, generation, gradient_variance, learning
+from benchmarks import ablations, early_stopping, generation, gradient_variance, learning, measuring, replay, speed
 from trl_quietstar.controls import CONTROLS
 
 from .tiny import sums
@@ -136,8 +136,109 @@ def test_generation_reports_every_way(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["context"] for row in rows] == [16, 64]
     for row in rows:
-        for clock in ("wall", "processor"):
-            units = row[clock]["units"]
-            assert units["plain"] == 1 and units["always"] > units["every 4"] > 1
+        assert row["units"]["plain"] == 1 and row["units"]["always"] > row["units"]["every 4"] > 1
         assert row["thoughts per token"]["always"] == 1 and row["thoughts per token"]["every 4"] == 0.25
         assert row["thoughts per token"]["adaptive"] <= 0.25
+
+
+@pytest.fixture
+def tiny_speed(monkeypatch):
+    """A model and texts that take a second."""
+    size = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    monkeypatch.setattr(speed, "MODEL", {**size, **heads})
+    monkeypatch.setattr(
+        speed, "CASES", {"reference": [(24, {})], "replay": [(24, {"thought_path": "replay"}), (24, {})]}
+    )
+    for name, value in (("LENGTH", 24), ("WARM_UP_LENGTH", 8), ("RLOO_PROMPTS", 4), ("GENERATED_TOKENS", 4)):
+        monkeypatch.setattr(speed, name, value)
+
+
+def test_speed_reports_every_number(tiny_speed, tmp_path, monkeypatch, capsys):
+    """Time, stages and memory of a step, replay against it, sampling against RLOO, and generation."""
+    flags = ["--repeats", "1", "--set", "thought_length=3", "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["benchmark", *flags, "--cases", "reference", "replay", "sampling", "generation"])
+    speed.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["machine"]) == {"cpu", "threads", "torch", "device"} and result["options"]["thought_length"] == 3
+    (reference,), (replay, shared) = result["rows"]["reference"], result["rows"]["replay"]
+    assert shared == reference and replay != reference
+    for row in (reference, replay):
+        assert [row[letter] for letter in "TJGLM"] == [24, 23, 1, 3, 4] and row["branch tokens"] == 23 * 8
+        assert row["units"] == pytest.approx(row["step seconds"] / row["plain seconds"])
+        assert {"scoring", "backward", "rest"} <= set(row["stage units"])
+        assert sum(row["stage units"].values()) == pytest.approx(row["units"])
+        cost = (row["step seconds"] - row["plain seconds"]) / row["branch tokens"]
+        assert row["seconds per branch token"] == pytest.approx(cost)
+    assert reference["peak MB"] > 0 and reference["plain peak MB"] >= 0 and "peak MB" not in replay
+    ratio = replay["step seconds"] / shared["step seconds"]
+    assert result["summary"]["replay"] == {"replay / shared prefix": pytest.approx(ratio)}
+    rates = result["summary"]["sampling"]
+    assert rates["RLOO prompts"] == 4 and rates["RLOO mean prompt length"] == rates["mean prefix length"] == 12
+    quotient = rates["thought tokens per second"] / rates["RLOO tokens per second"]
+    assert rates["ours / RLOO"] == pytest.approx(quotient)
+    decoding = result["summary"]["generation"]
+    assert set(decoding["units"]) == set(generation.FIXED_WAYS) and decoding["units"]["plain"] == 1
+    for part in (reference, rates, decoding):
+        assert part["plain seconds"] > 0
+
+
+def test_every_case_of_speed_is_a_configuration(tmp_path):
+    """No case names a field that does not exist, and each sweep changes what it is named after."""
+    for name, cases in speed.CASES.items():
+        for length, changes in cases:
+            options = {**speed.REFERENCE, **changes}
+            speed.QuietStarConfig(str(tmp_path), **options, use_cpu=True, bf16=False)
+            assert length + options["thought_length"] + 1 <= speed.MODEL["max_position_embeddings"]
+        assert len({repr(case) for case in cases}) == len(cases) > (1 if name in speed.SWEEPS else 0)
+
+
+def test_speed_tells_growth_and_plots_sweeps(tmp_path):
+    """From rows as an engine gives them that samples inside scoring, without a stage for it."""
+    row = {**dict(T=64, J=63, G=1, L=7), "plain seconds": 1.0, "step seconds": 5.0, "units": 5.0}
+    row |= {"stage units": {"scoring": 2.0, "backward": 2.5, "rest": 0.5}, "seconds per branch token": 0.1}
+    rows = [{**row, "peak MB": 10.0, "plain peak MB": 1.0}, {**row, "T": 128, "peak MB": 30.0, "plain peak MB": 2.0}]
+    rows[1]["seconds per branch token"] = 0.15
+    assert speed.summary("length", rows) == {
+        "growth per branch token": pytest.approx(1.5),
+        "memory growth": pytest.approx(3),
+    }
+    assert speed.summary("reference", rows[:1]) == {}
+    assert speed.table({"length": rows, "replay": [row]}).row_count == 3
+    speed.plot({"length": rows, "reference": rows[:1]}, tmp_path / "sweeps.png")
+    assert (tmp_path / "sweeps.png").stat().st_size > 1_000
+    speed.plot({"reference": rows[:1]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_stages_add_up(monkeypatch):
+    """A stage within another is taken out of it, once; the run that is reported is the median one, whole."""
+    monkeypatch.setattr(measuring.time, "perf_counter", iter([0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 8.0, 10.0]).__next__)
+    watch = measuring.Stopwatch()
+    with watch.stage("step"):
+        with watch.stage("scoring"):
+            watch.timed("sampling", lambda: None)()
+        watch.timed("backward", lambda: None)()
+    assert watch.seconds == {"sampling": 3, "scoring": 2, "backward": 1, "step": 4}
+    runs = [{"a": 1.0, "b": 9.0}, {"a": 5.0, "b": 1.0}, {"a": 2.0, "b": 2.0}]
+    assert speed.median_run(runs) == {"a": 5.0, "b": 1.0}
+
+
+def test_peak_memory_is_that_of_the_call():
+    """Not of what was taken, and given back, before. The kernel counts resident pages in batches."""
+    for size in (50_000_000, 25_000_000):
+        peak = measuring.peak_above(lambda size=size: torch.ones(size))
+        assert peak == pytest.approx(4 * size, rel=0.1)
+
+
+def test_replay_reads_fewer_tokens_from_the_cache(monkeypatch, tmp_path):
+    """The same task with everything run again and with the family's cache."""
+    sizes = ("--length", "12", "--positions", "3", "--thought_length", "2", "--tokens", "2", "--repeats", "1")
+    monkeypatch.setattr("sys.argv", ["replay", "--models", "bloom", *sizes, "--output", str(tmp_path / "out.json")])
+    replay.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["model"] == "bloom" and row["by token"] is False
+    for task in ("sample", "generate"):
+        again, cached = row[task]["again"], row[task]["cached"]
+        assert cached["tokens"] < again["tokens"] and min(again["seconds"], cached["seconds"]) > 0
+    assert row["generate"]["cached"]["tokens"] == 12 + 1 + 2 * (2 + 2)

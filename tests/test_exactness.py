@@ -7,7 +7,7 @@ import torch
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.geometry import Text, Thoughts, talk_after
-from trl_quietstar.paths import Replay, SharedPrefix
+from trl_quietstar.paths import MaskedPrefix, Path, Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
 
 from .tiny import FAMILIES, exact_model, mixed_text, positions_of, sampling, think
@@ -24,6 +24,7 @@ FIELDS = (
 )
 TRAINED = FIELDS[:-1]  # similarity is only logged
 TOLERANCE = 1e-9
+FAST = SharedPrefix()
 
 
 def assert_same(ours: torch.Tensor, oracle: torch.Tensor, name: str, tolerance: float = TOLERANCE) -> None:
@@ -42,10 +43,10 @@ def random_objective(scores) -> torch.Tensor:
     )
 
 
-def run(model, text, thoughts, path, temperature=0.8, prediction="mixed"):
+def run(model, text, thoughts, path, temperature=0.8, prediction="mixed", **options):
     """Scores, and the gradients of every parameter, through the model's own forward."""
     model.zero_grad()
-    request = ScoreRequest(text, thoughts, 3, path, temperature, prediction)
+    request = ScoreRequest(text, thoughts, 3, path, temperature, prediction, **options)
     scores = model(input_ids=text.input_ids, quietstar_request=request)
     random_objective(scores).backward()
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -60,12 +61,13 @@ def assert_same_gradients(ours: dict, oracle: dict, tolerance: float = TOLERANCE
             assert_same(ours[name], gradient, f"gradient of {name}", tolerance)
 
 
-def assert_paths_agree(model, **options) -> None:
-    """Shared prefix and replay give the same scores and gradients on every kind of row."""
+def assert_paths_agree(model, path: Path = FAST, **options) -> None:
+    """A path and replay give the same scores and gradients on every kind of row."""
     text = mixed_text(model.config.vocab_size)
     thoughts = think(model, text, positions=positions_of(text, 0.7))
     assert not thoughts.mask[thoughts.positions.mask].all(), "no thought ended early: the case is not covered"
-    ours, our_gradients = run(model, text, thoughts, SharedPrefix(), **options)
+    ours, our_gradients = run(model, text, thoughts, path, **options)
+    options.pop("branch_batch_size", None)
     oracle, oracle_gradients = run(model, text, thoughts, Replay(), **options)
     for name in FIELDS:
         assert_same(ours[name].double(), oracle[name].double(), name)
@@ -74,10 +76,38 @@ def assert_paths_agree(model, **options) -> None:
     assert_same_gradients(our_gradients, oracle_gradients)
 
 
+@pytest.mark.parametrize("path", [SharedPrefix(), MaskedPrefix()], ids=["attention", "mask"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_paths_agree(name):
-    """Every score and every gradient of the fast path is that of ordinary forwards, whatever the padding."""
-    assert_paths_agree(exact_model(name))
+def test_paths_agree(name, path):
+    """Every score and every gradient of the fast paths is that of ordinary forwards, whatever the padding."""
+    assert_paths_agree(exact_model(name), path)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+@pytest.mark.parametrize("path", [SharedPrefix(), MaskedPrefix(), Replay()], ids=["attention", "mask", "replay"])
+def test_groups_of_branches_change_nothing(path, size):
+    """Scored in groups whose activations are computed twice, branches give the same scores and gradients."""
+    assert_paths_agree(exact_model("mistral-window"), path, branch_batch_size=size)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_checkpointed_layers_change_nothing(name):
+    """Nor does gradient checkpointing of the layers, although branches read keys that a layer left in passing."""
+    model = exact_model(name)
+    model.gradient_checkpointing_enable()
+    assert_paths_agree(model.train(), branch_batch_size=3)
+    assert_paths_agree(model.train())
+
+
+def test_plain_rows_need_no_mask():
+    """Rows padded on the right are read with a causal mask; scores and gradients stay those of ordinary forwards."""
+    model, mixed = exact_model("llama"), mixed_text()
+    text = Text.from_batch(mixed.input_ids[:2], mixed.attention_mask[:2])
+    assert text.is_plain and not mixed.is_plain
+    thoughts = think(model, text)
+    ours, oracle = (run(model, text, thoughts, path) for path in (SharedPrefix(), Replay()))
+    assert_same(ours[0].talk_logps, oracle[0].talk_logps, "talk_logps")
+    assert_same_gradients(ours[1], oracle[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "gpt2"])

@@ -16,7 +16,7 @@ from .conformance import tiny_model as family_model
 from .tiny import byte_tokenizer, tiny_model
 
 
-FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "mistral", "mamba", "bloom")
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "mistral", "mamba", "bloom", "qwen3_next", "rwkv")
 SETTINGS = QuietStarSettings(thought_length=3, talk_length=4)
 
 
@@ -118,7 +118,9 @@ def test_adaptive_thinking_equals_the_naive_loop(every):
 
 
 @pytest.mark.parametrize("options", [{}, {"think_every": 2}, {"think": "adaptive", "think_every": 3}])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "bloom", "mamba", "jamba", "rwkv"]
+)
 def test_a_batch_equals_its_rows(name, options):
     """Prompts of different lengths, thinking at different places, side by side and alone: text and thoughts."""
     model, rows = thinking_model(name), prompts(9, 4, 6)
@@ -208,11 +210,12 @@ def test_sampling_thinks_anew_and_follows_the_seed():
     assert torch.equal(first.sequences, again.sequences) and first.thoughts == again.thoughts
 
 
-def test_thoughts_end_early(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_thoughts_end_early(name, tmp_path):
     """At the string they were trained with, told by the tokenizer given or by the one beside the model."""
     tokenizer = byte_tokenizer()
     settings = QuietStarSettings(thought_length=6, min_thought_length=2, thought_stop_string="1")
-    model, (prompt,) = thinking_model(settings=settings), prompts(5)
+    model, (prompt,) = thinking_model(name, settings), prompts(5)
     with pytest.raises(ValueError, match=r"only its tokenizer knows; pass `tokenizer="):
         model.generate(prompt[None], max_new_tokens=2)
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, return_thoughts=True)

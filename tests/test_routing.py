@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_quietstar.geometry import Branches, Text
-from trl_quietstar.paths import Replay, SharedPrefix
+from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.routing import recorded_routing, router_loss, use_router_loss
 from trl_quietstar.scoring import ScoreRequest, score
 
@@ -41,7 +41,7 @@ def test_it_is_the_family_s_own_loss(name):
     mask[1, 8:] = 0
     own = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     no_branches = Branches(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, 1, 32), torch.zeros(2, 0, 1).bool())
-    encoded = SharedPrefix().encode(model, Text.from_batch(ids, mask), no_branches)
+    encoded = MaskedPrefix().encode(model, Text.from_batch(ids, mask), no_branches)
     torch.testing.assert_close(router_loss(model.config, encoded.routings), own)
 
 

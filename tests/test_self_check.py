@@ -10,10 +10,12 @@ import torch
 from transformers import BertConfig, BloomConfig, GPTNeoConfig, MambaConfig, MptConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.paths import Replay, SharedPrefix
+from trl_quietstar.branch_attention import BranchReading
+from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
+from .conformance import tiny_model as family_model
 from .tiny import FAMILIES, exact_model, mixed_text, randomize, sampling, think, tiny_model
 from .training import tiny_trainer
 
@@ -80,7 +82,7 @@ def test_the_warning_gives_the_difference_of_gpt_neo(caplog):
     model = stubborn_model("gpt_neo")
     with caplog.at_level(logging.WARNING, "trl_quietstar"):
         choose_path(model)
-    assert f"{path_difference(model, SharedPrefix()):.1e}" in caplog.text
+    assert f"{path_difference(model, MaskedPrefix()):.1e}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "bloom"])
@@ -119,33 +121,70 @@ def test_the_check_leaves_the_model_as_it_was():
 class EarlyAnchor(SharedPrefix):
     """Branches miss the last token of their text."""
 
-    def encode(self, model, text, branches):
+    def encode(self, model, text, branches, batch_size=None):
         return super().encode(model, text, replace(branches, anchors=(branches.anchors - 1).clamp(min=0)))
 
 
 class LeakingDocuments(SharedPrefix):
     """Packed documents see each other."""
 
-    def encode(self, model, text, branches):
+    def encode(self, model, text, branches, batch_size=None):
         return super().encode(model, replace(text, document_ids=text.attention_mask.long()), branches)
 
 
 class CountedGaps(SharedPrefix):
     """Slots after a thought that ended early keep their old positions and see what it left out."""
 
-    def encode(self, model, text, branches):
+    def encode(self, model, text, branches, batch_size=None):
         return super().encode(model, text, replace(branches, mask=torch.ones_like(branches.mask)))
 
 
-class WiderWindow(SharedPrefix):
+class WiderWindow(MaskedPrefix):
     """Sliding windows are one token too wide."""
 
-    def encode(self, model, text, branches):
+    def encode(self, model, text, branches, batch_size=None):
         model.config.sliding_window += 1
         try:
             return super().encode(model, text, branches)
         finally:
             model.config.sliding_window -= 1
+
+
+class WiderBranchWindow(SharedPrefix):
+    """The same for branches alone."""
+
+    def encode(self, model, text, branches, batch_size=None):
+        attend = BranchReading.attend
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                BranchReading,
+                "attend",
+                lambda *args, sliding_window, **kwargs: attend(*args, sliding_window=sliding_window + 1, **kwargs),
+            )
+            return super().encode(model, text, branches)
+
+
+class WholeDocument(SharedPrefix):
+    """Branches see the token after their anchor."""
+
+    def read(self, model, text):
+        reader = super().read(model, text)
+        reading = reader._branch_reading
+        reader._branch_reading = lambda anchors, *rest: replace(
+            reading(anchors, *rest), last=(anchors + 1).clamp(max=text.input_ids.shape[1] - 1)
+        )
+        return reader
+
+
+class WiderChunk(MaskedPrefix):
+    """Chunks of attention begin one token late."""
+
+    def encode(self, model, text, branches, batch_size=None):
+        model.config.attention_chunk_size += 1
+        try:
+            return super().encode(model, text, branches)
+        finally:
+            model.config.attention_chunk_size -= 1
 
 
 class LateReader(SharedPrefix):
@@ -158,16 +197,25 @@ class LateReader(SharedPrefix):
         return reader
 
 
-@pytest.mark.parametrize("wrong", [EarlyAnchor, LeakingDocuments, CountedGaps, WiderWindow, LateReader])
+@pytest.mark.parametrize(
+    "wrong", [EarlyAnchor, LeakingDocuments, CountedGaps, WiderWindow, WiderBranchWindow, WholeDocument, LateReader]
+)
 def test_the_check_sees_small_mistakes(wrong):
     """Being off by one token anywhere, in scoring or in sampling, exceeds the tolerance by far."""
     assert path_difference(tiny_model("mistral-window"), wrong()) > 10 * TOLERANCES[torch.float32]
 
 
+def test_the_check_sees_a_wrong_chunk():
+    """Llama 4 attends within chunks, cut by true position."""
+    model = family_model("llama4_text")
+    assert path_difference(model, MaskedPrefix()) < TOLERANCES[torch.float32] / 10
+    assert path_difference(model, WiderChunk()) > 10 * TOLERANCES[torch.float32]
+
+
 class NotANumber(SharedPrefix):
     """One branch overflows."""
 
-    def encode(self, model, text, branches):
+    def encode(self, model, text, branches, batch_size=None):
         encoded = super().encode(model, text, branches)
         return replace(encoded, branches=encoded.branches.index_fill(1, torch.tensor([0]), torch.nan))
 

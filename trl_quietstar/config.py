@@ -44,6 +44,7 @@ LIMITS = {
     "base_nll_coefficient": (0, None),
     "policy_coefficient": (0, None),
     "router_aux_loss_coef": (0, None),
+    "branch_batch_size": (1, None),
     "heads_learning_rate": (0, None),
     "ref_model_mixup_alpha": (0, 1),
     "ref_model_sync_steps": (1, None),
@@ -68,8 +69,9 @@ class QuietStarConfig(_BaseConfig):
     as well. An episode is an optimizer step: set `max_steps`, `warmup_steps`, `eval_steps`, `lr_scheduler_type` and
     `max_grad_norm` as for any Trainer. What each field does stands in its `help`.
 
-    Differs from TRL's base in three defaults: `learning_rate` is 1e-6, `bf16` is on only where there is an accelerator
-    for it, and `metric_for_best_model` is `eval_reward` where the best model is asked for.
+    Differs from TRL's base in four defaults: `learning_rate` is 1e-6, `bf16` is on only where there is an accelerator
+    for it, `gradient_checkpointing` is off, and `metric_for_best_model` is `eval_reward` where the best model is asked
+    for.
 
     Raises:
         `ValueError`: if a value is outside its limits or contradicts another, naming the value, the limit and the fix.
@@ -137,6 +139,24 @@ class QuietStarConfig(_BaseConfig):
         "auto",
         "`shared_prefix` (fast), `replay` (any architecture), or `auto`: the fast one "
         "where the start-up check finds it exact.",
+    )
+
+    # Memory
+    gradient_checkpointing: bool = _option(
+        False,
+        "Whether layers keep nothing but their inputs for the backward, which computes the rest again. Off, unlike in "
+        "TRL: what branches keep is bounded by the two options below.",
+    )
+    single_pass: bool | None = _option(
+        None,
+        "Whether thoughts are sampled in the very forward that is trained, so that each token is processed once; "
+        "otherwise they are sampled without gradient and scored in a second pass. None: where memory allows, by an "
+        "estimate.",
+    )
+    branch_batch_size: int | None = _option(
+        None,
+        "Thoughts of a text that are scored at once, in two passes; gradients are the same, and memory holds the "
+        "activations of these alone. None: as many as memory allows, by an estimate.",
     )
 
     # Reward and advantage
@@ -301,6 +321,22 @@ class QuietStarConfig(_BaseConfig):
             raise ValueError(
                 "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or "
                 "`no_thought_model='reference'`."
+            )
+        if self.single_pass:
+            for name, wanted in (
+                ("branch_batch_size", None),
+                ("gradient_checkpointing", False),
+                ("disable_dropout", True),
+            ):
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"`single_pass=True` keeps all activations of one forward without dropout, and `{name}` is "
+                        f"{getattr(self, name)}; leave one of them out."
+                    )
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
+                "they read; leave it out."
             )
         if self.packing and self.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")

@@ -29,6 +29,66 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
     return torch.cat([embeds, by_layer.view(*token_ids.shape, by_layer.shape[2]).to(embeds.dtype)], dim=-1)
 
 
+class LookupTape:
+    """
+    Embeds tokens that become known one after another in one graph, with a single gradient of the table for all: each
+    lookup of its own would cost another of the table's size.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.weights = [p for p in model.get_input_embeddings().parameters() if p.requires_grad]
+        self.first: torch.Tensor | None = None  # ties later lookups to the first, whose backward then comes last
+        self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids, and the gradient of their embeddings
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of token ids, as [`embed_tokens`] gives them."""
+        if not self.weights or not torch.is_grad_enabled() or _layer_size(self.model) > 0:
+            return embed_tokens(self.model, token_ids)
+        with torch.no_grad():
+            embeds = embed_tokens(self.model, token_ids)
+        if self.first is not None:
+            return _LaterLookup.apply(self, token_ids, embeds, self.first)
+        embeds, self.first = _FirstLookup.apply(self, token_ids, embeds, *self.weights)
+        return embeds
+
+    def gradients(self) -> tuple[torch.Tensor, ...]:
+        """Of the weights, from all that was noted."""
+        ids, grads = zip(*((ids.flatten(), grad.flatten(0, -2)) for ids, grad in self.noted), strict=True)
+        self.noted.clear()
+        with torch.enable_grad():
+            embeds = embed_tokens(self.model, torch.cat(ids))
+        return torch.autograd.grad(embeds, self.weights, torch.cat(grads))
+
+
+class _FirstLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tape, token_ids, embeds, *weights):
+        ctx.tape, ctx.token_ids = tape, token_ids
+        return embeds.view_as(embeds), embeds.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        ctx.tape.noted.append((ctx.token_ids, grad))
+        return None, None, None, *ctx.tape.gradients()
+
+
+class _LaterLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tape, token_ids, embeds, first):
+        ctx.tape, ctx.token_ids = tape, token_ids
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.tape.noted.append((ctx.token_ids, grad))
+        return None, None, None, grad.new_zeros(())
+
+
 def embed_vector(model: PreTrainedModel, vector: torch.Tensor) -> torch.Tensor:
     """The same for a learned vector of the embedding size, which has nothing for single layers: shape `(E,)`."""
     layers = model.config.get_text_config().num_hidden_layers

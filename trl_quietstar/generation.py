@@ -3,7 +3,8 @@
 [`think_and_speak`] is the decoding loop that Transformers' `generate` runs in place of its own, so that prompts, padding,
 logits processors, stopping criteria and streamers are prepared as usual. It asks a [`Decoder`] for hidden states: with the
 shared prefix, text and thoughts share one KV cache, from which a thought is dropped as soon as it was used
-([`CachedDecoder`]); by replay everything is run again at each token ([`ReplayDecoder`]).
+([`CachedDecoder`]); where that is not exact, the text's cache is copied for each thought
+([`~cached_replay.CachedReplayDecoder`]), or everything is run again at each token ([`ReplayDecoder`]).
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .cached_replay import CachedReplay, CachedReplayDecoder
 from .data import check_length, max_positions
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Branches, Text
@@ -154,7 +156,7 @@ class CachedDecoder:
 
 class ReplayDecoder:
     """
-    Runs texts and branches again at each call, for models that cannot branch off a cache.
+    Runs texts and branches again at each call, for models that keep no cache to go on from.
 
     Args:
         model ([`~heads.ThinkingModel`]):
@@ -194,6 +196,15 @@ class ReplayDecoder:
         return Text.from_batch(self.token_ids, self.mask)
 
 
+def decoder_of(model: ThinkingModel, rows: int) -> Decoder:
+    """The decoder for B `rows` that is exact on this model, by the start-up check."""
+    if model.branches_in_cache:
+        return CachedDecoder(model, rows)
+    if isinstance(model.thought_path, CachedReplay):
+        return CachedReplayDecoder(model, rows)
+    return ReplayDecoder(model, rows)
+
+
 class Mind:
     """
     Thinks for a batch of texts that are being generated, and says what comes next.
@@ -225,8 +236,7 @@ class Mind:
 
     def begin(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Reads the prompt, `(B, T)`; returns the next token's logits, `(B, V)`."""
-        kind = CachedDecoder if self.model.can_branch else ReplayDecoder
-        self.decoder: Decoder = kind(self.model, len(prompt))
+        self.decoder = decoder_of(self.model, len(prompt))
         self.lengths, self.width = mask.sum(1), prompt.shape[1]
         self.thoughts = [[] for _ in prompt]
         self.left = torch.zeros_like(self.lengths)  # tokens that each row's thought still serves

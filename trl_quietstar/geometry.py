@@ -75,6 +75,12 @@ class Text:
         thought_mask = mask if thought_mask is None else thought_mask.bool()
         return cls(input_ids, mask, labels.masked_fill(~mask, -100), position_ids, document_ids, thought_mask)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each row is one document, padded on the right if at all: a causal mask is all it needs."""
+        mask = self.attention_mask
+        return bool((self.document_ids <= 1).all() and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())
+
     def predicted(self) -> torch.Tensor:
         """Mask of shape `(B, T - 1)`: the token after this one belongs to the same document and is a label."""
         same_document = self.document_ids[:, :-1] == self.document_ids[:, 1:]
@@ -126,6 +132,13 @@ class Branches:
     anchors: torch.Tensor
     embeds: torch.Tensor
     mask: torch.Tensor
+
+    def split(self, size: int | None) -> list["Branches"]:
+        """Groups of `size` branches of each row; None: one group."""
+        if size is None:
+            return [self]
+        parts = (x.split(size, dim=1) for x in (self.anchors, self.embeds, self.mask))
+        return [Branches(*part) for part in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,17 @@ def choose_positions(
     order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
     device = text.input_ids.device
     return Positions(order.to(device), chosen.gather(1, order).to(device))
+
+
+def most_positions(thought_positions: int | float | str, text_length: int, min_interval: int) -> int:
+    """The most positions that [`choose_positions`] can choose in a row of `text_length` tokens."""
+    usable = text_length - 1
+    if thought_positions == "difficulty":
+        return max(-(-usable // min_interval), 1)
+    if isinstance(thought_positions, str):
+        return max(usable, 1)
+    amount = thought_positions if isinstance(thought_positions, int) else round(thought_positions * usable)
+    return max(min(amount, usable), 1)
 
 
 def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator) -> torch.Tensor:

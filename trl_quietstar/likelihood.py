@@ -9,7 +9,7 @@ import torch
 from .geometry import Positions, Text, Thoughts
 from .heads import ThinkingModel
 from .lm_head import normalized_entropy, token_statistics
-from .paths import Path, Replay, SharedPrefix
+from .paths import Path
 from .sampling import SamplingSettings, Thinking, fixed_draws, sample_thoughts, thought_sampling
 from .scoring import ScoreRequest, Scores, score
 
@@ -65,7 +65,7 @@ def think_in_chunks(
         for name in ("talk_logps", "talk_correct", "mixing_weights")
     }
     token_ids, mask = (torch.cat([x.token_ids for x in thoughts], 1), torch.cat([x.mask for x in thoughts], 1))
-    return Thoughts(positions, token_ids, mask), Scores(text_logps=scores[0].text_logps, **joined)
+    return Thoughts(positions, token_ids, mask), Scores(text_logps=scores[0].text_logps, **joined)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def log_likelihoods(
     """
     thinking, text = thinking or Thinking(), Text.from_batch(input_ids, attention_mask)
     wanted = text.predicted() if score_mask is None else text.predicted() & score_mask[:, 1:].bool()
-    path: Path = SharedPrefix() if model.can_branch else Replay()  # type: ignore[assignment]
+    path: Path = model.thought_path  # type: ignore[assignment]
     hidden = path.read(model, text).text_hidden[:, :-1]
     plain = token_statistics(model, hidden, input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct

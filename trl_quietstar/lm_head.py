@@ -8,15 +8,20 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ._compat import ChunkedLogProbFunction
 
-
-VOCAB_CHUNK = 16_384  # columns of a tile of the fused kernel
+TILE_ELEMENTS = 2**24  # logits held at once (64 MB in float32)
+LEAST_WIDTH = 256  # of a tile, however many rows it has
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what families call it
-ROW_CHUNK_ELEMENTS = 2**24  # logits held at once where rows are cut instead (64 MB in float32)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one target each: `logps` in nats, and `correct` (bool: the target is the most likely token)."""
+
+    logps: torch.Tensor
+    correct: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,22 @@ class TokenStatistics:
     logps: torch.Tensor
     entropies: torch.Tensor
     correct: torch.Tensor
+
+    @property
+    def prediction(self) -> Prediction:
+        """Without the entropies."""
+        return Prediction(self.logps, self.correct)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens, and of each its log-probability, the entropy it was drawn at, and the logarithm of the sum of exponentials
+    of all logits, in nats."""
+
+    token_ids: torch.Tensor
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    log_z: torch.Tensor
 
 
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
@@ -51,9 +72,14 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over the temperature; themselves at 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
 def row_chunk(model: PreTrainedModel) -> int:
     """How many rows of full-vocabulary logits may be held at once."""
-    return max(ROW_CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0], 1)
+    return max(TILE_ELEMENTS // model.get_output_embeddings().weight.shape[0], 1)
 
 
 def token_statistics(
@@ -62,6 +88,7 @@ def token_statistics(
     targets: torch.Tensor,
     mask: torch.Tensor,
     temperature: float = 1.0,
+    known: "Drawn | None" = None,
 ) -> TokenStatistics:
     """
     Log-probability, entropy and correctness of `targets` given `hidden`; only places in `mask` are computed.
@@ -77,52 +104,282 @@ def token_statistics(
             Elsewhere the statistics are 0.
         temperature (`float`):
             Divides the logits.
+        known ([`Drawn`], *optional*):
+            The statistics, of shape `(...)`, where the targets were drawn from these very hidden states.
 
     Returns:
         [`TokenStatistics`] with tensors of shape `(...)`. Gradients flow through `logps` and `entropies`.
     """
-    rows, row_targets = hidden[mask], targets[mask]
-    if hidden.dtype == torch.float64:
-        compact = _dense_statistics(model, rows, row_targets, temperature)
-    else:
-        compact = _fused_statistics(model, rows, row_targets, temperature)
-    return TokenStatistics(
-        *(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in compact)
+    chosen = None if known is None else tuple(x[mask] for x in (known.logps, known.entropies, known.log_z))
+    found = _Statistics.apply(
+        hidden[mask], *_weights(model), targets[mask], temperature, logit_transform(model.config), chosen
     )
+    return TokenStatistics(*(_spread(x, mask) for x in found))
 
 
-def _fused_statistics(model, rows, targets, temperature):
-    """TRL's kernel: tiles over the vocabulary, float32 statistics, forward and backward."""
+def prediction_statistics(
+    model: PreTrainedModel,
+    text_hidden: torch.Tensor,
+    text_targets: torch.Tensor,
+    text_mask: torch.Tensor,
+    read: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[Prediction, Prediction, torch.Tensor]:
+    """
+    What a text's own hidden states predict, and what they predict mixed with others, from one set of logits: mixing
+    hidden states before the LM head equals mixing its logits.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Whose LM head is used.
+        text_hidden (`torch.Tensor` of shape `(B, T, H)`), text_targets, text_mask (of shape `(B, T)`):
+            Hidden states, the token that each predicts, and which do.
+        read (`torch.Tensor` of shape `(B, ..., H)`), index, weights, targets, mask (of shape `(B, ...)`):
+            Other hidden states; for each the text index that it is mixed with, where `text_mask` is True, its weight, the
+            token to predict, and whether it counts.
+
+    Returns:
+        `tuple`: [`Prediction`] of the text; [`Prediction`] of the mixed; log-probabilities of the other hidden states alone.
+    """
+    compact = (text_mask.flatten().cumsum(0) - 1).view(
+        text_mask.shape
+    )  # row of each text index among those that predict
+    rows = torch.arange(len(index), device=index.device).view(-1, *[1] * (index.dim() - 1)).expand_as(index)[mask]
+    found = _MixedStatistics.apply(
+        text_hidden[text_mask],
+        read[mask],
+        weights[mask],
+        *_weights(model),
+        text_targets[text_mask],
+        compact[rows, index[mask]],
+        targets[mask],
+        logit_transform(model.config),
+    )
+    text_logps, text_correct, logps, correct, own_logps = found
+    text = Prediction(_spread(text_logps, text_mask), _spread(text_correct, text_mask))
+    return text, Prediction(_spread(logps, mask), _spread(correct, mask)), _spread(own_logps, mask)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values of the places in `mask`, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def _weights(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     head = model.get_output_embeddings()
-    scale, softcap = logit_transform(model.config)
-    logps, entropies, _, _, correct = ChunkedLogProbFunction.apply(
-        rows,
-        head.weight,
-        getattr(head, "bias", None),
-        targets,
-        temperature,
-        min(VOCAB_CHUNK, head.weight.shape[0]),
-        softcap,
-        scale,
-        ("entropy", "is_top1"),
-    )
-    return logps, entropies, correct
+    return head.weight, getattr(head, "bias", None)
 
 
-def _dense_statistics(model, rows, targets, temperature):
-    """The same in float64, which the kernel does not keep: chunks of rows, recomputed in the backward."""
+class _Tiles:
+    """
+    Logits of rows of hidden states, a slice of the vocabulary at a time, and the way back from their gradients.
 
-    def chunk(rows, targets):
-        log_probs = torch.log_softmax(logits_of(model, rows) / temperature, dim=-1)
-        logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        return logps, -(log_probs.exp() * log_probs).sum(-1), log_probs.argmax(-1) == targets
+    Args:
+        weight (`torch.Tensor` of shape `(V, H)`), bias (of shape `(V,)`, *optional*):
+            The LM head.
+        transform (`tuple`):
+            As [`logit_transform`] gives it.
+        dtype (`torch.dtype`):
+            Of the products.
+        rows (`int`):
+            Rows of logits held at once.
+    """
 
-    size = row_chunk(model)
-    parts = [
-        checkpoint(chunk, r, t, use_reentrant=False)
-        for r, t in zip(rows.split(size), targets.split(size), strict=True)
-    ]
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    def __init__(self, weight, bias, transform, dtype, rows: int):
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.scale, self.softcap = transform
+        V = weight.shape[0]
+        width = min(max(TILE_ELEMENTS // max(rows, 1), LEAST_WIDTH), V)
+        self.slices = [slice(start, min(start + width, V)) for start in range(0, V, width)]
+
+    def raw(self, hidden: torch.Tensor, at: slice) -> torch.Tensor:
+        """Scaled logits before the soft-cap, in at least float32."""
+        logits = hidden.to(self.dtype) @ self.weight[at].to(self.dtype).T
+        if self.bias is not None:
+            logits += self.bias[at].to(self.dtype)
+        logits = logits.to(torch.promote_types(self.dtype, torch.float32))
+        return logits if self.scale == 1 else logits.mul_(self.scale)
+
+    def cap(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits; `raw` itself without a soft-cap."""
+        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
+
+    def uncap(self, grad: torch.Tensor, capped: torch.Tensor | None) -> torch.Tensor:
+        """Gradient of what [`cap`] was given, in place."""
+        return grad if self.softcap is None else grad.mul_(1 - (capped / self.softcap) ** 2)
+
+    def back(
+        self, heads: "_HeadGradients", at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """From gradients of scaled logits to those of their hidden states, each given as a pair; those of the head go to
+        `heads`."""
+        cast = [
+            ((grad if self.scale == 1 else grad.mul_(self.scale)).to(self.dtype), hidden.to(self.dtype))
+            for grad, hidden in pairs
+        ]
+        heads.put(at, *cast)
+        weight = self.weight[at].to(self.dtype)
+        return [(grad @ weight).to(torch.promote_types(self.dtype, torch.float32)) for grad, _ in cast]
+
+
+class _HeadGradients:
+    """Gradients of weight and bias, where they are wanted; filled a slice of the vocabulary at a time."""
+
+    def __init__(self, weight, bias, wanted: tuple[bool, bool]):
+        self.weight = torch.empty_like(weight) if wanted[0] else None
+        self.bias = torch.empty_like(bias) if wanted[1] else None
+
+    def put(self, at: slice, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Those of a slice, from gradients of its logits, `(rows, width)`, and the hidden states they came from."""
+        if self.weight is not None:
+            self.weight[at] = sum(grad.T @ hidden for grad, hidden in pairs)
+        if self.bias is not None:
+            self.bias[at] = sum(grad.sum(0) for grad, _ in pairs)
+
+
+class _Best:
+    """Logarithm of the sum of exponentials of rows of logits, their greatest, and a target's, tile after tile."""
+
+    def __init__(self, targets: torch.Tensor):
+        self.targets = targets
+        self.parts: list[torch.Tensor] = []  # the logarithm of each tile
+        self.top, self.index = torch.full_like(targets, -torch.inf, dtype=torch.float64), torch.zeros_like(targets)
+        self.target = self.top
+
+    def fold(self, logits: torch.Tensor, at: slice, ranked: bool = True) -> torch.Tensor:
+        """Takes a tile in; returns its log-softmax over itself, `ranked` or not among all tokens."""
+        normalized = logits.log_softmax(-1)
+        self.parts.append(logits[:, 0] - normalized[:, 0])
+        local = self.targets - at.start
+        inside = (local >= 0) & (local < logits.shape[1])
+        target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.target = torch.where(inside, target, self.target.to(target.dtype))
+        if ranked:
+            top, index = logits.max(-1)
+            better = top > self.top  # the first of equals is the likeliest, as `argmax` has it
+            self.top, self.index = (
+                torch.where(better, top, self.top),
+                torch.where(better, index + at.start, self.index),
+            )
+        return normalized
+
+    @property
+    def log_z(self) -> torch.Tensor:
+        return torch.stack(self.parts).logsumexp(0)
+
+    @property
+    def logps(self) -> torch.Tensor:
+        return self.target - self.log_z
+
+    @property
+    def correct(self) -> torch.Tensor:
+        return torch.eq(self.index, self.targets)
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _nll_slope(logits: torch.Tensor, log_z: torch.Tensor, grad: torch.Tensor, targets: torch.Tensor, at: slice):
+    """Gradient of log-probabilities of targets with respect to a tile of logits, in place of it."""
+    slope = logits.sub_(log_z[:, None]).exp_().mul_(-grad[:, None])
+    return _add_at_targets(slope, grad, targets, at)
+
+
+def _add_at_targets(slope: torch.Tensor, grad: torch.Tensor, targets: torch.Tensor, at: slice) -> torch.Tensor:
+    local = targets - at.start
+    inside = (local >= 0) & (local < slope.shape[1])
+    return slope.scatter_add_(1, local.clamp(0, slope.shape[1] - 1)[:, None], (grad * inside)[:, None])
+
+
+class _Statistics(torch.autograd.Function):
+    """Statistics of rows of hidden states; the backward computes their logits again. See [`token_statistics`]."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, transform, known):
+        tiles = _Tiles(weight, bias, transform, _compute_dtype(hidden), len(hidden))
+        if known is None:
+            best, dots = _Best(targets), []
+            for at in tiles.slices:
+                logits = tempered(tiles.cap(tiles.raw(hidden, at)), temperature)
+                normalized = best.fold(logits, at)
+                dots.append(torch.linalg.vecdot(normalized.exp_(), logits))
+            log_z = best.log_z
+            shares = (torch.stack(best.parts) - log_z).exp()
+            logps, entropies, correct = best.logps, log_z - (shares * torch.stack(dots)).sum(0), best.correct
+        else:
+            logps, entropies, log_z = known
+            correct = torch.zeros_like(targets, dtype=torch.bool)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropies)
+        ctx.tiles, ctx.temperature = tiles, temperature
+        ctx.mark_non_differentiable(correct)
+        return logps.clone(), entropies.clone(), correct
+
+    @staticmethod
+    def backward(ctx, d_logps, d_entropies, _):
+        hidden, weight, bias, targets, log_z, entropies = ctx.saved_tensors
+        tiles, heads = ctx.tiles, _HeadGradients(weight, bias, (ctx.needs_input_grad[1], ctx.needs_input_grad[2]))
+        d_hidden: torch.Tensor | float = 0.0
+        for at in tiles.slices:
+            capped = tiles.cap(tiles.raw(hidden, at))
+            log_p = tempered(capped if tiles.softcap is None else capped.clone(), ctx.temperature).sub_(log_z[:, None])
+            slope = log_p.exp()
+            # -p·(d_logp + d_entropy·(log p + entropy)), and d_logp at the target
+            slope.mul_(log_p.mul_(-d_entropies[:, None]).sub_((d_logps + d_entropies * entropies)[:, None]))
+            slope = tempered(_add_at_targets(slope, d_logps, targets, at), ctx.temperature)
+            (part,) = tiles.back(heads, at, (tiles.uncap(slope, capped), hidden))
+            d_hidden = d_hidden + part
+        return d_hidden.to(hidden.dtype), heads.weight, heads.bias, None, None, None, None
+
+
+class _MixedStatistics(torch.autograd.Function):
+    """See [`prediction_statistics`]: `rows` n of other hidden states, each mixed with one of m text rows."""
+
+    @staticmethod
+    def forward(ctx, text, read, weights, weight, bias, text_targets, index, targets, transform):
+        tiles = _Tiles(weight, bias, transform, _compute_dtype(text), 2 * len(read) + len(text))
+        of_text, mixed, own = _Best(text_targets), _Best(targets), _Best(targets)
+        for at in tiles.slices:
+            text_raw, raw = tiles.raw(text, at), tiles.raw(read, at)
+            of_text.fold(tiles.cap(text_raw), at)
+            own.fold(tiles.cap(raw), at, ranked=False)
+            mixed.fold(tiles.cap(torch.lerp(text_raw[index], raw, weights[:, None].to(raw.dtype))), at)
+        ctx.save_for_backward(
+            *(text, read, weights, weight, bias, text_targets, index, targets),
+            *(of_text.log_z, mixed.log_z, own.log_z),
+        )
+        ctx.tiles = tiles
+        text_correct, correct = of_text.correct, mixed.correct
+        ctx.mark_non_differentiable(text_correct, correct)
+        return of_text.logps, text_correct, mixed.logps, correct, own.logps
+
+    @staticmethod
+    def backward(ctx, d_text, _, d_mixed, __, d_own):
+        text, read, weights, weight, bias, text_targets, index, targets, *log_zs = ctx.saved_tensors
+        tiles, heads = ctx.tiles, _HeadGradients(weight, bias, ctx.needs_input_grad[3:5])
+        share = weights[:, None].to(d_mixed.dtype)
+        d_text_hidden, d_read, d_weights = 0.0, 0.0, 0.0
+        for at in tiles.slices:
+            text_raw, raw = tiles.raw(text, at), tiles.raw(read, at)
+            gap = raw - text_raw[index]
+            capped = [tiles.cap(x) for x in (text_raw, torch.addcmul(raw, gap, share - 1), raw)]
+            kept = [x.clone() if tiles.softcap is not None else None for x in capped]
+            goals = ((d_text, text_targets), (d_mixed, targets), (d_own, targets))
+            text_slope, slope, own_slope = (
+                tiles.uncap(_nll_slope(x, log_z, grad, goal, at), old)
+                for x, log_z, (grad, goal), old in zip(capped, log_zs, goals, kept, strict=True)
+            )
+            d_weights = d_weights + torch.linalg.vecdot(slope, gap)
+            own_slope.addcmul_(slope, share)
+            text_slope.index_add_(0, index, slope.mul_(1 - share))
+            text_part, part = tiles.back(heads, at, (text_slope, text), (own_slope, read))
+            d_text_hidden, d_read = d_text_hidden + text_part, d_read + part
+        d_hidden = (d_text_hidden.to(text.dtype), d_read.to(read.dtype), d_weights.to(weights.dtype))
+        return *d_hidden, heads.weight, heads.bias, None, None, None, None
 
 
 def normalized_entropy(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .config import QuietStarConfig
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
@@ -143,6 +143,15 @@ def check_adapter(model, peft_config) -> None:
             "You passed a `PeftModel` together with a `peft_config`; merge and unload the adapter first, or leave out "
             "`peft_config` to go on training it."
         )
+
+
+def disable_dropout(model) -> None:
+    """TRL's, and that of attention, which families keep as a number."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

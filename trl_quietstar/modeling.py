@@ -39,10 +39,10 @@ from ._compat import set_unsaved_keys
 from .generation import think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
 from .likelihood import log_likelihoods
-from .paths import SharedPrefix
+from .paths import Path, SharedPrefix
 from .sampling import Thinking
 from .scoring import ScoreRequest, score
-from .self_check import choose_path
+from .self_check import choose_path, takes_masks
 
 
 HEADS_NAME = "quietstar.safetensors"
@@ -64,9 +64,14 @@ class QuietStarMixin:
         return QuietStarSettings(**self.config.quietstar)
 
     @functools.cached_property
-    def can_branch(self) -> bool:
-        """Whether thoughts may branch off a text of this model, by the start-up check."""
-        return isinstance(choose_path(self), SharedPrefix)
+    def thought_path(self) -> Path:
+        """How thoughts are run on this model, by the start-up check."""
+        return choose_path(self)
+
+    @functools.cached_property
+    def branches_in_cache(self) -> bool:
+        """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
+        return isinstance(self.thought_path, SharedPrefix) and takes_masks(self)
 
     def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
         """

@@ -1,18 +1,24 @@
-"""Two ways to get a branch's hidden states, behind one interface; they must agree.
+"""Ways to get a branch's hidden states, behind one interface; they must agree.
 
-- `SharedPrefix` (fast): the text is processed once and every branch reads it, by a 4D attention mask.
+- `SharedPrefix` (fast): the text is processed once, and every branch attends to it and to itself ([`branch_attention`]).
+- `MaskedPrefix`: the same by a 4D attention mask, for families whose attention is not Transformers' interface.
 - `Replay` (universal, and the oracle): every branch is run as an ordinary sequence `text[: j + 1] + branch`.
 
 A path only answers "what are the hidden states?"; sampling and scoring are the same code on either
 (`sampling.py`, `scoring.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
+from . import branch_attention
+from .branch_attention import BranchReading, TextMemory, TextReading
 from .embeddings import embed_tokens, embedding_inputs
 from .geometry import (
     Branches,
@@ -40,7 +46,10 @@ def position_offset(config: PreTrainedConfig) -> int:
 class Reader(Protocol):
     """A text that was read, and branches that grow token by token after it."""
 
-    text_hidden: torch.Tensor  # (B, T, H)
+    @property
+    def text_hidden(self) -> torch.Tensor:
+        """Hidden states of the text, `(B, T, H)`."""
+        ...
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -82,8 +91,19 @@ class Path(Protocol):
         """Reads a text to sample from."""
         ...
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
-        """Runs the text and its branches, with gradient."""
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+        """
+        Runs the text and its branches, with gradient.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The causal LM.
+            text ([`Text`]), branches ([`Branches`]):
+                What to run.
+            batch_size (`int`, *optional*):
+                How many branches of each row at once; their activations are computed again in the backward, so that
+                memory holds those of one group only. Defaults to all, whose activations are kept.
+        """
         ...
 
 
@@ -94,6 +114,11 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
 
     Taken at the head and not from `base_model`, since some families (BERT's) transform the hidden states in between.
     """
+    return backbone_output(model, embeds, **inputs)[0]
+
+
+def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> tuple[torch.Tensor, ModelOutput]:
+    """The same, and what the forward returned: a cache, say."""
     head, taken = model.get_output_embeddings(), []
     if has_router_loss(model.config):  # not by the family's forward, which misreads a 4D mask
         inputs["output_router_logits"] = False
@@ -105,39 +130,195 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
     own = vars(head).get("forward")  # a hook's, if any
     head.forward = take
     try:
-        type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
+        output = type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
     finally:
         if own is None:
             del head.forward
         else:
             head.forward = own
-    return taken[0]
+    return taken[0], output
 
 
 class SharedPrefix:
-    """The text once, and all branches beside it in the same forward."""
+    """The text once, and all branches attending to it."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "CachedReader":
+    def read(self, model: PreTrainedModel, text: Text) -> "Reader":
+        return BranchReader(model, text)
+
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+        with recorded_routing(model) as calls:
+            reader = BranchReader(model, text)
+        routings = [Routing(logits, text.attention_mask.flatten()) for logits in calls]
+
+        def run(group: Branches):
+            with recorded_routing(model) as calls:
+                hidden = reader.grow(group.anchors, group.embeds, group.mask)
+            return hidden, calls
+
+        hidden = []
+        for group in branches.split(batch_size):
+            branch_hidden, calls = _run(run, group, batch_size is not None)
+            hidden.append(branch_hidden)
+            routings += [Routing(logits, group.mask.flatten()) for logits in calls]
+        return Encoded(reader.text_hidden, torch.cat(hidden, dim=1), routings)
+
+
+class BranchReader:
+    """
+    Keeps the text's keys and values, and those of the branches' slots, step after step.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        text ([`Text`]):
+            The batch.
+        embed (`Callable`, *optional*):
+            From token ids to embeddings. Defaults to [`~embeddings.embed_tokens`].
+    """
+
+    def __init__(self, model: PreTrainedModel, text: Text, embed: Callable | None = None):
+        if not branch_attention.enable(model):
+            raise ValueError("The attention of this family cannot branch.")
+        self.model, self.text, self.memory = model, text, TextMemory()
+        self.own: dict = {}
+        self.length = 0  # slots that were kept
+        mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
+        embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
+        if not text.is_plain:
+            position_ids = text.position_ids
+            mask = additive_masks(model.config, text_attention(text), position_ids, position_ids, embeds.dtype)
+        self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
+        _check_windows(model.config, self.memory)
+
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=anchors.device)
+        return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
+
+    def grow(
+        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor, keep: bool = False
+    ) -> torch.Tensor:
+        """
+        Adds slots to every branch.
+
+        Args:
+            anchors (`torch.Tensor` of shape `(B, N)`):
+                The text index each branch hangs off.
+            embeds (`torch.Tensor` of shape `(B, N, Q, E)`):
+                Input embeddings of the new slots.
+            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool):
+                Which of the slots that were kept, and of the new ones, hold something.
+            keep (`bool`):
+                Whether later slots will see the new ones.
+
+        Returns:
+            Hidden states of the new slots, of shape `(B, N, Q, H)`.
+        """
+        if embeds[..., 0].numel() == 0:
+            return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
+        reading = self._branch_reading(anchors, mask, embeds.shape[2], keep)
+        position_ids = branch_position_ids(self.text, anchors, mask)[:, :, self.length :]
+        # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
+        nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
+        masks = in_mask_form(self.model.config, nothing, dict.fromkeys(_near_kinds(self.model.config), nothing))
+        hidden = self._forward(embeds.flatten(1, 2), reading, masks, position_ids.flatten(1))
+        self.length += embeds.shape[2] if keep else 0
+        return hidden.unflatten(1, embeds.shape[1:3])
+
+    def _branch_reading(self, anchors: torch.Tensor, mask: torch.Tensor, Q: int, keep: bool) -> BranchReading:
+        first = anchors - self.text.position_ids.gather(1, anchors)  # where the anchor's document begins
+        positions = branch_position_ids(self.text, anchors, mask)
+        new = positions[:, :, -Q:]
+        slots = mask.shape[2]
+        causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
+        itself = torch.eye(slots, dtype=torch.bool, device=mask.device)[-Q:]
+        heads = self.model.config.get_text_config().num_attention_heads
+        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1])
+        return BranchReading(
+            memory=self.memory,
+            own=self.own,
+            first=first,
+            last=anchors,
+            spans=_spans(first, anchors, chunk),
+            chunk=chunk,
+            slots=(causal & mask[:, :, None]) | itself,
+            distances=new[..., None] - positions[:, :, None],
+            ahead=new + first[..., None],
+            keep=keep,
+        )
+
+    def _forward(self, embeds: torch.Tensor, reading, mask, position_ids: torch.Tensor) -> torch.Tensor:
+        return backbone(
+            self.model,
+            embeds,
+            attention_mask=mask,
+            position_ids=position_ids + position_offset(self.model.config),
+            use_cache=False,
+            quietstar_reading=reading,
+        )
+
+
+def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
+    """Least `first` and greatest `last`, `(B, N)`, of each chunk of branches."""
+    least, greatest = first.amin(0), torch.maximum(first, last).amax(0)
+    pairs = [torch.stack([a.amin(), b.amax()]) for a, b in zip(least.split(chunk), greatest.split(chunk), strict=True)]
+    return [tuple(pair) for pair in torch.stack(pairs).tolist()]
+
+
+def _near_kinds(config: PreTrainedConfig) -> list[str]:
+    """Which of the model's layer types do not see all of a text."""
+    config = config.get_text_config()
+    limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return [kind for kind, name in limits.items() if kind in layer_types and getattr(config, name, None) is not None]
+
+
+def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
+    """A window that the layers do not name would be seen past, and only in texts longer than it."""
+    kinds = _near_kinds(config)
+    if "chunked_attention" in kinds or (kinds and not memory.has_windows):
+        raise ValueError("The attention layers of this family do not name the window that they see.")
+
+
+def _run(function: Callable, group: Branches, again: bool):
+    """A group's forward, whose activations are computed `again` in the backward or kept."""
+    return checkpoint(function, group, use_reentrant=False) if again and torch.is_grad_enabled() else function(group)
+
+
+class MaskedPrefix(SharedPrefix):
+    """The text and all branches in one forward, told apart by a 4D mask."""
+
+    def read(self, model: PreTrainedModel, text: Text) -> "Reader":
         return CachedReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
-        B, N, S, _ = branches.embeds.shape
-        T = text.input_ids.shape[1]
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+        def run(group: Branches):
+            with recorded_routing(model) as calls:
+                hidden = self._packed(model, text, group)
+            return hidden, calls
+
+        T, hidden, routings = text.input_ids.shape[1], [], []
+        for i, group in enumerate(branches.split(batch_size)):
+            packed, calls = _run(run, group, batch_size is not None)
+            hidden.append((packed[:, :T], packed[:, T:].unflatten(1, group.mask.shape[1:])))
+            text_mask = text.attention_mask & (i == 0)  # each group reads the text again
+            mask = torch.cat([text_mask, group.mask.flatten(1)], dim=1).flatten()
+            routings += [Routing(logits, mask) for logits in calls]
+        return Encoded(hidden[0][0], torch.cat([part for _, part in hidden], dim=1), routings)
+
+    @staticmethod
+    def _packed(model: PreTrainedModel, text: Text, branches: Branches) -> torch.Tensor:
+        """Hidden states of `[text | branches]`, `(B, T + N·S, H)`."""
         embeds = torch.cat([embed_tokens(model, text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
         branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
         allowed = packed_attention(text, branches.anchors, branches.mask)
-        with recorded_routing(model) as calls:
-            hidden = backbone(
-                model,
-                embeds,
-                attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
-                position_ids=position_ids + position_offset(model.config),
-                use_cache=False,
-            )
-        mask = torch.cat([text.attention_mask, branches.mask.flatten(1)], dim=1).flatten()
-        routings = [Routing(logits, mask) for logits in calls]
-        return Encoded(hidden[:, :T], hidden[:, T:].unflatten(1, (N, S)), routings)
+        return backbone(
+            model,
+            embeds,
+            attention_mask=additive_masks(model.config, allowed, position_ids, position_ids, embeds.dtype),
+            position_ids=position_ids + position_offset(model.config),
+            use_cache=False,
+        )
 
 
 class CachedReader:
@@ -175,15 +356,24 @@ class Replay:
     """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
     hand."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "ReplayReader":
+    def read(self, model: PreTrainedModel, text: Text) -> Reader:
         return ReplayReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches) -> Encoded:
+    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
         with recorded_routing(model) as calls:
             text_hidden, text_mask = self._text(model, text)
-            branch_hidden, branch_mask = self._branches(model, text, branches)
-        routings = [Routing(x, mask) for x, mask in zip(calls, (text_mask, branch_mask), strict=False)]
-        return Encoded(text_hidden, branch_hidden, routings)
+        routings, hidden = [Routing(logits, text_mask) for logits in calls], []
+
+        def run(group: Branches):
+            with recorded_routing(model) as calls:
+                group_hidden, mask = self._branches(model, text, group)
+            return group_hidden, mask, calls
+
+        for group in branches.split(batch_size):
+            group_hidden, mask, calls = _run(run, group, batch_size is not None)
+            hidden.append(group_hidden)
+            routings += [Routing(logits, mask) for logits in calls]
+        return Encoded(text_hidden, torch.cat(hidden, dim=1), routings)
 
     def text_hidden(self, model: PreTrainedModel, text: Text) -> torch.Tensor:
         """Hidden states of the text, `(B, T, H)`."""
@@ -269,7 +459,7 @@ def additive_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     The mask in the form the family's forward takes: one float tensor of shape `(B, 1, Q, K)`, or one for each layer
-    type. Sliding windows are cut by true position, since a branch's slots lie far from the text they continue.
+    type. Sliding windows and chunks are cut by true position, since a branch's slots lie far from the text they continue.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -282,15 +472,26 @@ def additive_masks(
             Of the embeddings; a bool mask would be silently misread by eager attention.
     """
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if window is None or (layer_types and "sliding_attention" not in layer_types):
-        return _additive(allowed, dtype)
-    near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    sliding = _additive(allowed & near, dtype)
-    if not layer_types:
-        return sliding
-    return {"full_attention": _additive(allowed, dtype), "sliding_attention": sliding}
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    near = {}
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        near["sliding_attention"] = queries - keys < window
+    if (chunk := getattr(config, "attention_chunk_size", None)) is not None:
+        near["chunked_attention"] = queries // chunk == keys // chunk
+    masks = {kind: _additive(allowed & seen, dtype) for kind, seen in near.items()}
+    return in_mask_form(config, _additive(allowed, dtype), masks)
+
+
+def in_mask_form(
+    config: PreTrainedConfig, full: torch.Tensor, near: dict[str, torch.Tensor]
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The masks of full attention and, by layer type, of nearer ones, each `(B, 1, Q, K)`, as the family's forward takes
+    them."""
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if not layer_types and "sliding_attention" in near:
+        return near["sliding_attention"]
+    masks = {kind: mask for kind, mask in near.items() if kind in layer_types}
+    return {"full_attention": full} | masks if masks else full
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

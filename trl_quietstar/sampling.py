@@ -4,6 +4,7 @@ A token is drawn by inverting the distribution's cumulative sum at a given unifo
 of the model, the text up to its position, and its own random numbers: the same on either path and in any batch.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +18,13 @@ from transformers.generation import (
 )
 
 from .embeddings import embed_tokens, embed_vector
-from .geometry import Positions, Text, Thoughts, gather_hidden, seeded_generators
+from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from .heads import QuietStarSettings, ThinkingModel
-from .lm_head import logits_of, row_chunk
-from .paths import Reader
+from .lm_head import Drawn, logits_of, normalized_entropy, row_chunk, tempered
+from .paths import Path, Reader
 
 
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first when one is drawn
 MODES = ("always", "never", "adaptive")
 
 
@@ -215,6 +217,24 @@ def sample_thoughts(
     Returns:
         [`Thoughts`] with tensors of shape `(B, J, G, L)`.
     """
+
+    def draw(hidden: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return draw_tokens(model, hidden, u, settings)
+
+    return _write(model, reader, positions, settings, draws, draw, functools.partial(embed_tokens, model))
+
+
+def _write(
+    model: ThinkingModel,
+    reader: Reader,
+    positions: Positions,
+    settings: SamplingSettings,
+    draws: torch.Tensor,
+    draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    embed: Callable[[torch.Tensor], torch.Tensor],
+) -> Thoughts:
+    """The loop over a thought's tokens: `draw` gives them for hidden states `(B, N, H)` and uniform numbers `(B, N)`,
+    `embed` their embeddings."""
     B, J = positions.index.shape
     G, L = settings.num_thoughts, settings.thought_length
     anchors = positions.index.repeat_interleave(G, dim=1)
@@ -226,12 +246,88 @@ def sample_thoughts(
     for step in range(L):
         mask[..., step] &= running
         hidden = reader.extend(anchors, embeds)
-        token_ids[..., step] = draw_tokens(model, hidden, draws[..., step], settings)
+        token_ids[..., step] = drawn = draw(hidden, draws[..., step])
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
-        embeds = embed_tokens(model, token_ids[..., step])
+        if step + 1 < L:
+            embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
     shape = (B, J, G, L)
     return Thoughts(positions, token_ids.view(shape), mask.view(shape))
+
+
+@dataclass(frozen=True)
+class ThoughtSampler:
+    """
+    How the thoughts of a batch are drawn, positions included; each row from its own random numbers.
+
+    Parameters:
+        settings ([`SamplingSettings`]):
+            Of the thoughts.
+        generators (`list[torch.Generator]`):
+            One for each row.
+        thought_positions, difficulty_threshold, min_thought_interval:
+            As in [`QuietStarConfig`].
+    """
+
+    settings: SamplingSettings
+    generators: list[torch.Generator]
+    thought_positions: int | float | str
+    difficulty_threshold: float = 0.6
+    min_thought_interval: int = 3
+
+    @torch.no_grad()
+    def sample(self, model: ThinkingModel, text: Text, path: Path) -> Thoughts:
+        """Reads the text and writes its thoughts, without gradient."""
+        reader = path.read(model, text)
+        positions = self._positions(model, text, reader)
+        return sample_thoughts(model, reader, text, positions, self.settings, self._draws(positions))
+
+    def sample_in_graph(
+        self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[Thoughts, torch.Tensor, Drawn]:
+        """
+        The same thoughts, keeping the graph of the forwards that they were drawn from.
+
+        Args:
+            model ([`ThinkingModel`]):
+                A model with heads.
+            text ([`Text`]):
+                The batch.
+            reader ([`Reader`]):
+                The text as this model read it, with gradient; it has then seen all tokens of a thought but the last.
+            embed (`Callable`):
+                From token ids to embeddings.
+
+        Returns:
+            `tuple`: [`Thoughts`]; the hidden states that each token was drawn from, `(B, J, G, L, H)`; and what is known of
+            each token, of shape `(B, J, G, L)`.
+        """
+        states, drawn = [], []
+
+        def draw(hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            states.append(hidden)
+            drawn.append(draw_with_statistics(model, hidden, draws, self.settings))
+            return drawn[-1].token_ids
+
+        positions = self._positions(model, text, reader)
+        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed)
+        shape = thoughts.mask.shape
+        names = ("token_ids", "logps", "entropies", "log_z")
+        known = Drawn(*(torch.stack([getattr(d, name) for d in drawn], dim=2).view(shape) for name in names))
+        return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
+
+    def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
+        return choose_positions(
+            text,
+            self.thought_positions,
+            self.generators,
+            lambda: normalized_entropy(model, reader.text_hidden[:, :-1]),
+            self.difficulty_threshold,
+            self.min_thought_interval,
+        )
+
+    def _draws(self, positions: Positions) -> torch.Tensor:
+        return uniforms(positions, self.settings, self.generators)
 
 
 @torch.no_grad()
@@ -262,6 +358,7 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
     return torch.stack(tokens, dim=-1)
 
 
+@torch.no_grad()
 def draw_tokens(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
@@ -270,13 +367,53 @@ def draw_tokens(
     tokens = []
     for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
         logits = logits_of(model, rows)
-        if not settings.do_sample:
+        if settings.do_sample:
+            tokens.append(_invert(warpers(None, logits).softmax(-1), u))  # type: ignore[arg-type]  # none reads the ids
+        else:
             tokens.append(logits.argmax(-1))
-            continue
-        warped = warpers(None, logits)  # type: ignore[arg-type]  # no warper here reads the ids so far
-        cumulative = warped.double().softmax(-1).cumsum_(-1)
-        threshold = (u * cumulative[:, -1])[:, None]
-        tokens.append(
-            torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
-        )
     return torch.cat(tokens).view(draws.shape)
+
+
+@torch.no_grad()
+def draw_with_statistics(
+    model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
+) -> Drawn:
+    """The same tokens, and what the policy at the sampling temperature says of them, from one set of logits."""
+    warpers, size = settings.warpers(), row_chunk(model)
+    tempers_only = len(warpers) == (settings.temperature != 1.0)
+    parts = []
+    for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
+        logits = logits_of(model, rows)
+        policy = tempered(logits, settings.temperature)
+        log_probs = policy.log_softmax(-1)
+        log_z = policy[:, 0] - log_probs[:, 0]
+        probs = log_probs.exp()
+        entropies = log_z - torch.linalg.vecdot(probs, policy)
+        if not settings.do_sample:
+            token_ids = logits.argmax(-1)
+        else:
+            token_ids = _invert(probs if tempers_only else warpers(None, logits).softmax(-1), u)  # type: ignore[arg-type]
+        parts.append((token_ids, log_probs.gather(1, token_ids[:, None])[:, 0], entropies, log_z))
+    return Drawn(*(torch.cat(x).view(draws.shape) for x in zip(*parts, strict=True)))
+
+
+def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """
+    The token at which the cumulative probability passes `u`, of shape `(rows,)`.
+
+    The sum runs over blocks of the vocabulary first, then within one, so that no second array of `(rows, V)` is made.
+    """
+    V = probs.shape[1]
+    whole = V // BLOCK * BLOCK
+    sums = torch.cat(
+        [probs[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)], dim=1
+    )
+    cumulative = sums.double().cumsum(-1)
+    threshold = (u * cumulative[:, -1])[:, None]
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
+    mass = sums.gather(1, block).double()
+    share = (threshold - cumulative.gather(1, block) + mass) / mass
+    index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    within = (probs.gather(1, index.clamp(max=V - 1)) * (index < V)).double().cumsum(-1)
+    offset = torch.searchsorted(within, share.clamp(0, 1 - 1e-12) * within[:, -1:], right=True)
+    return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)

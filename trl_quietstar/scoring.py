@@ -3,17 +3,20 @@
 This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and autocast see an ordinary forward.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import ModelOutput
 
-from .embeddings import embed_tokens, embed_vector
-from .geometry import Branches, Text, Thoughts, gather_hidden, talk_after
+from .embeddings import LookupTape, embed_tokens, embed_vector
+from .geometry import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
-from .lm_head import token_statistics
-from .paths import Path
-from .routing import router_loss
+from .lm_head import Drawn, prediction_statistics, token_statistics
+from .paths import BranchReader, Path
+from .routing import Routing, router_loss
+from .sampling import ThoughtSampler
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class ScoreRequest:
     Parameters:
         text ([`Text`]):
             The batch.
-        thoughts ([`Thoughts`]):
-            The sampled thoughts.
+        thoughts ([`Thoughts`] or [`~sampling.ThoughtSampler`]):
+            The sampled thoughts; or how to sample them in the same pass, whose graph is kept (`SharedPrefix` only).
         talk_length (`int`):
             M.
         path ([`Path`]):
@@ -34,14 +37,17 @@ class ScoreRequest:
             The sampling temperature; the policy's log-probabilities are taken at it.
         prediction (`str`):
             `"mixed"` or `"thought"`.
+        branch_batch_size (`int`, *optional*):
+            How many branches of each row are scored at once, as in [`~paths.Path.encode`].
     """
 
     text: Text
-    thoughts: Thoughts
+    thoughts: Thoughts | ThoughtSampler
     talk_length: int
     path: Path
     temperature: float = 1.0
     prediction: str = "mixed"
+    branch_batch_size: int | None = None
 
 
 @dataclass
@@ -65,6 +71,8 @@ class Scores(ModelOutput):
             Cosine of the thought's mean hidden state and the hidden state at its position; no gradient.
         router_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts, a scalar.
+        thoughts ([`Thoughts`], *optional*):
+            Those that were scored.
     """
 
     thought_logps: torch.Tensor | None = None
@@ -78,6 +86,7 @@ class Scores(ModelOutput):
     text_correct: torch.Tensor | None = None
     similarity: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
+    thoughts: Thoughts | None = None
 
 
 def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
@@ -93,41 +102,85 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     Returns:
         [`Scores`].
     """
-    text, thoughts = request.text, request.thoughts
-    B, J, G, L = thoughts.token_ids.shape
-    talk = talk_after(text, thoughts.positions, request.talk_length)
-    M = request.talk_length
-    encoded = request.path.encode(model, text, _full_branches(model, text, thoughts, talk))
-    text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
+    text, M = request.text, request.talk_length
+    if isinstance(request.thoughts, ThoughtSampler):
+        encoded = _sample_and_encode(model, request, request.thoughts)
+    else:
+        encoded = _encode(model, request, request.thoughts)
+    thoughts, text_hidden, hidden = encoded.thoughts, encoded.text, encoded.branches
+    G, L = thoughts.token_ids.shape[2:]
+    talk = talk_after(text, thoughts.positions, M)
     drawn_from = hidden[..., :L, :]
-    policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature)
+    policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature, encoded.drawn)
     values = model.quietstar.values(drawn_from) * thoughts.mask
 
     read = hidden[..., L + 1 :, :]
     mask = talk.target_mask[:, :, None].expand(-1, -1, G, -1)
     targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
-    reader = said = token_statistics(model, read, targets, mask)
-    weights = torch.ones_like(reader.logps)
+    predicts = text.predicted()
     if request.prediction == "mixed":
         index = thoughts.positions.index[..., None] + torch.arange(M, device=hidden.device)
-        without = gather_hidden(text_hidden, index.clamp(max=text_hidden.shape[1] - 1))[:, :, None]
-        weights = model.quietstar.mixing_head(without.expand_as(read), read)
-        mix = weights[..., None].to(hidden.dtype)
-        said = token_statistics(model, mix * read + (1 - mix) * without, targets, mask)
-    plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.predicted())
+        index = index.clamp(max=predicts.shape[1] - 1)[:, :, None].expand_as(mask)
+        weights = model.quietstar.mixing_head(gather_hidden(text_hidden, index), read)
+        plain, said, reader_logps = prediction_statistics(
+            model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts, read, index, weights, targets, mask
+        )
+    else:
+        plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts).prediction
+        said = token_statistics(model, read, targets, mask).prediction
+        reader_logps, weights = said.logps, torch.ones_like(said.logps)
     return Scores(
         thought_logps=policy.logps,
         thought_entropies=policy.entropies,
         thought_values=values,
         talk_logps=said.logps,
         talk_correct=said.correct,
-        reader_logps=reader.logps,
+        reader_logps=reader_logps,
         mixing_weights=weights * mask,
         text_logps=plain.logps,
         text_correct=plain.correct,
         similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
         router_loss=router_loss(model.config, encoded.routings),
+        thoughts=thoughts,
     )
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Hidden states of the text, `(B, T, H)`, and of the thoughts' branches, `(B, J, G, S, H)`; what is known of thought
+    tokens that were drawn on the way; and routings as in [`~paths.Encoded`]."""
+
+    thoughts: Thoughts
+    text: torch.Tensor
+    branches: torch.Tensor
+    routings: list[Routing]
+    drawn: Drawn | None = None
+
+
+def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> _Encoding:
+    """Runs text and branches of thoughts that were sampled before."""
+    text = request.text
+    talk = talk_after(text, thoughts.positions, request.talk_length)
+    branches = _full_branches(model, thoughts, talk, functools.partial(embed_tokens, model))
+    encoded = request.path.encode(model, text, branches, request.branch_batch_size)
+    return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
+
+
+def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: ThoughtSampler) -> _Encoding:
+    """
+    Samples thoughts and goes on to their talk in one graph: every token is processed once.
+
+    The forwards that draw the tokens are those of the slots before them; what is left is the last thought token, the end
+    and the talk.
+    """
+    text, embed = request.text, LookupTape(model)
+    reader = BranchReader(model, text, embed)
+    thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, reader, embed)
+    talk = talk_after(text, thoughts.positions, request.talk_length)
+    rest = _full_branches(model, thoughts, talk, embed, seen=thoughts.mask.shape[3])
+    tail = reader.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
+    hidden = torch.cat([drawn_from, tail], dim=3)
+    return _Encoding(thoughts, reader.text_hidden, hidden, [], drawn)
 
 
 def score_thoughts(
@@ -197,21 +250,26 @@ def _edge(model: ThinkingModel, embedding: torch.Tensor, thoughts: Thoughts) -> 
     return embed_vector(model, embedding).expand(*thoughts.mask.shape[:3], 1, -1)
 
 
-def _full_branches(model: ThinkingModel, text: Text, thoughts: Thoughts, talk) -> Branches:
-    """`start, thought, end, first M - 1 talk tokens` at every position."""
-    G = thoughts.token_ids.shape[2]
-    thought = embed_tokens(model, thoughts.token_ids)
-    spoken = embed_tokens(model, talk.token_ids[..., :-1])[:, :, None].expand(-1, -1, G, -1, -1)
+def _full_branches(
+    model: ThinkingModel, thoughts: Thoughts, talk: Talk, embed: Callable[[torch.Tensor], torch.Tensor], seen: int = 0
+) -> Branches:
+    """`start, thought, end, first M - 1 talk tokens` at every position, without the embeddings of the first `seen`
+    slots."""
+    (G, L), left = thoughts.token_ids.shape[2:], max(seen - 1, 0)
+    # a token is read only where another follows: the text's last token would predict nothing
+    spoken_ids, spoken_mask = (
+        x[:, :, None].expand(-1, -1, G, -1) for x in (talk.token_ids[..., :-1], talk.input_mask[..., 1:])
+    )
+    tokens = embed(torch.cat([thoughts.token_ids[..., left:], spoken_ids], dim=3))  # one gradient of the table for all
+    thought, spoken = tokens.split([L - left, spoken_ids.shape[3]], dim=3)
     start = _edge(model, model.quietstar.start_embedding, thoughts)
     end = _edge(model, model.quietstar.end_embedding, thoughts)
     if thoughts.filler:
         thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]
-    # a token is read only where another follows: the text's last token would predict nothing
-    spoken_mask = talk.input_mask[:, :, None, 1:].expand(-1, -1, G, -1)
     return Branches(
         anchors=thoughts.positions.index.repeat_interleave(G, dim=1),
-        embeds=torch.cat([start, thought, end, spoken], dim=3).flatten(1, 2),
+        embeds=torch.cat([*([start] if seen == 0 else []), thought, end, spoken], dim=3).flatten(1, 2),
         mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
     )
 

@@ -1,14 +1,17 @@
 """The start-up check: is the fast path exact on *this* model? Nobody trains on silently wrong masks."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
+from . import branch_attention
+from .cached_replay import CachedReplay
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
 from .lm_head import token_statistics
-from .paths import Path, Reader, Replay, SharedPrefix
+from .paths import MaskedPrefix, Path, Reader, Replay, SharedPrefix
 from .sampling import SamplingSettings, sample_thoughts, uniforms
 from .scoring import ScoreRequest, score
 
@@ -21,6 +24,12 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 # 0.30 or more where a mask is wrong
 QUANTIZED_TOLERANCE = 2e-1
 TEXT_LENGTH = 24
+# Fastest first
+PATHS_OF: dict[str, tuple[Path, ...]] = {
+    "shared_prefix": (SharedPrefix(), MaskedPrefix()),
+    "replay": (CachedReplay(), CachedReplay(by_token=True), Replay()),
+}
+PATHS = PATHS_OF["shared_prefix"] + PATHS_OF["replay"]
 
 
 @torch.no_grad()
@@ -44,6 +53,7 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
         `float`: 0 is perfect agreement; NaN if any number is.
     """
     text = _random_text(model, seed)
+    ordinary = _ordinary_logps(model, text)  # before the path may change how the model attends
     positions = choose_positions(text, 6, seeded_generators(seed, 0, [0, 1]))
     settings = SamplingSettings(
         thought_length=3, num_thoughts=2, min_thought_length=2, stop=lambda ids: ids[:, -1] % 2 == 0
@@ -57,7 +67,9 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     if oracle.router_loss is not None:
         pairs.append((ours.router_loss, oracle.router_loss))
     pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
-    pairs.append((ours.text_logps[:1, : TEXT_LENGTH // 2 - 1], _ordinary_logps(model, text)))
+    pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
+    plain = Text.from_batch(text.input_ids, text.attention_mask)  # which a path may read without a mask
+    pairs.append((_text_logps(model, path, plain), _text_logps(model, Replay(), plain)))
     differences = [(a - b).double().abs().max() / b.double().abs().max().clamp(min=1) for a, b in pairs]
     return float(torch.stack(differences).max())
 
@@ -73,6 +85,12 @@ def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> t
     return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.mask).logps
 
 
+def _text_logps(model: ThinkingModel, path: Path, text: Text) -> torch.Tensor:
+    """Log-probabilities of the text as a path reads it: shape `(B, T - 1)`."""
+    hidden = path.read(model, text).text_hidden[:, :-1]
+    return token_statistics(model, hidden, text.input_ids[:, 1:], text.predicted()).logps
+
+
 def _random_text(model: ThinkingModel, seed: int) -> Text:
     """Two rows: a row of two packed documents, and a row padded at its end."""
     V, device = int(model.get_input_embeddings().weight.shape[0]), model.quietstar.start_embedding.device
@@ -86,17 +104,21 @@ def _random_text(model: ThinkingModel, seed: int) -> Text:
     return Text.from_batch(ids, mask, position_ids=position_ids)
 
 
-def _ordinary_logps(model: ThinkingModel, text: Text) -> torch.Tensor:
-    """Log-probabilities of the first document by the model's own forward: shape `(1, T / 2 - 1)`."""
-    ids = text.input_ids[:1, : TEXT_LENGTH // 2]
-    logits = model(input_ids=ids).logits[:, :-1]
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
+    """Log-probabilities of each row's first document by the model's own forward, without padding."""
+    logps = []
+    for ids, documents in zip(text.input_ids, text.document_ids, strict=True):
+        ids = ids[documents == 1]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        logps.append(log_probs.gather(-1, ids[1:, None]).squeeze(-1))
+    return logps
 
 
 def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     """
-    The shared prefix where it is exact on this model, otherwise replay.
+    The first path that is exact on this model: the shared prefix by its attention or by a mask, replay that goes on from the
+    family's cache, plain replay.
 
     Args:
         model ([`ThinkingModel`]):
@@ -111,25 +133,41 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     training = model.training
     model.eval()
     try:
-        problem = None if wanted == "replay" else _problem(model, SharedPrefix())
-        if wanted != "replay" and problem is None:
-            return SharedPrefix()
-        if wanted == "shared_prefix":
-            raise ValueError(f"The shared prefix is not exact on this model: {problem}. Use `thought_path='auto'`.")
-        hopeless = _problem(model, Replay())
+        path, problems = _first_exact(model, PATHS if wanted == "auto" else PATHS_OF[wanted])
     finally:
         model.train(training)
-    if hopeless is not None:
+    if path is None and wanted == "shared_prefix":
+        raise ValueError(f"The shared prefix is not exact on this model: {problems[-1]}. Use `thought_path='auto'`.")
+    if path is None:
         raise ValueError(
-            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {hopeless}. Thoughts need a "
+            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {problems[-1]}. Thoughts need a "
             "decoder that reads from left to right (an encoder may have to be loaded with `is_decoder=True`) and takes "
             "`inputs_embeds`."
         )
-    if problem is not None:
+    if wanted == "auto" and isinstance(path, Replay):
         logger.warning(
-            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.", problem
+            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
+            problems[len(PATHS_OF["shared_prefix"]) - 1],
         )
-    return Replay()
+    return path
+
+
+@torch.no_grad()
+def takes_masks(model: ThinkingModel) -> bool:
+    """Whether this model reads a branch by a 4D mask as it should; in `eval()` mode."""
+    return _problem(model, MaskedPrefix()) is None
+
+
+def _first_exact(model: ThinkingModel, paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The first path without a problem, if any, and the problems of those before it."""
+    problems: list[str] = []
+    for path in paths:
+        problem = _problem(model, path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+        branch_attention.disable(model)
+    return None, problems
 
 
 def _problem(model: ThinkingModel, path: Path) -> str | None:

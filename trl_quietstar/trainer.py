@@ -31,7 +31,7 @@ from transformers import (
     is_wandb_available,
 )
 from trl import SyncRefModelCallback
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ._compat import _BaseTrainer
 from .advantages import thought_advantages
@@ -39,18 +39,19 @@ from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .callbacks import AntiTheaterCallback
 from .config import QuietStarConfig
 from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
-from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
+from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after
 from .inspection import inspect_texts
 from .inspection_page import write_page
-from .lm_head import normalized_entropy
-from .loading import build_model, check_adapter, check_quantization, pad_token_id
+from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
+from .memory import branches_that_fit, free_bytes, kept_per_token
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
+from .paths import SharedPrefix
 from .report import card_section, print_thoughts, thought_table
 from .rewards import coherence, thought_rewards
-from .routing import use_router_loss
-from .sampling import sample_thoughts, thought_sampling, uniforms
+from .routing import has_router_loss, use_router_loss
+from .sampling import ThoughtSampler, thought_sampling
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
 from .self_check import choose_path
 
@@ -158,7 +159,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         model, processing_class = build_model(model, args, processing_class, quantization_config, peft_config)
         base = base_of(model)
         if args.disable_dropout:
-            disable_dropout_in_model(model)
+            disable_dropout(model)
         if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay
             base.quietstar.value_head.requires_grad_(False)
         if args.reward_prediction == "thought":
@@ -199,6 +200,20 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.anti_theater_steps is not None:
             # ahead of the loggers, which close at the end of training
             self.callback_handler.callbacks.insert(0, self._anti_theater)
+        # in one graph: not where dropout would be on in sampling, nor where routers are watched forward by forward
+        self._samples_in_graph = (
+            type(self.path) is SharedPrefix
+            and args.disable_dropout
+            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
+            and args.single_pass is not False
+            and not has_router_loss(base.config)
+        )
+        if args.single_pass and not self._samples_in_graph:
+            raise ValueError(
+                f"`single_pass=True` needs a model whose attention can branch and that trains no router, which "
+                f"{type(base).__name__} is not; leave it out."
+            )
+        self._kept_per_token: float | None = None  # bytes; measured when it is needed
         self.sampling = thought_sampling(args.settings(), processing_class, args.num_thoughts)
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
@@ -275,11 +290,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.max_length is None:
             longest = int(text.position_ids.max()) + 1
             check_length(longest, args.thought_length, max_positions(base_of(self.model).config))
-        thoughts = self._sample_thoughts(text, mode)
-        request = ScoreRequest(text, thoughts, args.talk_length, self.path, args.temperature, args.reward_prediction)
         scores = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], quietstar_request=request
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            quietstar_request=self._score_request(text, mode),
         )
+        thoughts = scores.thoughts
         reference = self._score_reference(text, thoughts)
 
         talk = talk_after(text, thoughts.positions, args.talk_length)
@@ -340,31 +356,55 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             self._note_metrics(batch, mode)
         return loss
 
-    def _sample_thoughts(self, text: Text, mode: str) -> Thoughts:
-        """Positions and thoughts of a batch, each row from its own random numbers."""
-        args, base = self.args, base_of(self.accelerator.unwrap_model(self.model))
-        generators = seeded_generators(
-            args.seed, self.state.global_step if mode == "train" else 0, self._row_indices(len(text.input_ids), mode)
+    def _score_request(self, text: Text, mode: str) -> ScoreRequest:
+        """What to score, and whether thoughts are sampled before or on the way."""
+        args, sampler = self.args, self._sampler(text, mode)
+        single_pass, batch_size = self._plan(text, mode)
+        return ScoreRequest(
+            text,
+            sampler if single_pass else self._sample_thoughts(text, sampler),
+            args.talk_length,
+            self.path,
+            args.temperature,
+            args.reward_prediction,
+            batch_size,
         )
-        settings = self.sampling
+
+    def _plan(self, text: Text, mode: str) -> tuple[bool, int | None]:
+        """Whether one pass is enough, and how many branches to score at once if not; None: all."""
+        args, base = self.args, base_of(self.model)
+        if mode == "eval" or args.single_pass or args.branch_batch_size is not None or args.gradient_checkpointing:
+            return self._samples_in_graph, args.branch_batch_size
+        if self._kept_per_token is None:
+            with self.accelerator.autocast():
+                self._kept_per_token = kept_per_token(base)
+        B, T = text.input_ids.shape
+        branches = args.num_thoughts * most_positions(args.thought_positions, T, args.min_thought_interval)
+        size = (B, T, branches, args.thought_length + args.talk_length + 1)
+        fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
+        if fitting == branches:
+            return self._samples_in_graph and args.single_pass is not False, None
+        return False, fitting
+
+    def _sampler(self, text: Text, mode: str) -> ThoughtSampler:
+        """How the thoughts of a batch are drawn, each row's from its own random numbers."""
+        args, settings = self.args, self.sampling
         if mode == "eval" and not args.eval_do_sample:
             settings = replace(settings, do_sample=False)
+        step = self.state.global_step if mode == "train" else 0
+        generators = seeded_generators(args.seed, step, self._row_indices(len(text.input_ids), mode))
+        return ThoughtSampler(
+            settings, generators, args.thought_positions, args.difficulty_threshold, args.min_thought_interval
+        )
+
+    def _sample_thoughts(self, text: Text, sampler: ThoughtSampler) -> Thoughts:
+        """Thoughts of a batch, without gradient."""
+        base = base_of(self.accelerator.unwrap_model(self.model))
         training = base.training
         base.eval()  # no dropout, and a cache even where layers are checkpointed
         try:
-            with torch.no_grad(), self.accelerator.autocast():
-                reader = self.path.read(base, text)
-                positions = choose_positions(
-                    text,
-                    args.thought_positions,
-                    generators,
-                    lambda: normalized_entropy(base, reader.text_hidden[:, :-1]),
-                    args.difficulty_threshold,
-                    args.min_thought_interval,
-                )
-                return sample_thoughts(
-                    base, reader, text, positions, settings, uniforms(positions, settings, generators)
-                )
+            with self.accelerator.autocast():
+                return sampler.sample(base, text, self.path)
         finally:
             base.train(training)
 
@@ -543,7 +583,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         for dataset in datasets.values():
             for inputs in self.get_eval_dataloader(dataset):
                 text = Text.from_batch(**self._prepare_inputs(inputs))
-                thoughts = self._sample_thoughts(text, "eval")
+                thoughts = self._sample_thoughts(text, self._sampler(text, "eval"))
                 with self.accelerator.autocast():
                     of_texts = text_sums(
                         base, text, thoughts, args.talk_length, self.path, args.reward_prediction, generator

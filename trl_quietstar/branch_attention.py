@@ -1,0 +1,278 @@
+"""Attention of branches to the text they hang off, without a dense mask.
+
+A branch sees a run of text indices, `first` to `last`, and its own earlier slots. So two small products with one softmax
+over both replace a `(T + N·S)²` mask: cost grows with what is seen, memory with what is kept. It enters any family that
+dispatches its attention through Transformers' `AttentionInterface`, as an implementation that does what the family's own
+did ([`enable`]) until a forward brings a [`TextReading`] or a [`BranchReading`].
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+
+PREFIX = "quietstar_"  # of the implementation's name, before the one it stands in for
+EAGER = "eager_attention_forward"  # which each family has of its own
+CHUNK_ELEMENTS = 2**20  # attention scores held at once
+CHUNK_BRANCHES = 64  # branches of a chunk: a shorter one skips more text that none of its branches sees
+
+
+@dataclass
+class TextMemory:
+    """
+    Keys and values of a text, by attention layer, as one forward left them: `(B, heads, T, D)`.
+
+    Parameters:
+        layers (`dict`):
+            By module.
+        has_windows (`bool`):
+            Whether any layer named its sliding window.
+    """
+
+    layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    has_windows: bool = False
+
+
+@dataclass(frozen=True)
+class TextReading:
+    """A forward over the text itself, which fills `memory` on its way."""
+
+    memory: TextMemory
+
+    def attend(self, attention, module, query, key, value, attention_mask, **kwargs):
+        # a checkpointed layer comes by again in the backward; the first keys are those of the graph
+        self.memory.layers.setdefault(module, (key, value))
+        self.memory.has_windows |= kwargs.get("sliding_window") is not None
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+@dataclass(frozen=True)
+class BranchReading:
+    """
+    A forward over Q new slots of every branch, `(B, N·Q)` tokens.
+
+    Parameters:
+        memory ([`TextMemory`]):
+            Of the text.
+        own (`dict`):
+            Keys and values of the branches' earlier slots, by module, `(B, heads, N, s, D)`; grows where `keep`.
+        first, last (`torch.Tensor` of shape `(B, N)`):
+            Text indices that a branch sees.
+        spans (`list[tuple[int, int]]`):
+            Least `first` and greatest `last`, over the batch, of each chunk of branches.
+        chunk (`int`):
+            Branches of a chunk.
+        slots (`torch.Tensor` of shape `(B, N, Q, s + Q)`, bool):
+            Which of its own slots, new ones included, a new slot sees.
+        distances (`torch.Tensor` of shape `(B, N, Q, s + Q)`):
+            How many positions each of them is behind; for sliding windows.
+        ahead (`torch.Tensor` of shape `(B, N, Q)`):
+            How many positions a new slot is ahead of text index 0; for the same.
+        keep (`bool`):
+            Whether more slots will follow.
+    """
+
+    memory: TextMemory
+    own: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+    first: torch.Tensor
+    last: torch.Tensor
+    spans: list[tuple[int, int]]
+    chunk: int
+    slots: torch.Tensor
+    distances: torch.Tensor
+    ahead: torch.Tensor
+    keep: bool
+
+    def attend(self, attention, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        if dropout:
+            raise ValueError(f"Attention dropout of {dropout} is not applied to branches; set it to 0.")
+        if kwargs.get("position_bias") is not None:
+            raise ValueError("An attention with a learned position bias cannot branch.")
+        B, N, Q, _ = self.slots.shape
+        text_key, text_value = self.memory.layers[module]
+        key, value = (x.to(query.dtype).unflatten(2, (N, Q)) for x in (key, value))
+        if module in self.own:
+            key, value = (torch.cat(pair, dim=3) for pair in zip(self.own[module], (key, value), strict=True))
+        if self.keep:
+            self.own[module] = key, value
+        window = kwargs.get("sliding_window")
+        slots, first = self.slots, self.first[..., None]
+        if window is not None:
+            slots = slots & (self.distances < window)
+            first = torch.maximum(first, self.ahead - window + 1)
+        groups = query.shape[1] // key.shape[1]
+        q = query.unflatten(2, (N, Q)).unflatten(1, (-1, groups)).transpose(2, 3).flatten(3, 4)
+        out = _Attend.apply(
+            q * (query.shape[-1] ** -0.5 if scaling is None else scaling),
+            text_key.to(query.dtype),
+            text_value.to(query.dtype),
+            key,
+            value,
+            kwargs.get("s_aux"),
+            (first, self.last, slots, self.spans, self.chunk, kwargs.get("softcap")),
+        )
+        out = out.unflatten(3, (groups, Q)).permute(0, 2, 4, 1, 3, 5)
+        return out.reshape(B, N * Q, query.shape[1], -1), None
+
+
+class _Attend(torch.autograd.Function):
+    """
+    Softmax attention of every branch over its text and its own slots, chunk by chunk of branches; the backward computes
+    the scores again.
+
+    Queries, already scaled, are `(B, heads, N, R, D)` with R = groups·Q rows of a branch that share keys; text keys `(B,
+    heads, T, D)`, own keys `(B, heads, N, s, D)`, sinks (one more logit in the softmax) of one number for each query head.
+    """
+
+    @staticmethod
+    def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout):
+        chunks = _Chunks(query, text_key, own_key, sinks, layout)
+        out = query.new_empty(*query.shape[:-1], text_value.shape[-1])
+        log_z = query.new_empty(query.shape[:-1], dtype=chunks.dtype)
+        for at, span in chunks:
+            scores, own_scores = chunks.scores(at, span)
+            top = torch.maximum(scores.amax(-1), own_scores.amax(-1))
+            if sinks is not None:
+                top = torch.maximum(top, chunks.sinks.expand_as(top))
+            weights, own_weights = (x.sub_(top[..., None]).exp_() for x in (scores, own_scores))
+            total = weights.sum(-1) + own_weights.sum(-1)
+            if sinks is not None:
+                total += (chunks.sinks - top).exp()
+            seen = weights.to(query.dtype).flatten(2, 3) @ text_value[:, :, span]
+            own = own_weights.to(query.dtype) @ own_value[:, :, at]
+            out[:, :, at] = (seen.view_as(own) + own) / total[..., None]
+            log_z[:, :, at] = top + total.log()
+        ctx.save_for_backward(query, text_key, text_value, own_key, own_value, sinks, out, log_z)
+        ctx.layout = layout
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, text_key, text_value, own_key, own_value, sinks, out, log_z = ctx.saved_tensors
+        chunks = _Chunks(query, text_key, own_key, sinks, ctx.layout)
+        grad = grad.contiguous()
+        shared = (grad * out).sum(-1, dtype=chunks.dtype)[..., None]
+        d_query, d_own_key, d_own_value = (torch.empty_like(x) for x in (query, own_key, own_value))
+        d_text_key, d_text_value = (torch.zeros_like(x, dtype=chunks.dtype) for x in (text_key, text_value))
+        for at, span in chunks:
+            q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
+            scores, own_scores = chunks.scores(at, span)
+            slopes = [chunks.slope(x) for x in (scores, own_scores)]
+            weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
+            d_scores = (g @ text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
+            d_own_scores = (grad[:, :, at] @ own_value[:, :, at].mT).to(chunks.dtype)
+            pairs = zip((d_scores, d_own_scores), (weights, own_weights), slopes, strict=True)
+            d_scores, d_own_scores = (
+                _times(d.sub_(shared[:, :, at]).mul_(w), slope).to(query.dtype) for d, w, slope in pairs
+            )
+            flat = d_scores.flatten(2, 3)
+            d_text_key[:, :, span] += flat.mT @ q
+            d_text_value[:, :, span] += weights.to(query.dtype).flatten(2, 3).mT @ g
+            d_own_key[:, :, at] = d_own_scores.mT @ query[:, :, at]
+            d_own_value[:, :, at] = own_weights.to(query.dtype).mT @ grad[:, :, at]
+            d_query[:, :, at] = (flat @ text_key[:, :, span]).view_as(query[:, :, at]) + d_own_scores @ own_key[
+                :, :, at
+            ]
+        d_sinks = None
+        if sinks is not None:
+            share = (chunks.sinks - log_z).exp() * -shared[..., 0]  # (B, heads, N, R)
+            d_sinks = share.unflatten(3, (-1, chunks.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
+        d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
+        return d_query, *d_text, d_own_key, d_own_value, d_sinks, None
+
+
+class _Chunks:
+    """The chunks of branches, each as a slice of N and the slice of T that it sees, and their masked scores."""
+
+    def __init__(self, query, text_key, own_key, sinks, layout):
+        self.query, self.text_key, self.own_key = query, text_key, own_key
+        self.first, self.last, self.slots, self.spans, self.chunk, self.softcap = layout
+        self.Q = self.slots.shape[2]
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.index = torch.arange(text_key.shape[2], device=query.device)
+        if sinks is not None:  # of query heads: (1, heads, 1, R)
+            rows = sinks.to(self.dtype).view(query.shape[1], -1, 1).expand(-1, -1, self.Q)
+            self.sinks = rows.flatten(1, 2)[None, :, None]
+
+    def __iter__(self):
+        for i, (least, greatest) in enumerate(self.spans):
+            yield slice(i * self.chunk, (i + 1) * self.chunk), slice(least, greatest + 1)
+
+    def scores(self, at: slice, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores over the text, `(B, heads, n, R, K)`, and over a branch's own slots, `(B, heads, n, R, s)`."""
+        q = self.query[:, :, at]
+        over_text = (q.flatten(2, 3) @ self.text_key[:, :, span].mT).view(*q.shape[:-1], -1)
+        index = self.index[span]
+        seen = (index >= self.first[:, at, :, None]) & (index <= self.last[:, at, None, None])
+        return self._masked(over_text, seen), self._masked(q @ self.own_key[:, :, at].mT, self.slots[:, at])
+
+    def _masked(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `seen`, `(B, n, Q or 1, K)`, is False."""
+        scores = scores.to(self.dtype)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores.unflatten(3, (-1, self.Q)).masked_fill_(~seen[:, None, :, None], -torch.inf)
+        return scores
+
+    def slope(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """Derivative of the soft-cap at capped scores; None without one."""
+        return None if self.softcap is None else 1 - (scores.clamp(min=-self.softcap) / self.softcap) ** 2
+
+
+def _times(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    return values if factor is None else values.mul_(factor)
+
+
+def chunk_size(rows: int, T: int) -> int:
+    """Branches of a chunk, for `rows` rows of scores a branch over T text tokens."""
+    return max(min(CHUNK_ELEMENTS // (rows * T), CHUNK_BRANCHES), 1)
+
+
+def enable(model: PreTrainedModel) -> bool:
+    """
+    Lets the model's attention take branches; a forward without any computes what it did.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM, changed in place.
+
+    Returns:
+        `bool`: whether its family can.
+    """
+    current = model.config.get_text_config()._attn_implementation
+    if current is None or "flash" in current:  # flash attention takes its masks in forms of its own
+        return False
+    if current.startswith(PREFIX):
+        return True
+    name = PREFIX + current
+    if name not in AttentionInterface():
+        AttentionInterface.register(name, _attention_in_place_of(current))
+        if current in AttentionMaskInterface():
+            AttentionMaskInterface.register(name, AttentionMaskInterface()[current])
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(name)
+    return model.config.get_text_config()._attn_implementation == name
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Takes [`enable`] back."""
+    current = model.config.get_text_config()._attn_implementation
+    if current is not None and current.startswith(PREFIX):
+        model.set_attn_implementation(current.removeprefix(PREFIX))
+
+
+def _attention_in_place_of(name: str):
+    """An attention function that attends as `name` does, unless a reading says otherwise."""
+
+    def attention(module, query, key, value, attention_mask, quietstar_reading=None, **kwargs):
+        files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+        eager = next((vars(file)[EAGER] for file in files if EAGER in vars(file)), None)
+        own = AttentionInterface().get_interface(name, eager)
+        if quietstar_reading is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        return quietstar_reading.attend(own, module, query, key, value, attention_mask, **kwargs)
+
+    return attention

@@ -1,0 +1,70 @@
+"""How much memory scoring needs, estimated before it is spent."""
+
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from .embeddings import embed_tokens
+from .paths import backbone
+
+
+PROBE_TOKENS = 32
+SHARE = 0.6  # of the free memory that activations may take
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # of a container
+
+
+def kept_per_token(model: PreTrainedModel) -> float:
+    """
+    Bytes that a forward keeps of each token for the backward, counted in one over a few tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM, as it will be trained: adapters, frozen weights and checkpointed layers keep less.
+    """
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = backbone(model, embed_tokens(model, ids), use_cache=False)
+    total = sum(kept.values())
+    del hidden  # until here it held all that was counted, so that no address was counted twice
+    return total / PROBE_TOKENS
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, or in the container where there is a limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    if all(file.is_file() for file in CGROUP) and CGROUP[0].read_text().strip() != "max":
+        free = min(free, int(CGROUP[0].read_text()) - int(CGROUP[1].read_text()))
+    return free
+
+
+def branches_that_fit(per_token: float, rows: int, text_length: int, branches: int, slots: int, free: float) -> int:
+    """
+    How many branches of each row can be scored at once.
+
+    Args:
+        per_token (`float`):
+            As [`kept_per_token`] gives it.
+        rows (`int`), text_length (`int`), branches (`int`), slots (`int`):
+            B, T, N and S.
+        free (`float`):
+            Bytes.
+
+    Returns:
+        `int`: from 1 to N.
+    """
+    tokens = SHARE * free / max(per_token, 1.0) / rows - text_length
+    return min(max(int(tokens // slots), 1), branches)
