@@ -13,7 +13,7 @@ CHROMIUM ?= chromium
 # what `make eval` runs; GSM8K's file is no part of this project: make eval GSM8K=gsm8k_train.jsonl EVAL_TASKS=gsm8k_written
 EVAL_MODEL ?= .demo/out
 EVAL_TASKS ?= chain_sum,chain_sum_choice,gsm_symbolic_solution
-EVAL_LIMIT ?= 40
+EVAL_LIMIT ?= 20
 GSM8K ?=
 
 .PHONY: help train demo-data report eval test test-all bench models lint format clean
@@ -21,7 +21,7 @@ GSM8K ?=
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
 	@echo "make report    look at the thoughts of what was trained: out/report.html, and its picture for the README"
-	@echo "make eval      what was trained, with and without thoughts, on the tasks in examples/tasks"
+	@echo "make eval      what was trained, with and without thoughts, on tasks of examples/tasks (some minutes)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
