@@ -10,11 +10,18 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 REPORT_MODEL ?= .demo/out
 CHROMIUM ?= chromium
 
-.PHONY: help train demo-data report test test-all bench models lint format clean
+# what `make eval` runs; GSM8K's file is no part of this project: make eval GSM8K=gsm8k_train.jsonl EVAL_TASKS=gsm8k_written
+EVAL_MODEL ?= .demo/out
+EVAL_TASKS ?= chain_sum,chain_sum_choice,gsm_symbolic_solution
+EVAL_LIMIT ?= 20
+GSM8K ?=
+
+.PHONY: help train demo-data report eval test test-all bench models lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
 	@echo "make report    look at the thoughts of what was trained: out/report.html, and its picture for the README"
+	@echo "make eval      what was trained, with and without thoughts, on tasks of examples/tasks (some minutes)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
@@ -46,8 +53,15 @@ report: $(VENV)/demo
 	@test -e $(REPORT_MODEL)/config.json || (echo "There is no model in $(REPORT_MODEL): run make train first."; exit 1)
 	mkdir -p out
 	$(OFFLINE) $(BIN)/trl-quietstar inspect --model $(REPORT_MODEL) --text examples/problem.txt --output out/report.html
-	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1140 \
+	$(CHROMIUM) --headless --hide-scrollbars $(if $(filter 0,$(shell id -u)),--no-sandbox) --window-size=1240,1060 \
 		--screenshot=docs/report.png "file://$(CURDIR)/out/report.html#t0-51"
+
+# after `make train`
+eval: $(VENV)/demo
+	@test -e $(EVAL_MODEL)/config.json || (echo "There is no model in $(EVAL_MODEL): run make train first."; exit 1)
+	$(OFFLINE) $(BIN)/python examples/prepare_tasks.py .demo/tasks $(if $(GSM8K),--gsm8k $(GSM8K))
+	$(OFFLINE) $(BIN)/trl-quietstar eval --model $(EVAL_MODEL) --include_path examples/tasks --tasks $(EVAL_TASKS) \
+		--limit $(EVAL_LIMIT) --batch_size 8 --compare
 
 test: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not real"

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
-from trl_quietstar.cli import DataArguments, load_data, main
+from trl_quietstar.cli import DataArguments, console, load_data, main
 
 from .tiny import sums
 from .training import DEFAULTS, saved_model
@@ -280,6 +281,18 @@ def test_eval_validates_the_thoughts(flag, trained, tmp_path, capsys):
     assert metrics["anti_theater_content_gain_low"] <= metrics["anti_theater_content_gain_high"]
 
 
+def test_eval_takes_the_model_by_either_name(trained, tmp_path, monkeypatch):
+    """`--model`, as the other commands do, and TRL's own name; tasks too."""
+    model, flags = trained
+    assert main(["eval", f"--model={model}", *flags]) == 0
+    assert main(["eval", "--model", model, *flags]) == 0
+    for name in ("--model", "--model_name_or_path"):
+        with pytest.raises(ValueError, match="knows no task nothing"):
+            main(["eval", name, model, "--tasks=nothing"])
+        with pytest.raises(ValueError, match="`tasks` is missing"):
+            main(["eval", name, model, "--compare"])
+
+
 def test_eval_takes_other_settings(trained, tmp_path):
     """A flag wins over what was saved."""
     model, flags = trained
@@ -385,6 +398,29 @@ def test_inspect_of_an_adapter(recipe, tmp_path, capsys):
 # Usage
 
 
+def test_errors_are_said_in_a_line(trained, tmp_path, monkeypatch, capsys):
+    """In a terminal, of what the user can mend: the words alone. Anything else keeps its traceback."""
+    model = trained[0]
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    capsys.readouterr()
+    for argv, words in {
+        ("generate", "--model", "./nowhere", "--prompt", "1"): "There is no model folder './nowhere'; give",
+        ("inspect", "--model", "a/b/c", "--text", "x.txt"): "There is no model folder 'a/b/c'; give",
+        ("eval", "--model", "./nowhere", "--tasks", "gsm8k"): "There is no model folder './nowhere'; give",
+        ("generate", "--model", str(bare), "--prompt", "1"): f"There is no tokenizer in '{bare}'; save",
+        ("inspect", "--model", model, "--text", "x.txt"): "There is no text file 'x.txt'; give",
+        ("generate", "--model", model): "`prompt` is missing; give `--prompt`",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["trl-quietstar", *argv])
+        assert console() == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"trl-quietstar: {words}")
+    monkeypatch.setattr("trl_quietstar.cli.set_seed", lambda seed: int("nothing"))
+    monkeypatch.setattr("sys.argv", ["trl-quietstar", "generate", "--model", model, "--prompt", "1"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        console()
+
+
 def test_help_of_inspect(capsys):
     """What to look at, and the sampling of thoughts."""
     with pytest.raises(SystemExit) as ending:
@@ -401,6 +437,14 @@ def test_usage(argv, status, capsys):
     assert main(argv) == status
     printed = capsys.readouterr()
     assert "usage: trl-quietstar" in printed.out + printed.err
+
+
+def test_help_of_tasks(capsys):
+    """The help of `eval` says where that of its tasks is."""
+    for flags, words in (((), "eval --tasks TASKS --help"), (("--tasks", "x"), "--include_path")):
+        with pytest.raises(SystemExit):
+            main(["eval", *flags, "--help"])
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

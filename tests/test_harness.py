@@ -2,8 +2,11 @@
 
 import json
 import math
+import runpy
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.cli import main
-from trl_quietstar.harness import Outcome, QuietStarLM, evaluate_tasks, paired_test
+from trl_quietstar.harness import Outcome, QuietStarLM, evaluate_tasks, paired_test, ratio_error
 from trl_quietstar.likelihood import log_likelihoods
 from trl_quietstar.sampling import Thinking
 
@@ -70,15 +73,20 @@ def tasks(tmp_path) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def thinker(tmp_path) -> str:
+def saved_thinker(folder: Path, **changes) -> str:
     """A saved thinking model whose thoughts change what it says."""
-    model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "plain"))
+    model = QuietStarForCausalLM.from_pretrained(saved_model(folder / "plain", **changes))
     with torch.no_grad():
         model.quietstar.mixing_head.bias.fill_(1)
-    model.save_pretrained(tmp_path / "thinker")
-    byte_tokenizer().save_pretrained(tmp_path / "thinker")
-    return str(tmp_path / "thinker")
+    model.save_pretrained(folder / "thinker")
+    byte_tokenizer().save_pretrained(folder / "thinker")
+    return str(folder / "thinker")
+
+
+@pytest.fixture
+def thinker(tmp_path) -> str:
+    """A saved thinking model of few positions."""
+    return saved_thinker(tmp_path)
 
 
 NAMES = ["choose_sum", "write_sum", "read_sum"]
@@ -201,3 +209,162 @@ def test_code_from_the_hub_is_not_run(thinker, tasks):
     (Path(thinker) / "custom_generate/generate.py").write_text(f"open({str(marker)!r}, 'w')\ndef generate(**k): ...\n")
     main(["eval", "--model", thinker, "--tasks", "write_sum", "--include_path", tasks, "--limit", "1"])
     assert not marker.exists()
+
+
+def test_likelihoods_per_byte_have_errors_and_are_compared(thinker, tasks, capsys, tmp_path):
+    """Rolling tasks, to whose metrics lm-eval gives no error: the paired test is of each document's log-likelihood."""
+    output = tmp_path / "outcomes.json"
+    main(
+        [
+            "eval",
+            "--model",
+            thinker,
+            "--tasks",
+            "read_sum",
+            "--include_path",
+            tasks,
+            "--compare",
+            "--output_file",
+            str(output),
+        ]
+    )
+    found = json.loads(output.read_text())
+    with_thoughts, without, p = found["with"][0], found["without"][0], found["p"][0]
+    assert len(with_thoughts["samples"]) == len(DOCUMENTS) and 0 < p < 1
+    assert (
+        with_thoughts["stderr"] > 0 and f"{without['value']:.4f} ± {without['stderr']:.4f}" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("metric", ["bits_per_byte", "byte_perplexity"])
+def test_the_error_of_a_ratio_is_that_of_its_repetitions(metric):
+    """Over many draws of the documents, the metric spreads by as much as one draw's error says."""
+    rng = np.random.default_rng(0)
+
+    def value(pairs):
+        ratio = -pairs[:, 0].sum() / pairs[:, 1].sum()
+        return ratio / math.log(2) if metric == "bits_per_byte" else math.exp(ratio)
+
+    def draw():
+        size = rng.integers(20, 200, 100).astype(float)
+        return np.stack([-size * rng.normal(0.8, 0.2, 100), size], axis=1)
+
+    samples = [draw() for _ in range(400)]
+    spread = np.std([value(pairs) for pairs in samples])
+    assert np.mean([ratio_error(metric, pairs) for pairs in samples]) == pytest.approx(spread, rel=0.1)
+    assert math.isnan(ratio_error(metric, samples[0][:1]))
+
+
+# The tasks in the repository
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PREPARED = {
+    "chain_sum": [
+        {"question": f"{a} + {a + 4} =", "choices": [str(2 * a), str(2 * a + 4), str(2 * a + 5)], "label": 1}
+        for a in range(12)
+    ],
+    "gsm8k": [
+        {
+            "question": f"Ann has {a} pens and buys {a}. How many?",
+            "answer": f"{a}+{a}=<<{a}+{a}={2 * a}>>\n#### {2 * a}",
+        }
+        for a in range(12)
+    ],
+}
+PREPARED["gsm_symbolic"] = PREPARED["gsm8k"]
+SHIPPED = ("chain_sum", "chain_sum_choice", "gsm_symbolic_solution", "gsm8k_solution", "gsm8k_written")
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch) -> str:
+    """A working directory with the tasks of the repository and documents as `prepare_tasks.py` writes them."""
+    for name, documents in PREPARED.items():
+        folder = tmp_path / ".demo/tasks" / name
+        folder.mkdir(parents=True)
+        for split, part in (("train", documents[:8]), ("test", documents[8:])):
+            (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(document) for document in part))
+    shutil.copytree(EXAMPLES / "tasks", tmp_path / "tasks")
+    monkeypatch.chdir(tmp_path)
+    return "tasks"
+
+
+def test_every_task_in_the_repository_is_compared(prepared, tmp_path, capsys):
+    """One command for all of them; each metric has an error and a paired test, and fits into the terminal."""
+    model = saved_thinker(tmp_path, max_position_embeddings=2048)
+    flags = [
+        "--tasks",
+        ",".join(SHIPPED),
+        "--include_path",
+        prepared,
+        "--limit",
+        "3",
+        "--batch_size",
+        "2",
+        "--compare",
+    ]
+    main(["eval", "--model", model, *flags, "--output_file", "outcomes.json"])
+    found = json.loads(Path("outcomes.json").read_text())
+    assert {outcome["task"] for outcome in found["with"]} == set(SHIPPED)
+    for outcome, p in zip(found["with"], found["p"], strict=True):
+        assert len(outcome["samples"]) == 3 and outcome["stderr"] >= 0 and 0 < p <= 1, outcome["metric"]
+    printed = capsys.readouterr().out
+    for name in (*SHIPPED, "exact_match (last number)", "bits_per_byte"):
+        assert name in printed
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+
+
+class Parrot(QuietStarLM):
+    """Says what it is told to, and remembers what it was asked."""
+
+    said, asked = "", []
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        self.asked = [request.args for request in requests]
+        return [self.said for _ in requests]
+
+
+@pytest.mark.parametrize(
+    "task, said, metric",
+    [
+        ("chain_sum", " 20", "exact_match (number)"),
+        ("chain_sum", "20 and more", "exact_match (number)"),
+        ("gsm8k_written", " 8+8=16\n#### 16", "exact_match (after ####)"),
+        ("gsm8k_written", " 8 and 8 are 16.", "exact_match (last number)"),
+    ],
+)
+def test_right_answers_are_recognised(task, said, metric, prepared, tmp_path):
+    """The first document's answer in a model's words is right; prompts hold examples, and texts end where they should."""
+    model = Parrot(saved_thinker(tmp_path, max_position_embeddings=2048), think="never")
+    model.said = said
+    found = {outcome.metric: outcome for outcome in evaluate_tasks(model, [task], prepared, limit=2)}
+    assert found[metric].samples == {0: 1.0, 1: 0.0}
+    (prompt, options), *_ = model.asked
+    examples = {
+        "chain_sum": "0 + 4 = 4\n\n1 + 5 = 6\n\n2 + 6 = 8\n\n8 + 12 =",
+        "gsm8k_written": "#### 2\n\nQuestion: Ann has 8",
+    }
+    assert examples[task] in prompt and "  " not in prompt
+    assert set(options["until"]) >= {"chain_sum": {"\n"}, "gsm8k_written": {"Question:", "\n\n"}}[task]
+
+
+def test_documents_are_prepared(tmp_path, monkeypatch, capsys):
+    """Sums are right and their choices differ; what is not there is skipped with the reason."""
+    pytest.importorskip("reasoning_gym", reason="needs `pip install trl-quietstar[demo]`")
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("\n".join(map(json.dumps, PREPARED["gsm8k"])))
+    flags = [str(tmp_path / "documents"), "--size", "4"]
+    for more in ([], ["--gsm8k", "nowhere.jsonl"], ["--gsm8k", str(problems)]):
+        monkeypatch.setattr("sys.argv", ["prepare_tasks.py", *flags, *more])
+        runpy.run_path(str(EXAMPLES / "prepare_tasks.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "no --gsm8k was given" in printed and "there is no file nowhere.jsonl" in printed
+    for name, fields in PREPARED.items():
+        lines = (tmp_path / "documents" / name / "test.jsonl").read_text().splitlines()
+        documents = [json.loads(line) for line in lines]
+        assert len(documents) == 4 and all(document.keys() == fields[0].keys() for document in documents)
+        for document in documents:
+            if name == "chain_sum":
+                assert int(document["choices"][document["label"]]) == eval(document["question"].rstrip("="))
+                assert len(set(document["choices"])) == 4
+            else:
+                assert "####" in document["answer"] and "final answer" not in document["question"]

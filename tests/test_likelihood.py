@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from trl_quietstar import likelihood
+from trl_quietstar import QuietStarForCausalLM, likelihood
 from trl_quietstar.likelihood import log_likelihoods
 from trl_quietstar.lm_head import uncertainty
 from trl_quietstar.sampling import Thinking
 
 from .test_generation import padded, prompts, thinking_model
+from .tiny import byte_tokenizer
+from .training import saved_model
 
 
 def of_generated(model, inputs: dict, thinking: Thinking, new: int = 8):
@@ -84,3 +87,32 @@ def test_without_thoughts_it_is_the_base_model():
     torch.testing.assert_close(logps, plain.gather(2, ids[None, 1:, None])[..., 0], rtol=1e-4, atol=1e-5)
     assert torch.equal(correct, plain.argmax(-1) == ids[None, 1:])
     assert (logps - log_likelihoods(model, ids[None])[0]).abs().max() > 1e-2
+
+
+def test_the_models_own_method():
+    """Takes what `generate` takes, checks it, and leaves the model's mode alone."""
+    model, (ids,) = thinking_model().train(), prompts(9)
+    for thinking in (Thinking(), Thinking("always", 2), Thinking("adaptive", 1, 0.9), Thinking("never")):
+        options = dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
+        found = model.log_likelihoods(ids[None], **options)
+        assert model.training
+        for mine, wanted in zip(found, log_likelihoods(model.eval(), ids[None], thinking=thinking), strict=True):
+            assert torch.equal(mine, wanted)
+        model.train()
+    with pytest.raises(ValueError, match="`think_every` is 99, but .* `talk_length`"):
+        model.log_likelihoods(ids[None], think_every=99)
+    with pytest.raises(ValueError, match="`think` is 'hard'"):
+        model.log_likelihoods(ids[None], think="hard")
+
+
+def test_an_adapter_scores_too(tmp_path):
+    """As it comes from its repository; the adapter's weights count, with and without thoughts."""
+    base = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "base"))
+    base.initialize_thought_embeddings(byte_tokenizer())
+    ids = torch.tensor([byte_tokenizer()("3 plus 4 is 7 .")["input_ids"]])
+    plain = base.eval().log_likelihoods(ids, think="never")[0]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for think in ("always", "never"):
+        scored = model.log_likelihoods(ids, think=think)[0]
+        assert (scored - plain).abs().max() > 1e-3
+        torch.testing.assert_close(scored, log_likelihoods(base, ids, thinking=Thinking(think))[0])

@@ -13,13 +13,15 @@ Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a k
 import json
 import sys
 import tempfile
+import traceback
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
@@ -29,7 +31,7 @@ from .inspection import inspect_texts
 from .inspection_page import write_page
 from .likelihood import think_in_chunks
 from .lm_head import normalized_entropy
-from .loading import build_model, pad_token_id
+from .loading import build_model, load_tokenizer, pad_token_id
 from .modeling import QuietStarForCausalLM, base_of, saved_settings
 from .report import (
     TerminalStreamer,
@@ -285,9 +287,11 @@ def evaluate_on_tasks(argv: list[str]) -> None:
         from .harness import QuietStarLM, evaluate_tasks, paired_test
     except ImportError as error:
         raise ImportError("`--tasks` needs lm-eval; install it with `pip install trl-quietstar[eval]`.") from error
+    argv = _renamed(argv, "--model_name_or_path", "--model")
     (args,) = TrlParser((TaskArguments,), prog="trl-quietstar eval").parse_args_and_config(argv)
-    if args.model is None:
-        raise ValueError("`model` is missing; give `--model`.")
+    for name in ("model", "tasks"):
+        if getattr(args, name) is None:
+            raise ValueError(f"`{name}` is missing; give `--{name}`.")
     model = QuietStarLM(
         args.model,
         args.think,
@@ -312,10 +316,19 @@ def evaluate_on_tasks(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """Evaluates a model on held-out text, by the settings it was trained with unless others are given; or on tasks."""
-    if "--tasks" in argv:
+    if any(flag.split("=")[0] in ("--tasks", "--compare") for flag in argv):
         evaluate_on_tasks(argv)
         return
-    parser = TrlParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), prog="trl-quietstar eval")
+    argv = _renamed(argv, "--model", "--model_name_or_path")
+    description = (
+        "On held-out text. `trl-quietstar eval --tasks TASKS` runs tasks of lm-evaluation-harness instead; "
+        "`trl-quietstar eval --tasks TASKS --help` lists its options."
+    )
+    parser = TrlParser(
+        (EvalArguments, DataArguments, QuietStarConfig, ModelConfig),
+        prog="trl-quietstar eval",
+        description=description,
+    )
     *_, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
         if model_args.model_name_or_path is None:
@@ -342,6 +355,11 @@ def evaluate(argv: list[str]) -> None:
                 print_anti_theater(report)
             if eval_args.output_file is not None:
                 Path(eval_args.output_file).write_text(json.dumps(metrics, indent=2))
+
+
+def _renamed(argv: list[str], flag: str, name: str) -> list[str]:
+    """The arguments with one flag under its other name."""
+    return [name + part[len(flag) :] if part.split("=")[0] == flag else part for part in argv]
 
 
 @dataclass
@@ -396,7 +414,7 @@ def generate(argv: list[str]) -> None:
             raise ValueError(f"`{name}` is missing; give `--{name}`.")
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     model = QuietStarForCausalLM.from_pretrained(args.model, **hub).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **hub)
+    tokenizer = load_tokenizer(args.model, **hub)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:
         messages = [{"role": "user", "content": prompt}]
@@ -505,8 +523,11 @@ def read_text(name: str) -> str:
     A UTF-8 file, or standard input for `-`.
 
     Raises:
+        `FileNotFoundError`: if there is no such file.
         `ValueError`: if it is not UTF-8, or empty.
     """
+    if name != "-" and not Path(name).is_file():
+        raise FileNotFoundError(f"There is no text file {name!r}; give a UTF-8 file, or `-` for standard input.")
     raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         words = raw.decode("utf-8-sig")
@@ -518,7 +539,7 @@ def read_text(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status."""
+    """Runs a command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"train": train, "generate": generate, "eval": evaluate, "inspect": inspect}
     if argv[:1] and argv[0] in commands:
@@ -528,5 +549,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if argv[:1] in (["-h"], ["--help"]) else 2
 
 
+def console() -> int:
+    """Entry point of the console script: of an error that this package words itself, prints the words alone."""
+    if not sys.warnoptions:  # what libraries deprecate in each other would break into the text that streams
+        warnings.simplefilter("ignore", FutureWarning)
+    try:
+        return main()
+    except (ValueError, OSError, ImportError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(raised_in).parent != Path(__file__).parent:
+            raise
+        print(f"trl-quietstar: {error}", file=sys.stderr)
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -7,6 +7,7 @@ Importing this module registers the model with lm-eval (`pip install trl-quietst
 thoughts, log-likelihood tasks score with thoughts, and `think="never"` is lm-eval's own model on the base weights.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +17,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .heads import ThinkingModel
-from .likelihood import log_likelihoods
+from .loading import load_tokenizer
 from .modeling import QuietStarForCausalLM, base_of
 from .sampling import Thinking
 
 
 FLIPS = 10_000  # of the paired test
+PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of rolling likelihoods, without errors in lm-eval
 
 
 @register_model("quietstar")
@@ -72,7 +73,7 @@ class QuietStarLM(HFLM):
         super().__init__(
             pretrained=model,
             backend="causal",
-            tokenizer=AutoTokenizer.from_pretrained(pretrained, **hub),
+            tokenizer=load_tokenizer(pretrained, **hub),
             batch_size=batch_size,
             **kwargs,
         )
@@ -89,10 +90,14 @@ class QuietStarLM(HFLM):
             return super().max_length
         return super().max_length - self.thinker.quietstar_settings.thought_length - 1
 
-    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+    def _when(self) -> dict:
+        """When to think, as the model's methods take it."""
         thinking = self.thinking
-        options = dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
-        if thinking.mode != "never":
+        return dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
+
+    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        options = self._when()
+        if self.thinking.mode != "never":
             options["tokenizer"] = self.tokenizer
         return super()._model_generate(context, max_length, stop, **generation_kwargs, **options)
 
@@ -118,7 +123,7 @@ class QuietStarLM(HFLM):
             ids[b, : len(row)] = torch.tensor(row, device=self.device)
             mask[b, : len(row)] = 1
             wanted[b, max(len(row) - len(continuation), 1) : len(row)] = 1
-        logps, correct = log_likelihoods(self.thinker, ids, mask, wanted, self.thinking, self.tokenizer)
+        logps, correct = self.thinker.log_likelihoods(ids, mask, wanted, **self._when(), tokenizer=self.tokenizer)
         totals, all_correct = logps.sum(1), (correct | ~wanted[:, 1:].bool()).all(1)
         return [(float(total), bool(greedy)) for total, greedy in zip(totals, all_correct, strict=True)]
 
@@ -134,7 +139,8 @@ class Outcome:
         value, stderr (`float`):
             What lm-eval reports; the standard error is NaN where it has none.
         samples (`dict[int, float]`):
-            The metric of each document, where it is a number.
+            The metric of each document, where it is a number; its log-likelihood, where the metric is one of all documents'
+            likelihood per byte or word.
     """
 
     task: str
@@ -186,15 +192,40 @@ def evaluate_tasks(
             if not name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{name}")
-            samples = {
-                sample["doc_id"]: float(sample[metric])
+            found = {
+                sample["doc_id"]: sample[metric]
                 for sample in results["samples"].get(task, [])
-                if sample.get("filter", name) == name and isinstance(sample.get(metric), (bool, int, float))
+                if sample.get("filter", name) == name and metric in sample
             }
-            label = metric if name == "none" else f"{metric} ({name})"
+            samples = {i: float(x) for i, x in found.items() if isinstance(x, (bool, int, float))}
             stderr = float(stderr) if isinstance(stderr, (int, float)) else float("nan")
+            if metric in PER_UNIT and found and not samples:
+                pairs = np.array(list(found.values()))
+                samples, stderr = dict(zip(found, pairs[:, 0].tolist(), strict=True)), ratio_error(metric, pairs)
+            label = metric if name == "none" else f"{metric} ({name})"
             outcomes.append(Outcome(task, label, float(value), stderr, samples))
     return outcomes
+
+
+def ratio_error(metric: str, pairs: np.ndarray) -> float:
+    """
+    Standard error of a likelihood per byte or word over all documents, by the delta method.
+
+    Args:
+        metric (`str`):
+            One of `PER_UNIT`.
+        pairs (`np.ndarray` of shape `(N, 2)`):
+            Log-likelihood and length of each document.
+
+    Returns:
+        `float`: NaN for a single document.
+    """
+    (nll, size), n = (-pairs[:, 0], pairs[:, 1]), len(pairs)
+    if n < 2:
+        return float("nan")
+    ratio = nll.sum() / size.sum()
+    error = math.sqrt(n / (n - 1) * float(((nll - ratio * size) ** 2).sum())) / float(size.sum())
+    return error / math.log(2) if metric == "bits_per_byte" else error * math.exp(ratio)
 
 
 def paired_test(first: Outcome, second: Outcome, seed: int = 0) -> float:

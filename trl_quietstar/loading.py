@@ -1,5 +1,7 @@
 """From what a user passes as model and tokenizer to a thinking model, with its adapter."""
 
+from pathlib import Path
+
 import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ def build_model(
             module.support_avx512bf16_for_cpu = False
     if tokenizer is None:
         source = get_config_model_id(base.config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
     if not isinstance(base, QuietStarMixin):
         attach_heads(base, settings)
     base.adopt_settings(settings)
@@ -78,6 +80,29 @@ def build_model(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_token_id(tokenizer)
     return model, tokenizer
+
+
+def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
+    """
+    A model's own tokenizer.
+
+    Args:
+        source (`str`):
+            Id on the Hub or local folder.
+        kwargs:
+            As for [`~transformers.AutoTokenizer.from_pretrained`].
+
+    Raises:
+        `ValueError`: if a local folder has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except (OSError, ValueError):
+        if not Path(source).is_dir() or any(Path(source).glob("*token*")):
+            raise
+        raise ValueError(
+            f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
+        ) from None
 
 
 def check_quantization(model, args: QuietStarConfig, peft_config, training: bool) -> None:

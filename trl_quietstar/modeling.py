@@ -38,6 +38,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NA
 from ._compat import set_unsaved_keys
 from .generation import think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
+from .likelihood import log_likelihoods
 from .paths import Path, SharedPrefix
 from .sampling import Thinking
 from .scoring import ScoreRequest, score
@@ -121,12 +122,7 @@ class QuietStarMixin:
         Raises:
             `ValueError`: if a value is outside its limits, or the decoding method cannot think.
         """
-        thinking, talk_length = Thinking(think, think_every, thinking_threshold), self.quietstar_settings.talk_length
-        if think_every > talk_length:
-            raise ValueError(
-                f"`think_every` is {think_every}, but the model reads a thought for `talk_length` {talk_length} tokens; "
-                "lower it."
-            )
+        thinking = self._thinking(think, think_every, thinking_threshold)
         if think == "never":
             if return_thoughts:
                 raise ValueError("There are no thoughts to return with `think='never'`.")
@@ -152,6 +148,55 @@ class QuietStarMixin:
             return super().generate(*args, custom_generate=loop, **kwargs)
         finally:
             self.train(training)
+
+    def log_likelihoods(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        score_mask: torch.Tensor | None = None,
+        think: str = "always",
+        think_every: int = 1,
+        thinking_threshold: float = 0.6,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        How likely given text is, thinking before its tokens as greedy generation would, at all positions at once.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`):
+                The texts.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 on text; padding on either side.
+            score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 on the tokens to score, a run in each row. Defaults to all tokens but the first.
+            think, think_every, thinking_threshold:
+                As in [`~modeling.QuietStarMixin.generate`]; with `"never"`, as the base model.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                For models whose thoughts may end early. Defaults to the one beside the model.
+
+        Returns:
+            `tuple`: log-probabilities in nats, and whether each token is the most likely one; both of shape `(B, T - 1)`,
+            for all tokens but the first, and 0 and False where nothing is scored.
+
+        Raises:
+            `ValueError`: if a value is outside its limits.
+        """
+        thinking, training = self._thinking(think, think_every, thinking_threshold), self.training
+        self.eval()
+        try:
+            return log_likelihoods(self, input_ids, attention_mask, score_mask, thinking, tokenizer)
+        finally:
+            self.train(training)
+
+    def _thinking(self, think: str, think_every: int, threshold: float) -> Thinking:
+        """When to think, if this model can."""
+        thinking, talk_length = Thinking(think, think_every, threshold), self.quietstar_settings.talk_length
+        if think_every > talk_length:
+            raise ValueError(
+                f"`think_every` is {think_every}, but the model reads a thought for `talk_length` {talk_length} tokens; "
+                "lower it."
+            )
+        return thinking
 
     def initialize_thought_embeddings(
         self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—"
@@ -480,6 +525,8 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
 
 def _find(source: str, filename: str, hub: dict) -> str | None:
     """Local path of a file of a local directory or Hub repository; None where there is no such file."""
+    if not FilePath(source).is_dir() and (source[:1] in "./~" or source.count("/") > 1):
+        raise FileNotFoundError(f"There is no model folder {source!r}; give a local folder or a Hub id.")
     return cached_file(
         source,
         filename,
@@ -503,7 +550,10 @@ def _load_adapter(source, adapter_config, settings, hub, kwargs):
     )
     with heads_aside(base):
         model = PeftModel.from_pretrained(base, source, **hub)
-    base.load_heads(_find(source, HEADS_NAME, hub) or source)
+    heads = _find(source, HEADS_NAME, hub)
+    if heads is None:
+        raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+    base.load_heads(heads)
     return model
 
 

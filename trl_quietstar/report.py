@@ -1,8 +1,10 @@
 """Thoughts for people to read: a table of a few, and how it is printed."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
@@ -264,14 +266,21 @@ def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_v
         p_values (`list[float]`):
             Of the paired tests, if there is something to compare.
     """
-    table = Table(title="Tasks of lm-eval" + ("" if plain is None else ", with and without thoughts"))
-    for name in ("task", "metric", "value") if plain is None else ("task", "metric", "with", "without", "change", "p"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=name != "task")
+    title = "Tasks of lm-eval" + ("" if plain is None else ", with and without thoughts")
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # every number fits into 80 columns
+    table.add_column("task, metric", overflow="fold")
+    for name in ("value",) if plain is None else ("with", "without", "change", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
     for i, outcome in enumerate(thinking):
-        row = [outcome.task, outcome.metric, f"{outcome.value:.4f} ± {outcome.stderr:.4f}"]
+        label = RichText(f"{outcome.task}\n").append(outcome.metric, style="dim")
+        row: list[str | RichText] = [label, _with_error(outcome)]
         if plain is not None:
-            other = plain[i]
-            row += [f"{other.value:.4f} ± {other.stderr:.4f}", f"{outcome.value - other.value:+.4f}"]
-            row.append(f"{p_values[i]:.3f}")
+            change = f"{outcome.value - plain[i].value:+.4f}"
+            row += [_with_error(plain[i]), change, "–" if math.isnan(p_values[i]) else f"{p_values[i]:.3f}"]
         table.add_row(*row)
     Console().print(table)
+
+
+def _with_error(outcome: "Outcome") -> str:
+    """A value and its standard error, if any."""
+    return f"{outcome.value:.4f}" + ("" if math.isnan(outcome.stderr) else f" ± {outcome.stderr:.4f}")
