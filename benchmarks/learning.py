@@ -266,7 +266,6 @@ def configuration(task: Task, directory: str, seed: int, steps: int, **options) 
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
-        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "logging_strategy": "no",
         "seed": seed,

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import platform
 import re
 import time
@@ -9,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -46,9 +48,9 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def in_fresh_process(function, *args):
-    """What a function, found by its name in its module, returns there."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def in_fresh_process(function, *args, **environment: str):
+    """What a function, found by its name in its module, returns there, with some environment variables set."""
+    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -8,14 +8,15 @@ The model is a random Llama in float32, the reference a text of T = 256 tokens w
 for M = 4. The unit is one plain step of the same model on the same text, forward and backward with labels; it is timed in
 alternation with the steps that it measures, and is never checkpointed. No optimizer runs. Medians of all repeats.
 
-- `reference`, `quarter` (a random quarter of the positions), `checkpointing`;
+- `reference`; `quarter`: a random quarter of the positions; `checkpointing`: by groups of 32 branches, and by layers;
 - sweeps: `length` (T), `positions` (J), `thought_length` (L), `num_thoughts` (G); but for `positions` at 64 random positions;
 - `replay`: branches as ordinary sequences, once. Its graph would take some 20 GB, so it and its rival are checkpointed;
 - `sampling`: thought tokens a second, against TRL's `RLOOTrainer` that continues prefixes of the text as separate prompts;
 - `generation`: each way of decoding, in units of plain cached decoding.
 
-Peak memory is what a step, gradients included, takes above the loaded model: resident memory on the CPU (Linux), allocated
-memory on CUDA, each in a fresh process. It includes the coherence metric, which the first step of each logging window
+Peak memory is what a step, gradients included, takes above the loaded model: resident memory on the CPU (Linux), where freed
+memory is returned at once (and once more with what malloc keeps of it), allocated memory on CUDA; each in a fresh process. It
+includes the coherence metric, which the first step of each logging window
 computes; times do not. Metrics and rewards are the stage `rest`; sampling that happens inside scoring is no stage of its own.
 
 Beside `FILE.json` goes `FILE.png` with the sweeps. `--set` changes the fields of `QuietStarConfig` that a case leaves alone.
@@ -69,19 +70,22 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 CASES: dict[str, list[tuple[int, dict]]] = {
     "reference": [(LENGTH, {})],
     "quarter": [(LENGTH, {"thought_positions": 0.25})],
-    "checkpointing": [(LENGTH, CHECKPOINTED)],
+    "checkpointing": [(LENGTH, {"branch_batch_size": 32}), (LENGTH, CHECKPOINTED)],
     "length": [(length, SOME) for length in (64, 128, 256, 512, 1024)],
     "positions": [(LENGTH, {"thought_positions": count}) for count in (16, 64, 128, "all")],
     "thought_length": [(LENGTH, {**SOME, "thought_length": count}) for count in (3, 7, 15, 31)],
     "num_thoughts": [(LENGTH, {**SOME, "num_thoughts": count}) for count in (1, 2, 4, 8)],
     "replay": [(LENGTH, {"thought_path": "replay", **CHECKPOINTED}), (LENGTH, CHECKPOINTED)],
 }
+# glibc then gives each freed block of that size back to the system, so that resident memory is memory in use
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_ARENA_MAX": "1"}
 SWEEPS = {"length": "T", "positions": "J", "thought_length": "L", "num_thoughts": "G"}
 DEFINITIONS = {
     "units": "seconds of the step / seconds of the plain step",
     "branch tokens": "J * G * (L + M + 1): start, thought, end and M - 1 talk tokens of each branch",
     "seconds per branch token": "(seconds of the step - seconds of the plain step of the same T) / branch tokens",
-    "peak MB": "largest memory during the step, above that of the loaded model, in 10^6 bytes",
+    "peak MB": "largest memory in use during the step, above that of the loaded model, in 10^6 bytes",
+    "peak MB with what malloc keeps": "the same with freed memory that glibc, by default, does not give back at once",
     "growth per branch token": "seconds per branch token at the largest T / at the smallest",
     "memory growth": "peak MB at the largest T / at the one before",
     "replay / shared prefix": "seconds of the step by replay / by the shared prefix, both with checkpointing",
@@ -114,7 +118,10 @@ class Case:
         data = Dataset.from_dict({"input_ids": self.inputs()["input_ids"].tolist()})
         with tempfile.TemporaryDirectory() as directory:
             args = QuietStarConfig(directory, **{**common, **self.options})
-            yield QuietStarREINFORCETrainer(self.plain_model(), args, data, processing_class=tokenizer())
+            trainer = QuietStarREINFORCETrainer(self.plain_model(), args, data, processing_class=tokenizer())
+            if args.gradient_checkpointing:  # which is otherwise done by `train()`
+                trainer.model.gradient_checkpointing_enable()
+            yield trainer
 
 
 def device() -> torch.device:
@@ -206,8 +213,10 @@ def measure(case: Case, repeats: int) -> dict:
     """Time and memory; replay takes minutes and is timed once."""
     if case.options.get("thought_path") == "replay":
         return step_times(case, 1)
-    peaks = {kind: in_fresh_process(peak_memory, case, kind) / 1e6 for kind in STEPS}
-    return {**step_times(case, repeats), "peak MB": peaks["thinking"], "plain peak MB": peaks["plain"]}
+    peaks = {kind: in_fresh_process(peak_memory, case, kind, **RETURNS_MEMORY) / 1e6 for kind in STEPS}
+    kept = in_fresh_process(peak_memory, case, "thinking") / 1e6
+    peaks = {"peak MB": peaks["thinking"], "plain peak MB": peaks["plain"], "peak MB with what malloc keeps": kept}
+    return {**step_times(case, repeats), **peaks}
 
 
 def no_reward(completions, **kwargs) -> list[float]:

@@ -67,7 +67,6 @@ def main() -> None:
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "max_steps": 1_000_000,
-        "gradient_checkpointing": False,
         "logging_steps": 10,
         "save_strategy": "no",
         "report_to": "none",

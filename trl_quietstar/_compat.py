@@ -4,14 +4,12 @@ from types import SimpleNamespace
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 
 __all__ = [
-    "ChunkedLogProbFunction",
     "DataCollatorForLanguageModeling",
     "_BaseConfig",
     "_BaseTrainer",

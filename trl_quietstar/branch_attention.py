@@ -87,7 +87,7 @@ class BranchReading:
 
     def attend(self, attention, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         if dropout:
-            raise ValueError(f"Attention dropout of {dropout} is not applied to branches; set it to 0.")
+            raise ValueError(f"Attention dropout of {dropout} is not applied to branches; set `disable_dropout=True`.")
         if kwargs.get("position_bias") is not None:
             raise ValueError("An attention with a learned position bias cannot branch.")
         B, N, Q, _ = self.slots.shape

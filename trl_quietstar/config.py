@@ -142,8 +142,8 @@ class QuietStarConfig(_BaseConfig):
     )
 
     # Memory
-    gradient_checkpointing: bool = _option(
-        False,
+    gradient_checkpointing: bool | None = _option(
+        None,
         "Whether layers keep nothing but their inputs for the backward, which computes the rest again. Off, unlike in "
         "TRL: what branches keep is bounded by the two options below.",
     )
@@ -266,6 +266,7 @@ class QuietStarConfig(_BaseConfig):
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
+        self._check_memory()  # once the names that checkpointing has had are one
 
     @property
     def uses_value_head(self) -> bool:
@@ -322,24 +323,21 @@ class QuietStarConfig(_BaseConfig):
                 "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or "
                 "`no_thought_model='reference'`."
             )
-        if self.single_pass:
-            for name, wanted in (
-                ("branch_batch_size", None),
-                ("gradient_checkpointing", False),
-                ("disable_dropout", True),
-            ):
-                if getattr(self, name) != wanted:
-                    raise ValueError(
-                        f"`single_pass=True` keeps all activations of one forward without dropout, and `{name}` is "
-                        f"{getattr(self, name)}; leave one of them out."
-                    )
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
+
+    def _check_memory(self) -> None:
+        if self.single_pass and (self.branch_batch_size or self.gradient_checkpointing or not self.disable_dropout):
+            raise ValueError(
+                "`single_pass=True` keeps all activations of one forward without dropout; leave out "
+                f"`branch_batch_size` ({self.branch_batch_size}) and `gradient_checkpointing` "
+                f"({self.gradient_checkpointing}), and leave `disable_dropout` on ({self.disable_dropout})."
+            )
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
                 "they read; leave it out."
             )
-        if self.packing and self.max_length is None:
-            raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
 
 
 def _check_limits(name: str, value, least, greatest) -> None:

@@ -279,6 +279,22 @@ def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
         raise ValueError("The attention layers of this family do not name the window that they see.")
 
 
+def _check_slots(config: PreTrainedConfig, slots: int) -> None:
+    """
+    Llama 4 scales its queries by where they stand in a forward, and not by their position, once that is far enough.
+
+    Raises:
+        `ValueError`: if it is.
+    """
+    config = config.get_text_config()
+    limit = config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None
+    if limit is not None and slots > limit:
+        raise ValueError(
+            f"A forward of {slots:,} tokens exceeds the {limit:,} up to which this family tells tokens apart by position; "
+            "lower `branch_batch_size` or `max_length`, or set `thought_path='replay'`."
+        )
+
+
 def _run(function: Callable, group: Branches, again: bool):
     """A group's forward, whose activations are computed `again` in the backward or kept."""
     return checkpoint(function, group, use_reentrant=False) if again and torch.is_grad_enabled() else function(group)
@@ -311,6 +327,7 @@ class MaskedPrefix(SharedPrefix):
         embeds = torch.cat([embed_tokens(model, text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
         branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
+        _check_slots(model.config, embeds.shape[1])
         allowed = packed_attention(text, branches.anchors, branches.mask)
         return backbone(
             model,
@@ -338,6 +355,7 @@ class CachedReader:
         own = torch.eye(N, dtype=torch.bool, device=anchors.device).repeat(1, steps)
         allowed = torch.cat([prefix_attention(self.text, anchors), own.expand(len(anchors), -1, -1)], dim=2)
         self.key_positions = torch.cat([self.key_positions, position_ids], dim=1)
+        _check_slots(self.model.config, self.key_positions.shape[1])
         return self._forward(embeds, allowed, position_ids)
 
     def _forward(self, embeds: torch.Tensor, allowed: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -412,11 +412,17 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         [probs[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)], dim=1
     )
     cumulative = sums.double().cumsum(-1)
-    threshold = (u * cumulative[:, -1])[:, None]
-    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
+    threshold = _share(cumulative, u[:, None])
+    block = torch.searchsorted(cumulative, threshold, right=True)
     mass = sums.gather(1, block).double()
     share = (threshold - cumulative.gather(1, block) + mass) / mass
     index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     within = (probs.gather(1, index.clamp(max=V - 1)) * (index < V)).double().cumsum(-1)
-    offset = torch.searchsorted(within, share.clamp(0, 1 - 1e-12) * within[:, -1:], right=True)
-    return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)
+    offset = torch.searchsorted(within, _share(within, share.clamp(min=0)), right=True)
+    return (block * BLOCK + offset)[:, 0]
+
+
+def _share(cumulative: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """A share, from 0 to 1, of a cumulative sum's total, and always less than that: something is left to be passed."""
+    total = cumulative[:, -1:]
+    return torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -115,7 +115,7 @@ def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
     return logps
 
 
-def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
+def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool = False) -> Path:
     """
     The first path that is exact on this model: the shared prefix by its attention or by a mask, replay that goes on from the
     family's cache, plain replay.
@@ -125,15 +125,20 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
             A model with heads.
         wanted (`str`):
             `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"`.
+        with_dropout (`bool`):
+            Whether training drops attention weights, which only the family's own attention does.
 
     Raises:
         `ValueError`: if `"shared_prefix"` is wanted and is not exact, or if even replay is not: the model does not read
             from left to right, or not by embeddings.
     """
+    paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
+    if with_dropout:
+        paths = tuple(path for path in paths if type(path) is not SharedPrefix)
     training = model.training
     model.eval()
     try:
-        path, problems = _first_exact(model, PATHS if wanted == "auto" else PATHS_OF[wanted])
+        path, problems = _first_exact(model, paths)
     finally:
         model.train(training)
     if path is None and wanted == "shared_prefix":
@@ -147,7 +152,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto") -> Path:
     if wanted == "auto" and isinstance(path, Replay):
         logger.warning(
             "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
-            problems[len(PATHS_OF["shared_prefix"]) - 1],
+            problems[sum(isinstance(tried, SharedPrefix) for tried in paths) - 1],
         )
     return path
 

@@ -192,7 +192,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
-        self.path = choose_path(base, args.thought_path)
+        self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         self._prepare_reference()
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -206,6 +206,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             and args.disable_dropout
             and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
             and args.single_pass is not False
+            and args.branch_batch_size is None
             and not has_router_loss(base.config)
         )
         if args.single_pass and not self._samples_in_graph:
@@ -383,7 +384,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         size = (B, T, branches, args.thought_length + args.talk_length + 1)
         fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
         if fitting == branches:
-            return self._samples_in_graph and args.single_pass is not False, None
+            return self._samples_in_graph, None
         return False, fitting
 
     def _sampler(self, text: Text, mode: str) -> ThoughtSampler:

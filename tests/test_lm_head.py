@@ -1,0 +1,131 @@
+"""Token statistics tile by tile against the whole vocabulary at once, forward and backward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trl_quietstar import lm_head
+from trl_quietstar.lm_head import prediction_statistics, token_statistics
+from trl_quietstar.sampling import BLOCK, _invert
+
+
+V, H = 37, 6
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.3},
+    "softcap": {"final_logit_softcapping": 0.8},
+    "all": {"bias": True, "logit_scale": 1.7, "final_logit_softcapping": 1.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles, the last of which is narrower."""
+    monkeypatch.setattr(lm_head, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(lm_head, "LEAST_WIDTH", 8)
+
+
+def model_with(kind: str):
+    """All that the statistics ask of a model: an LM head in float64, and a configuration."""
+    options = dict(HEADS[kind])
+    torch.manual_seed(0)
+    head = torch.nn.Linear(H, V, bias=options.pop("bias", False), dtype=torch.float64)
+    config = SimpleNamespace(model_type="test", **options)
+    config.get_text_config = lambda: config
+    return SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+
+
+def log_probs(model, hidden, temperature=1.0):
+    """By the definition."""
+    scale, softcap = lm_head.logit_transform(model.config)
+    logits = model.get_output_embeddings()(hidden) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same_gradients(ours, oracle, wanted):
+    """Of two scalars with respect to tensors."""
+    for mine, expected in zip(*(torch.autograd.grad(x, wanted) for x in (ours, oracle)), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", HEADS)
+def test_statistics(kind, temperature):
+    model, hidden = model_with(kind), random(3, 5, H)
+    targets, mask = torch.randint(V, (3, 5)), torch.rand(3, 5) < 0.7
+    found = token_statistics(model, hidden, targets, mask, temperature)
+    expected = log_probs(model, hidden, temperature)
+    logps = expected.gather(-1, targets[..., None])[..., 0] * mask
+    entropies = -(expected.exp() * expected).sum(-1) * mask
+    torch.testing.assert_close(found.logps, logps)
+    torch.testing.assert_close(found.entropies, entropies)
+    assert torch.equal(found.correct, (expected.argmax(-1) == targets) & mask)
+    weights = torch.randn(2, 3, 5, dtype=torch.float64)
+    pair = ((weights[0] * a + weights[1] * b).sum() for a, b in ((found.logps, found.entropies), (logps, entropies)))
+    assert_same_gradients(*pair, [hidden, *model.get_output_embeddings().parameters()])
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_mixed_predictions(kind):
+    """Equal to mixing hidden states before the head, though the head is applied before."""
+    model, text_hidden, read, weights = (
+        model_with(kind),
+        random(2, 5, H),
+        random(2, 3, 2, H),
+        torch.rand(2, 3, 2).double(),
+    )
+    weights.requires_grad_()
+    text_targets, targets = torch.randint(V, (2, 5)), torch.randint(V, (2, 3, 2))
+    text_mask = torch.tensor([[True, True, False, True, True], [False, True, True, True, False]])
+    index = torch.tensor([[[0, 1], [3, 4], [0, 0]], [[1, 2], [3, 3], [2, 1]]])
+    mask = torch.rand(2, 3, 2) < 0.8
+    text, mixed, own = prediction_statistics(
+        model, text_hidden, text_targets, text_mask, read, index, weights, targets, mask
+    )
+    base = torch.stack([hidden[i] for hidden, i in zip(text_hidden, index, strict=True)])
+    states = (text_hidden, weights[..., None] * read + (1 - weights[..., None]) * base, read)
+    wanted = []
+    for state, target, where in zip(states, (text_targets, targets, targets), (text_mask, mask, mask), strict=True):
+        expected = log_probs(model, state)
+        wanted.append(
+            (expected.gather(-1, target[..., None])[..., 0] * where, (expected.argmax(-1) == target) & where)
+        )
+    for found, (logps, correct) in ((text, wanted[0]), (mixed, wanted[1])):
+        torch.testing.assert_close(found.logps, logps)
+        assert torch.equal(found.correct, correct)
+    torch.testing.assert_close(own, wanted[2][0])
+    noise = [torch.randn(x.shape, dtype=torch.float64) for x, _ in wanted]
+    ours = sum((a * n).sum() for a, n in zip((text.logps, mixed.logps, own), noise, strict=True))
+    oracle = sum((a * n).sum() for (a, _), n in zip(wanted, noise, strict=True))
+    assert_same_gradients(ours, oracle, [text_hidden, read, weights, *model.get_output_embeddings().parameters()])
+
+
+def test_a_frozen_head_gets_no_gradient():
+    """And none is computed for it."""
+    model, hidden = model_with("plain"), random(4, H)
+    model.get_output_embeddings().requires_grad_(False)
+    token_statistics(model, hidden, torch.arange(4), torch.ones(4, dtype=torch.bool)).logps.sum().backward()
+    assert hidden.grad is not None and model.get_output_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("size", [5, BLOCK, 3 * BLOCK, 2 * BLOCK + 17])
+def test_a_token_is_drawn_where_the_cumulative_probability_passes_u(size):
+    """As by one sum over the whole vocabulary; a token without probability never."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(200, size, generator=generator, dtype=torch.float64)
+    probs[torch.rand(200, size, generator=generator) < 0.5] = 0
+    probs[:, size // 2] += 1e-3
+    u = torch.rand(200, generator=generator, dtype=torch.float64)
+    u[:3] = torch.tensor([0.0, 1 - 1e-16, 1 - 1e-9])
+    drawn = _invert(probs, u)
+    assert (probs.gather(1, drawn[:, None]) > 0).all()
+    cumulative = probs.cumsum(-1)
+    expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+    assert (drawn[3:] == expected[3:]).all()
