@@ -68,7 +68,7 @@ SMALL = {
     "mamba_d_ssm": 64,
     "sliding_window": 6,
     "rotary_dim": 4,
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
     "is_decoder": True,
 }
 DECODER = dict(is_encoder_decoder=False, is_decoder=True)
@@ -81,7 +81,7 @@ EXCEPTIONS: dict[str, dict] = {
     **dict.fromkeys(("mvp", "pegasus", "plbart", "whisper"), DECODER),
     "prophetnet": {**DECODER, "num_decoder_layers": 2, "num_decoder_attention_heads": 4},
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), MLA),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), MLA),
     **dict.fromkeys(("llama4", "llama4_text"), dict(attention_chunk_size=6, no_rope_layers=[1, 0])),
     "zamba": dict(
         num_hidden_layers=3,

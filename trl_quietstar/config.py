@@ -142,7 +142,7 @@ class QuietStarConfig(_BaseConfig):
     )
 
     # Memory
-    gradient_checkpointing: bool | None = _option(
+    gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]  # None is its default in Transformers
         None,
         "Whether layers keep nothing but their inputs for the backward, which computes the rest again. Off, unlike in "
         "TRL: what branches keep is bounded by the two options below.",
