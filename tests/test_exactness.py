@@ -8,9 +8,10 @@ import torch
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.geometry import Text, Thoughts, talk_after
 from trl_quietstar.paths import MaskedPrefix, Path, Replay, SharedPrefix
+from trl_quietstar.sampling import ThoughtSampler
 from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
 
-from .tiny import FAMILIES, exact_model, mixed_text, positions_of, sampling, think
+from .tiny import FAMILIES, exact_model, generators, mixed_text, positions_of, sampling, think
 
 
 FIELDS = (
@@ -182,6 +183,17 @@ def test_families_sample_the_same_thoughts(name):
     model, text = exact_model(name), mixed_text()
     ours, oracle = (think(model, text, path) for path in (SharedPrefix(), Replay()))
     assert torch.equal(ours.token_ids * ours.mask, oracle.token_ids * oracle.mask)
+
+
+@pytest.mark.parametrize("path", [SharedPrefix(), MaskedPrefix(), Replay()], ids=["attention", "mask", "replay"])
+def test_thoughts_sampled_in_groups_are_the_same(path):
+    """A thought does not depend on which others are written beside it."""
+    model, text = exact_model("mistral-window"), mixed_text()
+    together, apart = (
+        ThoughtSampler(sampling(), generators(text), "all").sample(model, text, path, size) for size in (None, 5)
+    )
+    assert torch.equal(together.mask, apart.mask)
+    assert torch.equal(together.token_ids * together.mask, apart.token_ids * apart.mask)
 
 
 @pytest.mark.parametrize("start", [True, False])

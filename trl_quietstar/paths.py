@@ -8,6 +8,7 @@ A path only answers "what are the hidden states?"; sampling and scoring are the 
 (`sampling.py`, `scoring.py`).
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -189,6 +190,12 @@ class BranchReader:
             mask = additive_masks(model.config, text_attention(text), position_ids, position_ids, embeds.dtype)
         self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
         _check_windows(model.config, self.memory)
+
+    def again(self) -> "BranchReader":
+        """The same text as it was read, without branches."""
+        fresh = copy.copy(self)
+        fresh.own, fresh.length = {}, 0
+        return fresh
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=anchors.device)

@@ -21,7 +21,7 @@ from .embeddings import embed_tokens, embed_vector
 from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from .heads import QuietStarSettings, ThinkingModel
 from .lm_head import Drawn, logits_in_scratch, normalized_entropy, row_chunk, scratch
-from .paths import Path, Reader
+from .paths import BranchReader, Path, Reader
 
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -276,11 +276,19 @@ class ThoughtSampler:
     min_thought_interval: int = 3
 
     @torch.no_grad()
-    def sample(self, model: ThinkingModel, text: Text, path: Path) -> Thoughts:
-        """Reads the text and writes its thoughts, without gradient."""
+    def sample(self, model: ThinkingModel, text: Text, path: Path, batch_size: int | None = None) -> Thoughts:
+        """Reads the text and writes its thoughts, without gradient; of each row about `batch_size` at once, or all."""
         reader = path.read(model, text)
         positions = self._positions(model, text, reader)
-        return sample_thoughts(model, reader, text, positions, self.settings, self._draws(positions))
+        size = positions.index.shape[1] if batch_size is None else max(batch_size // self.settings.num_thoughts, 1)
+        groups = (x.split(size, dim=1) for x in (positions.index, positions.mask, self._draws(positions)))
+        parts = []
+        for index, mask, draws in zip(*groups, strict=True):
+            if parts:
+                reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
+            parts.append(sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws))
+        token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
+        return Thoughts(positions, token_ids, mask)
 
     def sample_in_graph(
         self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
@@ -413,13 +421,14 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     )
     cumulative = sums.double().cumsum(-1)
     threshold = _share(cumulative, u[:, None])
-    block = torch.searchsorted(cumulative, threshold, right=True)
+    # of a sum that is NaN nothing is passed: the last token, as good as any, is drawn
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
     mass = sums.gather(1, block).double()
     share = (threshold - cumulative.gather(1, block) + mass) / mass
     index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     within = (probs.gather(1, index.clamp(max=V - 1)) * (index < V)).double().cumsum(-1)
     offset = torch.searchsorted(within, _share(within, share.clamp(min=0)), right=True)
-    return (block * BLOCK + offset)[:, 0]
+    return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)
 
 
 def _share(cumulative: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

@@ -184,7 +184,13 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
 
 
 def score_thoughts(
-    model: ThinkingModel, text: Text, thoughts: Thoughts, path: Path, temperature: float = 1.0, start: bool = True
+    model: ThinkingModel,
+    text: Text,
+    thoughts: Thoughts,
+    path: Path,
+    temperature: float = 1.0,
+    start: bool = True,
+    branch_batch_size: int | None = None,
 ) -> Scores:
     """
     The thought tokens alone, and the text: what a reference model is asked for.
@@ -203,6 +209,8 @@ def score_thoughts(
         start (`bool`):
             Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
             no-thought model.
+        branch_batch_size (`int`, *optional*):
+            As in [`ScoreRequest`].
 
     Returns:
         [`Scores`] with `thought_logps`, `text_logps` and `text_correct`.
@@ -215,7 +223,7 @@ def score_thoughts(
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
     anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
     branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
-    encoded = path.encode(model, text, branches)
+    encoded = path.encode(model, text, branches, branch_batch_size)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)

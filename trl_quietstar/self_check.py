@@ -93,7 +93,10 @@ def _text_logps(model: ThinkingModel, path: Path, text: Text) -> torch.Tensor:
 
 def _random_text(model: ThinkingModel, seed: int) -> Text:
     """Two rows: a row of two packed documents, and a row padded at its end."""
-    tables, device = (model.get_input_embeddings(), model.get_output_embeddings()), model.quietstar.start_embedding.device
+    tables, device = (
+        (model.get_input_embeddings(), model.get_output_embeddings()),
+        model.quietstar.start_embedding.device,
+    )
     V = min(int(table.weight.shape[0]) for table in tables)  # either may have rows that no token of a text has
     ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed)).to(device)
     padding = model.config.get_text_config().pad_token_id

@@ -215,6 +215,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 f"{type(base).__name__} is not; leave it out."
             )
         self._kept_per_token: float | None = None  # bytes; measured when it is needed
+        self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
         self.sampling = thought_sampling(args.settings(), processing_class, args.num_thoughts)
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
@@ -360,7 +361,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
     def _score_request(self, text: Text, mode: str) -> ScoreRequest:
         """What to score, and whether thoughts are sampled before or on the way."""
         args, sampler = self.args, self._sampler(text, mode)
-        single_pass, batch_size = self._plan(text, mode)
+        single_pass, self._batch_size = self._plan(text, mode)
         return ScoreRequest(
             text,
             sampler if single_pass else self._sample_thoughts(text, sampler),
@@ -368,7 +369,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             self.path,
             args.temperature,
             args.reward_prediction,
-            batch_size,
+            self._batch_size,
         )
 
     def _plan(self, text: Text, mode: str) -> tuple[bool, int | None]:
@@ -405,7 +406,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         base.eval()  # no dropout, and a cache even where layers are checkpointed
         try:
             with self.accelerator.autocast():
-                return sampler.sample(base, text, self.path)
+                return sampler.sample(base, text, self.path, self._batch_size)
         finally:
             base.train(training)
 
@@ -423,7 +424,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if not self.args.uses_reference:
             return None
         with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
-            return score_thoughts(reference, text, thoughts, self.path, self.args.temperature)
+            return score_thoughts(
+                reference, text, thoughts, self.path, self.args.temperature, branch_batch_size=self._batch_size
+            )
 
     def _coefficients(self) -> Coefficients:
         args = self.args
@@ -473,7 +476,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
     def _coherence(self, batch: BatchResult) -> torch.Tensor:
         base = base_of(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
-            plain = score_thoughts(base, batch.text, batch.thoughts, self.path, start=False)
+            plain = score_thoughts(
+                base, batch.text, batch.thoughts, self.path, start=False, branch_batch_size=self._batch_size
+            )
         return coherence(
             batch.scores.similarity,
             plain.thought_logps,
