@@ -282,7 +282,7 @@ class ThoughtSampler:
         positions = self._positions(model, text, reader)
         size = positions.index.shape[1] if batch_size is None else max(batch_size // self.settings.num_thoughts, 1)
         groups = (x.split(size, dim=1) for x in (positions.index, positions.mask, self._draws(positions)))
-        parts = []
+        parts: list[Thoughts] = []
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
                 reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
