@@ -24,7 +24,7 @@ help:
 	@echo "make eval      what was trained, with and without thoughts, on tasks of examples/tasks (some minutes)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
-	@echo "make bench     run the benchmarks behind docs/results.md (about 1.5 hours on one core)"
+	@echo "make bench     run the benchmarks behind docs/results.md (about 2 hours on two cores)"
 	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
 	@echo "make lint      check style and types"
 	@echo "make format    apply the style"

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TextIteratorStreamer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.geometry import Branches, Positions, Text
 from trl_quietstar.lm_head import logits_of, normalized_entropy
 from trl_quietstar.modeling import heads_aside
-from trl_quietstar.paths import Replay
+from trl_quietstar.paths import CACHE_NAMES, Replay
 from trl_quietstar.sampling import fixed_draws, sample_thoughts, thought_sampling
 
 from .conformance import tiny_model as family_model
@@ -311,3 +311,13 @@ def test_training_mode_is_restored():
     model = tiny_model("llama", attention_dropout=0.5).train()
     model.generate(prompts(5)[0][None] % 97, max_new_tokens=2)
     assert model.training
+
+
+def test_a_cache_to_go_on_from_is_refused():
+    """It would be read again from its beginning, or not at all."""
+    model, (prompt,) = thinking_model(), prompts(6)
+    with torch.no_grad():
+        cache = AutoModelForCausalLM.from_config(model.config)(input_ids=prompt[None], use_cache=True)
+    cache = next(value for name, value in cache.items() if name in CACHE_NAMES)
+    with pytest.raises(ValueError, match="cannot go on from"):
+        model.generate(prompt[None], past_key_values=cache, max_new_tokens=2)

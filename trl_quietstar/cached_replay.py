@@ -10,7 +10,6 @@ R is the number of rows of a batch of such states, W the slots of its keys.
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,10 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from .embeddings import embed_tokens
 from .geometry import Text
-from .paths import Reader, Replay, backbone_output, position_offset
-
-
-CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what families call it
+from .paths import Reader, Replay, backbone_output, cache_name, forward_arguments, position_offset
 
 
 class States:
@@ -37,7 +33,7 @@ class States:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache = model, None
-        self.arguments = _arguments(model)
+        self.arguments = forward_arguments(model)
         self.width = 0  # W
         self.lengths = torch.zeros(0, dtype=torch.long, device=model.device)  # (R,)
         self.padded = False  # whether the keys of shorter rows begin with padding
@@ -88,7 +84,7 @@ class States:
         return joined
 
     def _forward(self, embeds: torch.Tensor) -> torch.Tensor:
-        Q, name = embeds.shape[1], _cache_name(self.arguments)
+        Q, name = embeds.shape[1], cache_name(self.arguments)
         inputs: dict[str, Any] = {name: self.cache, "use_cache": True}
         if self.padded:
             column = torch.arange(self.width + Q, device=embeds.device)
@@ -132,20 +128,6 @@ def _pad_left(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """Zeros in front, up to a shape that does not count the rows."""
     missing = [wanted - size for wanted, size in zip(shape, x.shape[1:], strict=True)]
     return torch.nn.functional.pad(x, [width for size in reversed(missing) for width in (size, 0)])
-
-
-def _arguments(model: PreTrainedModel) -> frozenset[str]:
-    """Names that the family's own forward takes."""
-    plain = getattr(type(model), "_plain_class", type(model))
-    return frozenset(inspect.signature(plain.forward).parameters)
-
-
-def _cache_name(arguments: frozenset[str]) -> str:
-    """What the family calls its cache, as argument and in its output."""
-    for name in CACHE_NAMES:
-        if name in arguments:
-            return name
-    raise ValueError("the family keeps no cache")
 
 
 class CachedReplay(Replay):

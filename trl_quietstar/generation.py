@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,7 +22,7 @@ from .embeddings import embed_tokens, embed_vector
 from .geometry import Branches, Text
 from .heads import ThinkingModel
 from .lm_head import logits_of, uncertainty
-from .paths import Replay, additive_masks, backbone, position_offset
+from .paths import Replay, additive_masks, backbone, cache_name, forward_arguments, position_offset
 from .sampling import SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
 
 
@@ -149,8 +150,8 @@ class CachedDecoder:
             embeds,
             attention_mask=additive_masks(config, allowed, positions, self.positions, embeds.dtype),
             position_ids=positions + position_offset(config),
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_name(forward_arguments(self.model)): self.cache},
         )
 
 
@@ -402,9 +403,11 @@ def _check_request(config: GenerationConfig, input_ids, attention_mask, synced_g
             f"Thinking works with greedy search and sampling, not with {mode.value!r}; set `num_beams=1` and the like, or "
             "`think='never'`."
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("Thinking cannot go on from `past_key_values`; pass the whole text, or `think='never'`.")
+    for name in ("cache", "past_key_values"):
+        cache = model_kwargs.get(name)
+        layers = cache.layers if isinstance(cache, Cache) else ()
+        if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in layers):
+            raise ValueError(f"Thinking cannot go on from `{name}`; pass the whole text, or `think='never'`.")
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
 

@@ -9,6 +9,8 @@ A path only answers "what are the hidden states?"; sampling and scoring are the 
 """
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,11 +39,30 @@ from .routing import Routing, has_router_loss, recorded_routing
 POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what families call their cache
 
 
 def position_offset(config: PreTrainedConfig) -> int:
     """The position id of a text's first token."""
     return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
+def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Names that the family's own forward takes."""
+    return _arguments_of(getattr(type(model), "_plain_class", type(model)))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _arguments_of(family: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(family.forward).parameters)
+
+
+def cache_name(arguments: frozenset[str]) -> str:
+    """What the family calls its cache, as argument and in its output."""
+    for name in CACHE_NAMES:
+        if name in arguments:
+            return name
+    raise ValueError("the family keeps no cache")
 
 
 class Reader(Protocol):
@@ -372,8 +393,8 @@ class CachedReader:
             embeds,
             attention_mask=masks,
             position_ids=position_ids + position_offset(self.model.config),
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_name(forward_arguments(self.model)): self.cache},
         )
 
 
