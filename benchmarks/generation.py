@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.paths import SharedPrefix
 
 
 SHARE = 0.25  # of the tokens, with adaptive thinking
@@ -116,7 +115,7 @@ def main() -> None:
     settings = QuietStarSettings(thought_length=args.thought_length, talk_length=4)
     model = QuietStarForCausalLM.from_pretrained(args.model, settings=settings).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    assert isinstance(model.thought_path, SharedPrefix)  # checked here, ahead of the clock
+    assert model.branches_in_cache  # checked here, ahead of the clock
     result = {
         "model": args.model,
         "thought_length": args.thought_length,

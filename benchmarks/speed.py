@@ -16,8 +16,8 @@ alternation with the steps that it measures, and is never checkpointed. No optim
 
 Peak memory is what a step, gradients included, takes above the loaded model: resident memory on the CPU (Linux), where freed
 memory is returned at once (and once more with what malloc keeps of it), allocated memory on CUDA; each in a fresh process. It
-includes the coherence metric, which the first step of each logging window
-computes; times do not. Metrics and rewards are the stage `rest`; sampling that happens inside scoring is no stage of its own.
+includes the coherence metric, which the first step of each logging window computes; times do not. Metrics and rewards are the
+stage `rest`; sampling that happens inside scoring is no stage of its own.
 
 Beside `FILE.json` goes `FILE.png` with the sweeps. `--set` changes the fields of `QuietStarConfig` that a case leaves alone.
 """

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from .softcap import cap_, slope, times_
+
 
 PREFIX = "quietstar_"  # of the implementation's name, before the one it stands in for
 EAGER = "eager_attention_forward"  # which each family has of its own
@@ -159,13 +161,13 @@ class _Attend(torch.autograd.Function):
         for at, span in chunks:
             q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
             scores, own_scores = chunks.scores(at, span)
-            slopes = [chunks.slope(x) for x in (scores, own_scores)]
+            slopes = [slope(x, chunks.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
             d_scores = (g @ text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
             d_own_scores = (grad[:, :, at] @ own_value[:, :, at].mT).to(chunks.dtype)
             pairs = zip((d_scores, d_own_scores), (weights, own_weights), slopes, strict=True)
             d_scores, d_own_scores = (
-                _times(d.sub_(shared[:, :, at]).mul_(w), slope).to(query.dtype) for d, w, slope in pairs
+                times_(d.sub_(shared[:, :, at]).mul_(w), factor).to(query.dtype) for d, w, factor in pairs
             )
             flat = d_scores.flatten(2, 3)
             d_text_key[:, :, span] += flat.mT @ q
@@ -210,19 +212,9 @@ class _Chunks:
 
     def _masked(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `seen`, `(B, n, Q or 1, K)`, is False."""
-        scores = scores.to(self.dtype)
-        if self.softcap is not None:
-            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores = cap_(scores.to(self.dtype), self.softcap)
         scores.unflatten(3, (-1, self.Q)).masked_fill_(~seen[:, None, :, None], -torch.inf)
         return scores
-
-    def slope(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """Derivative of the soft-cap at capped scores; None without one."""
-        return None if self.softcap is None else 1 - (scores.clamp(min=-self.softcap) / self.softcap) ** 2
-
-
-def _times(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    return values if factor is None else values.mul_(factor)
 
 
 def chunk_size(rows: int, T: int) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .softcap import cap_, slope, times_
+
 
 TILE_ELEMENTS = 2**21  # logits held at once (8 MB in float32)
 LEAST_WIDTH = 256  # of a tile, however many rows it has
@@ -76,7 +78,7 @@ def logits_in_scratch(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Ten
     """The same, without gradient, where the next such call writes its own."""
     weight, bias = _weights(model)
     tiles = _Tiles(weight, bias, logit_transform(model.config), _compute_dtype(hidden), len(hidden))
-    return tiles.cap(tiles.raw(hidden, slice(0, len(weight)), "logits"))
+    return cap_(tiles.raw(hidden, slice(0, len(weight)), "logits"), tiles.softcap)
 
 
 def row_chunk(model: PreTrainedModel) -> int:
@@ -146,9 +148,8 @@ def prediction_statistics(
     Returns:
         `tuple`: [`Prediction`] of the text; [`Prediction`] of the mixed; log-probabilities of the other hidden states alone.
     """
-    compact = (text_mask.flatten().cumsum(0) - 1).view(
-        text_mask.shape
-    )  # row of each text index among those that predict
+    # row of each text index among those that predict
+    compact = (text_mask.flatten().cumsum(0) - 1).view(text_mask.shape)
     rows = torch.arange(len(index), device=index.device).view(-1, *[1] * (index.dim() - 1)).expand_as(index)[mask]
     found = _MixedStatistics.apply(
         text_hidden[text_mask],
@@ -227,14 +228,6 @@ class _Tiles:
         logits = logits.to(self.exact)
         return logits if self.scale == 1 else logits.mul_(self.scale)
 
-    def cap(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits, in place of `raw`."""
-        return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def slope(self, capped: torch.Tensor) -> torch.Tensor | None:
-        """Derivative of the soft-cap; None without one."""
-        return None if self.softcap is None else 1 - (capped / self.softcap) ** 2
-
     def back(
         self, heads: "_HeadGradients", at: slice, *parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     ) -> None:
@@ -282,11 +275,9 @@ class _Best:
         self.top, self.index = torch.full_like(targets, -torch.inf, dtype=torch.float64), torch.zeros_like(targets)
         self.target = self.top
 
-    def fold(
-        self, logits: torch.Tensor, at: slice, out: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes a tile in, whose exponentials, over their greatest, are written to `out` or in place of it; returns the
-        greatest, and the sum."""
+    def fold(self, logits: torch.Tensor, at: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Takes a tile in, whose exponentials, over their greatest, are written to `out` or in place of it; returns their
+        sum."""
         local = self.targets - at.start
         inside = (local >= 0) & (local < logits.shape[1])
         target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
@@ -297,7 +288,7 @@ class _Best:
         shifted = torch.sub(logits, top[:, None], out=logits if out is None else out)
         total = shifted.exp_().sum(-1)
         self.parts.append(top + total.log())
-        return top, total
+        return total
 
     @property
     def log_z(self) -> torch.Tensor:
@@ -319,18 +310,13 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 def _nll_slope(logits: torch.Tensor, log_z: torch.Tensor, grad: torch.Tensor, targets: torch.Tensor, at: slice):
     """Gradient of log-probabilities of targets with respect to a tile of logits, in place of it."""
-    slope = logits.sub_(log_z[:, None]).exp_().mul_(-grad[:, None])
-    return _add_at_targets(slope, grad, targets, at)
+    return _add_at_targets(logits.sub_(log_z[:, None]).exp_().mul_(-grad[:, None]), grad, targets, at)
 
 
 def _add_at_targets(slope: torch.Tensor, grad: torch.Tensor, targets: torch.Tensor, at: slice) -> torch.Tensor:
     local = targets - at.start
     inside = (local >= 0) & (local < slope.shape[1])
     return slope.scatter_add_(1, local.clamp(0, slope.shape[1] - 1)[:, None], (grad * inside)[:, None])
-
-
-def _times(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    return values if factor is None else values.mul_(factor)
 
 
 class _Statistics(torch.autograd.Function):
@@ -342,9 +328,9 @@ class _Statistics(torch.autograd.Function):
         if known is None:
             best, means = _Best(targets), []
             for at in tiles.slices:
-                logits = tiles.cap(tiles.raw(hidden, at, "logits")).div_(temperature)
+                logits = cap_(tiles.raw(hidden, at, "logits"), tiles.softcap).div_(temperature)
                 weights = tiles.scratch("weights", logits)
-                _, total = best.fold(logits, at, weights)
+                total = best.fold(logits, at, weights)
                 means.append(weights.mul_(logits).sum(-1) / total)
             log_z = best.log_z
             shares = (torch.stack(best.parts) - log_z).exp()
@@ -364,14 +350,14 @@ class _Statistics(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=tiles.exact)
         constant = (d_logps + d_entropies * entropies)[:, None]
         for at in tiles.slices:
-            capped = tiles.cap(tiles.raw(hidden, at, "logits"))
-            factor = tiles.slope(capped)
+            capped = cap_(tiles.raw(hidden, at, "logits"), tiles.softcap)
+            factor = slope(capped, tiles.softcap)
             log_p = capped.div_(ctx.temperature).sub_(log_z[:, None])
-            slope = torch.exp(log_p, out=tiles.scratch("weights", log_p))
+            grad = torch.exp(log_p, out=tiles.scratch("weights", log_p))
             # -p·(d_logp + d_entropy·(log p + entropy)), and d_logp at the target
-            slope.mul_(log_p.mul_(-d_entropies[:, None]).sub_(constant))
-            slope = _add_at_targets(slope, d_logps, targets, at).div_(ctx.temperature)
-            tiles.back(heads, at, (_times(slope, factor), hidden, d_hidden))
+            grad.mul_(log_p.mul_(-d_entropies[:, None]).sub_(constant))
+            grad = _add_at_targets(grad, d_logps, targets, at).div_(ctx.temperature)
+            tiles.back(heads, at, (times_(grad, factor), hidden, d_hidden))
         return d_hidden.to(hidden.dtype), heads.weight, heads.bias, None, None, None, None
 
 
@@ -386,9 +372,8 @@ class _MixedStatistics(torch.autograd.Function):
         for at in tiles.slices:
             text_raw, raw = tiles.raw(text, at, "text"), tiles.raw(read, at, "logits")
             both = torch.index_select(text_raw, 0, index, out=tiles.scratch("weights", raw))
-            mixed.fold(tiles.cap(both.lerp_(raw, share)), at)
-            of_text.fold(tiles.cap(text_raw), at)
-            own.fold(tiles.cap(raw), at)
+            for best, logits in ((mixed, both.lerp_(raw, share)), (of_text, text_raw), (own, raw)):
+                best.fold(cap_(logits, tiles.softcap), at)
         ctx.save_for_backward(
             *(text, read, weights, weight, bias, text_targets, index, targets),
             *(of_text.log_z, mixed.log_z, own.log_z),
@@ -411,16 +396,16 @@ class _MixedStatistics(torch.autograd.Function):
             gap = torch.index_select(text_raw, 0, index, out=tiles.scratch("gap", raw))
             gap = torch.sub(raw, gap, out=gap)
             both = torch.addcmul(raw, gap, share - 1, out=tiles.scratch("weights", raw))
-            capped = [tiles.cap(x) for x in (text_raw, both, raw)]
-            factors = [tiles.slope(x) for x in capped]
-            text_slope, slope, own_slope = (
-                _times(_nll_slope(x, log_z, grad, goal, at), factor)
+            capped = [cap_(x, tiles.softcap) for x in (text_raw, both, raw)]
+            factors = [slope(x, tiles.softcap) for x in capped]
+            text_grad, mixed_grad, own_grad = (
+                times_(_nll_slope(x, log_z, grad, goal, at), factor)
                 for x, log_z, (grad, goal), factor in zip(capped, log_zs, goals, factors, strict=True)
             )
-            d_weights += gap.mul_(slope).sum(-1)
-            own_slope.addcmul_(slope, share)
-            text_slope.index_add_(0, index, slope.mul_(1 - share))
-            tiles.back(heads, at, (text_slope, text, d_text_hidden), (own_slope, read, d_read))
+            d_weights += gap.mul_(mixed_grad).sum(-1)
+            own_grad.addcmul_(mixed_grad, share)
+            text_grad.index_add_(0, index, mixed_grad.mul_(1 - share))
+            tiles.back(heads, at, (text_grad, text, d_text_hidden), (own_grad, read, d_read))
         d_hidden = (d_text_hidden.to(text.dtype), d_read.to(read.dtype), d_weights.to(weights.dtype))
         return *d_hidden, heads.weight, heads.bias, None, None, None, None
 

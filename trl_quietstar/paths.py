@@ -243,20 +243,22 @@ class BranchReader:
         """
         if embeds[..., 0].numel() == 0:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
-        reading = self._branch_reading(anchors, mask, embeds.shape[2], keep)
-        position_ids = branch_position_ids(self.text, anchors, mask)[:, :, self.length :]
+        positions = branch_position_ids(self.text, anchors, mask)
+        reading = self._branch_reading(anchors, mask, positions, keep)
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
         masks = in_mask_form(self.model.config, nothing, dict.fromkeys(_near_kinds(self.model.config), nothing))
-        hidden = self._forward(embeds.flatten(1, 2), reading, masks, position_ids.flatten(1))
+        hidden = self._forward(embeds.flatten(1, 2), reading, masks, positions[:, :, self.length :].flatten(1))
         self.length += embeds.shape[2] if keep else 0
         return hidden.unflatten(1, embeds.shape[1:3])
 
-    def _branch_reading(self, anchors: torch.Tensor, mask: torch.Tensor, Q: int, keep: bool) -> BranchReading:
+    def _branch_reading(
+        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
+    ) -> BranchReading:
+        """Of the slots that are not kept yet; mask and position ids, `(B, N, s + Q)`, are those of all."""
         first = anchors - self.text.position_ids.gather(1, anchors)  # where the anchor's document begins
-        positions = branch_position_ids(self.text, anchors, mask)
-        new = positions[:, :, -Q:]
-        slots = mask.shape[2]
+        slots, new = mask.shape[2], positions[:, :, self.length :]
+        Q = new.shape[2]
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
         itself = torch.eye(slots, dtype=torch.bool, device=mask.device)[-Q:]
         heads = self.model.config.get_text_config().num_attention_heads
