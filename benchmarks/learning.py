@@ -235,8 +235,8 @@ class Until90(TrainerCallback):
 class RandomThoughts(QuietStarREINFORCETrainer):
     """Trains on random tokens in place of the model's own thoughts."""
 
-    def _score_request(self, text, mode):
-        request = super()._score_request(text, mode)
+    def _score_request(self, text, part, mode):
+        request = super()._score_request(text, part, mode)
         if mode == "eval":
             return request
         generator = torch.Generator().manual_seed(self.state.global_step)
@@ -278,7 +278,9 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
     trainer_class: type[QuietStarREINFORCETrainer] = QuietStarREINFORCETrainer
     if sabotage == "random_thoughts":
         trainer_class, options = RandomThoughts, {**options, "single_pass": False}  # they come from elsewhere
-    flip = patch("trl_quietstar.trainer.thought_rewards", flipped) if sabotage == "flipped_reward" else nullcontext()
+    flip = (
+        patch("trl_quietstar.experience.thought_rewards", flipped) if sabotage == "flipped_reward" else nullcontext()
+    )
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_class(
             copy.deepcopy(model),

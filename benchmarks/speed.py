@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from trl import RLOOConfig, RLOOTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+from trl_quietstar.experience import StepPart
 from trl_quietstar.geometry import Text, choose_positions, seeded_generators
 
 from .generation import FIXED_WAYS, compare
@@ -253,7 +254,8 @@ def sampling_rates(case: Case, repeats: int) -> dict:
         for _ in range(repeats + 1):
             plain.append(plain_step(trainer, inputs)["plain"])
             trainer.model.train()
-            ours.append(rate(lambda: int(trainer._sample_thoughts(text, trainer._sampler(text, "train")).mask.sum())))
+            sampler = trainer._sampler(StepPart([0]), "train")
+            ours.append(rate(lambda sampler=sampler: int(trainer._sample_thoughts(text, sampler).mask.sum())))
             theirs.append(rate(lambda: sum(map(len, rloo._generate_single_turn(prompts, None, {})))))
     ours_rate, theirs_rate = statistics.median(ours[1:]), statistics.median(theirs[1:])  # the first warms up
     return {

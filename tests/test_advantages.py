@@ -1,13 +1,12 @@
 """Advantages against the equations, written as loops."""
 
-import math
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_quietstar.advantages import explained_variance, gae, leave_one_out, thought_advantages
+from trl_quietstar.advantages import gae, leave_one_out, standardize, thought_advantages
 
 
 B, J = 2, 3
@@ -184,7 +183,7 @@ def test_normalised_advantages_are_standard(batch):
     rewards, values, mask = batch
     plain, _ = thought_advantages(rewards, values, mask)
     assume(int(mask.sum()) > 1 and plain[mask].std(correction=0) > 0.1)
-    advantages, _ = thought_advantages(rewards, values, mask, normalize=True)
+    (advantages,) = standardize([plain], [mask], lambda sums: sums)
     chosen = advantages[mask]
     assert chosen.mean().abs() < 1e-9
     assert chosen.std(correction=0).item() == pytest.approx(1, abs=2e-3)  # the divisor may be guarded
@@ -194,19 +193,20 @@ def test_normalised_advantages_are_standard(batch):
 def test_equal_advantages_normalise_to_zero():
     """Nothing to tell apart: zeros, not rounding errors blown up to one."""
     mask = torch.ones(1, 2, 2, 3, dtype=torch.bool)
-    rewards, values = torch.full((1, 2, 2), 0.3), torch.zeros(1, 2, 2, 3)
-    advantages, _ = thought_advantages(rewards, values, mask, "none", normalize=True)
+    (advantages,) = standardize([torch.full((1, 2, 2, 3), 0.3)], [mask], lambda sums: sums)
     assert advantages.abs().max() < 1e-2
 
 
-@given(thoughts(), st.sampled_from(["value", "none"]))
-def test_positive_only_is_a_relu(batch, baseline):
-    """Negative advantages become 0 and the rest stay; the value's target is untouched."""
+@given(thoughts())
+def test_batches_are_standardized_as_one(batch):
+    """Split into two, by rows or over processes, advantages come out as those of the whole."""
     rewards, values, mask = batch
-    plain, returns = thought_advantages(rewards, values, mask, baseline)
-    ours, same = thought_advantages(rewards, values, mask, baseline, positive_only=True)
-    assert torch.equal(ours, plain.relu())
-    assert torch.equal(same, returns)
+    plain, _ = thought_advantages(rewards, values, mask)
+    (whole,) = standardize([plain], [mask], lambda sums: sums)
+    parts = standardize([plain[:1], plain[1:]], [mask[:1], mask[1:]], lambda sums: sums)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-9)
+    twice = standardize([plain], [mask], lambda sums: 2 * sums)  # another process with the same batch
+    torch.testing.assert_close(twice[0], whole, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("baseline", ["value", "leave_one_out", "both", "none"])
@@ -230,13 +230,3 @@ def test_masked_values_are_never_read():
             strict=True,
         ):
             assert torch.equal(a, b)
-
-
-def test_explained_variance():
-    """1 for perfect values, 0 for their mean, negative for worse, NaN where returns do not vary."""
-    returns = torch.tensor([1.0, 2.0, 3.0, 100.0])
-    mask = torch.tensor([True, True, True, False])
-    assert explained_variance(returns, returns, mask) == 1
-    assert explained_variance(torch.full((4,), 2.0), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == pytest.approx(-3)
-    assert math.isnan(explained_variance(returns, torch.ones(4), mask))

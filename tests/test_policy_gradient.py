@@ -107,7 +107,7 @@ def exact(temperature: float) -> Exact:
     return Exact(gradient, each)
 
 
-def sampled(temperature: float, **advantage_options) -> tuple[torch.Tensor, torch.Tensor]:
+def sampled(temperature: float, positive_only: bool = False, **advantage_options) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The real code's ascent direction from thousands of groups of thoughts.
 
@@ -125,6 +125,8 @@ def sampled(temperature: float, **advantage_options) -> tuple[torch.Tensor, torc
     advantages, returns = thought_advantages(
         rewards, scores.thought_values, thoughts.mask, **{**options, **advantage_options}
     )
+    if positive_only:
+        advantages = advantages.clamp(min=0)
     loss, _ = quietstar_loss(
         scores.thought_logps,
         scores.thought_entropies,

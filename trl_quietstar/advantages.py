@@ -1,5 +1,7 @@
 """Advantages: how much better a thought was than expected, token by token."""
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -59,8 +61,6 @@ def thought_advantages(
     use_gae: bool = True,
     gamma: float = 0.99,
     gae_lambda: float = 0.95,
-    normalize: bool = False,
-    positive_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Advantage of each thought token, and the return its value should have predicted.
@@ -79,10 +79,6 @@ def thought_advantages(
             With a value head: multi-step GAE; otherwise reward minus value.
         gamma, gae_lambda (`float`):
             Of GAE.
-        normalize (`bool`):
-            To mean 0 and standard deviation 1 over all thought tokens given.
-        positive_only (`bool`):
-            Negative advantages become 0 (Quiet-STaR, section 4.4.1).
 
     Returns:
         `tuple`: advantages and returns of shape `(B, J, G, L)`, without gradient, 0 where masked.
@@ -99,17 +95,30 @@ def thought_advantages(
         returns = (advantages + values) * mask
     else:
         advantages, returns = (spread - values) * mask, spread
-    if normalize:
-        chosen = advantages[mask]
-        # equal advantages stay 0: their spread is below what rounding leaves of their mean
-        rounding = torch.finfo(chosen.dtype).eps * chosen.abs().max() * 100 if len(chosen) else 0
-        advantages = (advantages - chosen.mean()) / (chosen.std(correction=0) + rounding + 1e-12) * mask
-    return advantages.clamp(min=0) if positive_only else advantages, returns
+    return advantages, returns
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Share of the returns' variance that the values predict: 1 is perfect, 0 no better than their mean. NaN where
-    the returns do not vary."""
-    values, returns = values.detach()[mask], returns[mask]
-    variance = returns.var(correction=0)
-    return torch.where(variance > 0, 1 - (returns - values).var(correction=0) / variance, torch.nan)
+def standardize(
+    advantages: list[torch.Tensor], masks: list[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """
+    To mean 0 and standard deviation 1 over the thought tokens of all batches of a step.
+
+    Args:
+        advantages, masks (`list[torch.Tensor]` of shape `(B, J, G, L)`):
+            Of each batch, and which tokens exist.
+        reduce (`Callable`):
+            Sums a tensor over processes.
+
+    Returns:
+        The advantages in the same shapes; 0 where masked, and everywhere where all are equal.
+    """
+    tokens = torch.cat([x[mask].double() for x, mask in zip(advantages, masks, strict=True)])
+    total, square, count = reduce(torch.stack([tokens.sum(), (tokens**2).sum(), tokens.new_tensor(len(tokens))]))
+    count = count.clamp(min=1)
+    mean = total / count
+    variance = reduce(((tokens - mean) ** 2).sum()) / count
+    # equal advantages stay 0: their spread is below what rounding leaves of their size
+    rounding = 100 * torch.finfo(advantages[0].dtype).eps * (square / count).sqrt()
+    scale = variance.sqrt() + rounding + 1e-12
+    return [((x - mean) / scale * mask).to(x.dtype) for x, mask in zip(advantages, masks, strict=True)]

@@ -43,6 +43,9 @@ LIMITS = {
     "reader_nll_coefficient": (0, None),
     "base_nll_coefficient": (0, None),
     "policy_coefficient": (0, None),
+    "num_iterations": (1, None),
+    "epsilon": (0, 1),
+    "epsilon_high": (0, None),
     "router_aux_loss_coef": (0, None),
     "branch_batch_size": (1, None),
     "heads_learning_rate": (0, None),
@@ -178,13 +181,23 @@ class QuietStarConfig(_BaseConfig):
     )
     gamma: float = _option(0.99, "Discount of GAE, per thought token.")
     gae_lambda: float = _option(0.95, "Trace decay of GAE.")
-    normalize_advantages: bool = _option(False, "Whether to normalise the advantages over the batch.")
+    normalize_advantages: bool = _option(
+        False,
+        "Whether to normalise the advantages over the batch of an optimizer step. With gradient accumulation all its "
+        "thoughts are then sampled and judged first, which costs one more forward.",
+    )
     positive_advantages_only: bool = _option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
     )
 
     # Objective
     policy_coefficient: float = _option(3.0, "Weight of the policy term.")
+    num_iterations: int = _option(
+        1,
+        "Updates on each sampled batch; beyond the first, thoughts and advantages are reused (PPO's clipped surrogate).",
+    )
+    epsilon: float = _option(0.2, "How far the probability ratio of those updates may fall below 1.")
+    epsilon_high: float | None = _option(None, "How far it may rise above 1. None: as `epsilon`.")
     value_loss_coefficient: float = _option(0.5, "Weight of the value head's squared error.")
     value_head_type: str = _option("mlp", "`linear`, `mlp` or `transformer`.")
     value_head_hidden_size: int = _option(256, "Width of the `mlp` and `transformer` value heads.")
@@ -272,6 +285,11 @@ class QuietStarConfig(_BaseConfig):
     def uses_value_head(self) -> bool:
         """Whether advantages come from the value head."""
         return self.advantage_baseline in ("value", "both")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the probability ratio may go."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def uses_reference(self) -> bool:

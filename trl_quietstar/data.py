@@ -5,7 +5,7 @@ from itertools import repeat
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from trl.trainer.utils import pad
+from trl.trainer.utils import RepeatSampler, pad
 
 from ._compat import DataCollatorForLanguageModeling, prepare_dataset
 from .config import QuietStarConfig
@@ -29,6 +29,14 @@ class TextCollator(DataCollatorForLanguageModeling):
         if "thought_mask" in examples[0]:
             batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
         return batch
+
+
+class RepeatedRows(RepeatSampler):
+    """TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
 
 
 def prepare_texts(

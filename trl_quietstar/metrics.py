@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .advantages import explained_variance
-from .geometry import Text, Thoughts
+from .experience import Experience
+from .geometry import Text
 from .scoring import Scores
 
 
@@ -16,38 +16,27 @@ class BatchResult:
     All that one batch yielded on its way to the loss.
 
     Parameters:
-        text ([`Text`]), thoughts ([`Thoughts`]), scores ([`Scores`]):
-            The batch, its thoughts, and their scores.
-        talk_mask, logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
-            Talk tokens that count, and the no-thought prediction of them.
-        rewards (`torch.Tensor` of shape `(B, J, G)`):
-            Of the thoughts.
-        advantages, returns (`torch.Tensor` of shape `(B, J, G, L)`):
-            Of the thought tokens.
+        text ([`Text`]), scores ([`Scores`]), experience ([`Experience`]):
+            The batch, the scores of its thoughts, and what they are worth.
         loss (`torch.Tensor`), terms (`dict[str, torch.Tensor]`):
-            The objective and its unweighted terms.
+            This batch's part of the step's objective, and of its unweighted terms.
+        share (`float`):
+            Of this batch among the batches of the step, on all processes.
     """
 
     text: Text
-    thoughts: Thoughts
     scores: Scores
-    talk_mask: torch.Tensor
-    logps_without: torch.Tensor
-    correct_without: torch.Tensor
-    rewards: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    experience: Experience
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
-
-    @property
-    def exists(self) -> torch.Tensor:
-        """Mask of shape `(B, J, G)`: thoughts that were written."""
-        return self.thoughts.positions.mask[..., None].expand_as(self.rewards)
+    share: float = 1.0
 
 
 # values and the mask or weight of each, or None where there is nothing to measure
 Measured = tuple[torch.Tensor, torch.Tensor] | None
+
+# terms of which a batch has a part
+PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
 
 
 def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
@@ -61,31 +50,32 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     Returns:
         `dict`: for each metric its values and their mask, whose mean is the metric; None where it is undefined.
     """
-    scores, tokens, exists = batch.scores, batch.thoughts.mask, batch.exists
-    said = batch.talk_mask.expand_as(scores.talk_logps)
+    scores, experience = batch.scores, batch.experience
+    tokens, exists = experience.thoughts.mask, experience.exists
+    said = experience.talk_mask.expand_as(scores.talk_logps)
+    share = torch.tensor(batch.share, dtype=torch.float64, device=tokens.device)
+    parts = {"total_loss": batch.loss, **batch.terms}
+    moments = {
+        "reward": (experience.rewards, exists),
+        "return": (experience.returns, tokens),
+        "residual": (experience.returns - scores.thought_values.detach(), tokens),
+    }
     return {
-        "reward": (batch.rewards, exists),
-        "reward_std": _scalar(batch.rewards[exists].std(correction=0)),
-        "policy_loss": _scalar(batch.terms["policy_loss"]),
-        "value_loss": _scalar(batch.terms["value_loss"]),
-        "explained_variance": _scalar(explained_variance(scores.thought_values, batch.returns, tokens)),
+        "reward": moments["reward"],
+        **{name: (parts[name] / share, share) if name in parts else None for name in PARTS},
+        **{name: (parts[name] / share, share) for name in ("router_loss",) if name in parts},
         "entropy": (scores.thought_entropies, tokens),
-        "advantages": (batch.advantages, tokens),
-        "kl_divergence": _scalar(batch.terms["kl_divergence"]) if "kl_divergence" in batch.terms else None,
-        **({"router_loss": _scalar(batch.terms["router_loss"])} if "router_loss" in batch.terms else {}),
-        "total_loss": _scalar(batch.loss),
+        "advantages": (experience.advantages, tokens),
         "mixing_weight": (scores.mixing_weights, said),
         "nll_with": (-scores.talk_logps, said),
         "reader_nll": (-scores.reader_logps, said),
-        "nll_without": (-batch.logps_without.expand_as(scores.talk_logps), said),
+        "nll_without": (-experience.logps_without.expand_as(scores.talk_logps), said),
         "accuracy_with": (scores.talk_correct, said),
-        "accuracy_without": (batch.correct_without.expand_as(scores.talk_correct), said),
+        "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
         "thought_length": (tokens.sum(-1), exists),
+        **{f"_{name}": (values.double(), mask) for name, (values, mask) in moments.items()},
+        **{f"_{name}_square": (values.double() ** 2, mask) for name, (values, mask) in moments.items()},
     }
-
-
-def _scalar(value: torch.Tensor) -> Measured:
-    return None if torch.isnan(value) else (value, torch.ones_like(value))
 
 
 class MetricSums:
@@ -132,8 +122,20 @@ class MetricSums:
         return total / weight if weight else None
 
     def means(self) -> dict[str, float | None]:
-        """Mean of every metric."""
-        return {name: self.mean(name) for name in self._sums}
+        """Mean of every metric, and what follows from the spread of some."""
+        means = {name: self.mean(name) for name in self._sums if not name.startswith("_")}
+        reward, returns, residual = (self._variance(name) for name in ("reward", "return", "residual"))
+        means["reward_std"] = None if reward is None else reward**0.5
+        # the share of the returns' variance that the values predict
+        means["explained_variance"] = 1 - residual / returns if returns and residual is not None else None
+        return means
+
+    def _variance(self, name: str) -> float | None:
+        mean, square = self.mean(f"_{name}"), self.mean(f"_{name}_square")
+        if mean is None or square is None:
+            return None
+        variance = square - mean**2
+        return variance if variance > 1e-12 * square else 0.0  # what rounding leaves is none
 
     def state(self) -> dict[str, list[float]]:
         """For a checkpoint."""

@@ -1,10 +1,41 @@
 """The objective: one sum of masked means, from numbers that scoring yields to a loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .rewards import masked_mean
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """
+    How many tokens the objective's means are taken over.
+
+    Parameters:
+        thought, talk, text (`torch.Tensor`, scalar):
+            Thought tokens; talk tokens that count, once for each thought; text tokens that are predicted.
+    """
+
+    thought: torch.Tensor
+    talk: torch.Tensor
+    text: torch.Tensor
+
+    @classmethod
+    def of(cls, thought_mask: torch.Tensor, talk_mask: torch.Tensor, text_mask: torch.Tensor) -> "TokenCounts":
+        """
+        Those of one batch.
+
+        Args:
+            thought_mask (`torch.Tensor` of shape `(B, J, G, L)`), talk_mask (of shape `(B, J, 1, M)`), text_mask (of
+            shape `(B, T - 1)`):
+                Which tokens count.
+        """
+        return cls(thought_mask.sum(), talk_mask.sum() * thought_mask.shape[2], text_mask.sum())
+
+    @classmethod
+    def total(cls, parts: list["TokenCounts"], reduce: Callable[[torch.Tensor], torch.Tensor]) -> "TokenCounts":
+        """Sum over batches, and over processes, which `reduce` adds up."""
+        return cls(*reduce(torch.stack([torch.stack([x.thought, x.talk, x.text]) for x in parts]).sum(0)))
 
 
 @dataclass(frozen=True)
@@ -39,6 +70,34 @@ def kl_divergence(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.T
     return torch.exp(difference) - difference - 1
 
 
+def policy_terms(
+    logps: torch.Tensor,
+    advantages: torch.Tensor,
+    sampled_logps: torch.Tensor | None = None,
+    clip_range: tuple[float, float] = (0.2, 0.2),
+) -> torch.Tensor:
+    """
+    What each thought token adds to the policy term.
+
+    In the update that follows sampling this is REINFORCE, `-A * log pi` (Quiet-STaR, eq. 4). In further ones it is the
+    clipped surrogate `-min(r * A, clip(r, 1 - low, 1 + high) * A)` with `r = pi / pi_sampled` (PPO,
+    huggingface.co/papers/1707.06347, eq. 7), whose gradient at `r = 1` is that of REINFORCE.
+
+    Args:
+        logps, advantages (`torch.Tensor` of any one shape):
+            Log-probabilities in nats of the thought tokens, and their advantages.
+        sampled_logps (`torch.Tensor`, *optional*):
+            Their log-probabilities under the policy that wrote them; None: that is this policy.
+        clip_range (`tuple[float, float]`):
+            How far below and above 1 the ratio may go.
+    """
+    if sampled_logps is None:
+        return -advantages * logps
+    ratio = torch.exp(logps - sampled_logps)
+    low, high = clip_range
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
 def quietstar_loss(
     thought_logps: torch.Tensor,
     thought_entropies: torch.Tensor,
@@ -54,14 +113,21 @@ def quietstar_loss(
     coefficients: Coefficients,
     reference_logps: torch.Tensor | None = None,
     router_loss: torch.Tensor | None = None,
+    sampled_logps: torch.Tensor | None = None,
+    clip_range: tuple[float, float] = (0.2, 0.2),
+    counts: TokenCounts | None = None,
+    share: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without)`, each a masked
     mean.
 
-    Policy is REINFORCE, `-A * log pi(thought token)`, over thought tokens only (Quiet-STaR, eq. 4); value the squared
-    error to the returns; the NLLs are those of the true text after a thought, by the rewarded prediction and by the
-    thought's alone (the reader's), and without one.
+    Policy is as in [`policy_terms`], over thought tokens only; value the squared error to the returns; the NLLs are
+    those of the true text after a thought, by the rewarded prediction and by the thought's alone (the reader's), and
+    without one.
+
+    With `counts` of a whole optimizer step this is one batch's part of it: the parts of all batches on all processes add
+    up to the loss of one batch that holds them all, however unequal their numbers of tokens.
 
     Args:
         thought_logps, thought_entropies, values, advantages, returns, thought_mask (shape `(B, J, G, L)`):
@@ -76,17 +142,25 @@ def quietstar_loss(
             Thought tokens under the reference; needed where the KL's weight is not 0.
         router_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts.
+        sampled_logps, clip_range:
+            As in [`policy_terms`].
+        counts ([`TokenCounts`], *optional*):
+            What the means are taken over. Defaults to this batch's own tokens.
+        share (`float`):
+            This batch's share of the batches of the step, for the router's loss, which is no mean of tokens.
 
     Returns:
         `tuple`: the loss (scalar) and a dictionary of the terms, detached and unweighted.
     """
+    counts = counts or TokenCounts.of(thought_mask, talk_mask, text_mask)
+    policy = policy_terms(thought_logps, advantages.detach(), sampled_logps, clip_range)
     terms = {
-        "policy_loss": masked_mean(-advantages.detach() * thought_logps, thought_mask),
-        "value_loss": masked_mean((values - returns.detach()) ** 2, thought_mask),
-        "entropy": masked_mean(thought_entropies, thought_mask),
-        "nll_with": -masked_mean(talk_logps, talk_mask.expand_as(talk_logps)),
-        "reader_nll": -masked_mean(reader_logps, talk_mask.expand_as(reader_logps)),
-        "nll_without": -masked_mean(text_logps, text_mask),
+        "policy_loss": _part(policy, thought_mask, counts.thought),
+        "value_loss": _part((values - returns.detach()) ** 2, thought_mask, counts.thought),
+        "entropy": _part(thought_entropies, thought_mask, counts.thought),
+        "nll_with": -_part(talk_logps, talk_mask, counts.talk),
+        "reader_nll": -_part(reader_logps, talk_mask, counts.talk),
+        "nll_without": -_part(text_logps, text_mask, counts.text),
     }
     weights = {
         "policy_loss": coefficients.policy,
@@ -97,13 +171,18 @@ def quietstar_loss(
         "nll_without": coefficients.base_nll,
     }
     if reference_logps is not None:
-        terms["kl_divergence"] = masked_mean(kl_divergence(thought_logps, reference_logps), thought_mask)
+        terms["kl_divergence"] = _part(kl_divergence(thought_logps, reference_logps), thought_mask, counts.thought)
         weights["kl_divergence"] = coefficients.kl
     if router_loss is not None:
-        terms["router_loss"], weights["router_loss"] = router_loss, coefficients.router
+        terms["router_loss"], weights["router_loss"] = router_loss * share, coefficients.router
     # a term of weight 0 stays out of the graph's arithmetic, where 0 * inf would be NaN
     loss = torch.zeros((), device=thought_logps.device)
     for name, term in terms.items():
         if weights[name] != 0:
             loss = loss + weights[name] * term
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _part(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """A batch's part of a masked mean over `count` tokens; 0 where there are none."""
+    return (values * mask).sum() / count.clamp(min=1).to(values.dtype)

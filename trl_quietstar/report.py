@@ -39,9 +39,10 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
         `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
         continuation), `with` and `without` (the continuation's mean probability), `reward`.
     """
-    text, thoughts, talk_length = batch.text, batch.thoughts, batch.scores.talk_logps.shape[-1]
-    p_with = masked_mean(batch.scores.talk_logps.exp(), batch.talk_mask.expand_as(batch.scores.talk_logps), dim=-1)
-    p_without = masked_mean(batch.logps_without.exp(), batch.talk_mask, dim=-1)
+    text, experience, talk_logps = batch.text, batch.experience, batch.scores.talk_logps
+    thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
+    p_with = masked_mean(talk_logps.exp(), experience.talk_mask.expand_as(talk_logps), dim=-1)
+    p_without = masked_mean(experience.logps_without.exp(), experience.talk_mask, dim=-1)
     places = thoughts.positions.mask.nonzero().tolist()
     places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
     table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
@@ -56,7 +57,7 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
             table[name].append(tokenizer.decode(tokens.tolist()))
         table["with"].append(round(float(p_with[b, j, 0]), 4))
         table["without"].append(round(float(p_without[b, j, 0]), 4))
-        table["reward"].append(round(float(batch.rewards[b, j, 0]), 4))
+        table["reward"].append(round(float(experience.rewards[b, j, 0]), 4))
     return table
 
 

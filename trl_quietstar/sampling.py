@@ -275,6 +275,10 @@ class ThoughtSampler:
     difficulty_threshold: float = 0.6
     min_thought_interval: int = 3
 
+    def positions(self, text: Text) -> Positions:
+        """Where thoughts will be, if no model is needed to tell; draws the generators' first numbers."""
+        return choose_positions(text, self.thought_positions, self.generators)
+
     @torch.no_grad()
     def sample(self, model: ThinkingModel, text: Text, path: Path, batch_size: int | None = None) -> Thoughts:
         """Reads the text and writes its thoughts, without gradient; of each row about `batch_size` at once, or all."""

@@ -1,8 +1,7 @@
 """`QuietStarREINFORCETrainer`: wires the steps of a Quiet-STaR update into the Hugging Face Trainer.
 
 No maths here: positions, sampling, scoring, rewards, advantages and objective are modules of their own, and
-`_compute_loss` reads as the data flows through them. One update is made from each sampled batch (REINFORCE), so there
-is no importance ratio and no clipping.
+`_compute_loss` reads as the data flows through them.
 """
 
 import copy
@@ -34,11 +33,12 @@ from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
 from ._compat import _BaseTrainer
-from .advantages import thought_advantages
+from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .callbacks import AntiTheaterCallback
 from .config import QuietStarConfig
-from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
+from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
+from .experience import Experience, StepPart, experience_of
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after
 from .inspection import inspect_texts
 from .inspection_page import write_page
@@ -46,13 +46,13 @@ from .loading import build_model, check_adapter, check_quantization, disable_dro
 from .memory import branches_that_fit, free_bytes, kept_per_token
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import QuietStarForCausalLM, base_of, save_config
-from .objective import Coefficients, entropy_coefficient, quietstar_loss
+from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .paths import SharedPrefix
 from .report import card_section, print_thoughts, thought_table
-from .rewards import coherence, thought_rewards
+from .rewards import coherence
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
-from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
+from .scoring import ScoreRequest, Scores, score_thoughts
 from .self_check import choose_path
 
 
@@ -121,7 +121,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             a `PeftModel` together with `peft_config`, or an adapter on the LM head.
     """
 
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = True  # by the counts of the whole step
 
     _tag_names = ["trl", "quietstar"]
     _name = "Quiet-STaR"
@@ -220,8 +220,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
         self._step_reward = MetricSums()  # of the current optimizer step
-        self._rows_seen = {"train": 0, "eval": 0}  # rows before the current batch, of the step or of the evaluation
-        self._current_step = -1
+        self._rows_seen = 0  # of the evaluation, before the current batch
+        self._experiences: list[Experience] = []  # of each batch of a step, for further updates on it
         self._last_logged_step = 0
         self._window_start = time.perf_counter()
         self._samples: dict[str, list] = {}
@@ -285,86 +285,162 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             raise ValueError("QuietStarREINFORCETrainer does not return outputs with its loss.")
         return self._compute_loss(model, inputs)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
         """From a batch to the loss, through every step of the method; metrics are noted on the way."""
         args, mode = self.args, "train" if model.training else "eval"
-        text = Text.from_batch(**inputs)
-        if args.max_length is None:
-            longest = int(text.position_ids.max()) + 1
-            check_length(longest, args.thought_length, max_positions(base_of(self.model).config))
+        text = self._text(inputs)
+        part = inputs.get("part") or self._lone_part(text, mode)
         scores = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            quietstar_request=self._score_request(text, mode),
+            quietstar_request=self._score_request(text, part, mode),
         )
-        thoughts = scores.thoughts
-        reference = self._score_reference(text, thoughts)
-
-        talk = talk_after(text, thoughts.positions, args.talk_length)
-        talk_mask = talk.target_mask[:, :, None]
-        no_thought = scores if args.no_thought_model == "policy" else reference
-        logps_without = at_talk(no_thought.text_logps, thoughts, args.talk_length)
-        correct_without = at_talk(no_thought.text_correct, thoughts, args.talk_length)
-        rewards = thought_rewards(
-            scores.talk_logps,
-            logps_without,
-            scores.talk_correct,
-            correct_without,
-            talk_mask,
-            args.reward_type,
-            args.reward_clip_range,
-        )
-        advantages, returns = thought_advantages(
-            rewards,
-            scores.thought_values,
-            thoughts.mask,
-            baseline=args.advantage_baseline,
-            use_gae=args.use_gae,
-            gamma=args.gamma,
-            gae_lambda=args.gae_lambda,
-            normalize=args.normalize_advantages,
-            positive_only=args.positive_advantages_only,
-        )
+        experience, reduce = part.experience, self._reduce if mode == "train" else _alone
+        if experience is None:
+            experience = experience_of(text, scores, self._score_reference(text, scores.thoughts), args)
+            (experience,) = self._finish_advantages([experience], reduce)
+            if mode == "train" and args.num_iterations > 1:
+                self._experiences.append(experience)
+        own = TokenCounts.of(experience.thoughts.mask, experience.talk_mask, text.predicted())
+        counts = part.counts or TokenCounts.total([own], reduce)
         loss, terms = quietstar_loss(
             scores.thought_logps,
             scores.thought_entropies,
             scores.thought_values,
-            advantages,
-            returns,
-            thoughts.mask,
+            experience.advantages,
+            experience.returns,
+            experience.thoughts.mask,
             scores.talk_logps,
             scores.reader_logps,
-            talk_mask,
+            experience.talk_mask,
             scores.text_logps,
             text.predicted(),
             self._coefficients(),
-            reference_logps=reference.thought_logps if args.beta > 0 else None,
+            reference_logps=experience.reference_logps,
             router_loss=scores.router_loss,
+            sampled_logps=experience.sampled_logps if args.num_iterations > 1 else None,
+            clip_range=args.clip_range,
+            counts=counts,
+            share=part.share,
         )
         with torch.no_grad():
-            batch = BatchResult(
-                text,
-                thoughts,
-                scores,
-                talk_mask,
-                logps_without,
-                correct_without,
-                rewards,
-                advantages,
-                returns,
-                loss,
-                terms,
-            )
-            self._note_metrics(batch, mode)
-        return loss
+            self._note_metrics(BatchResult(text, scores, experience, loss, terms, part.share), mode)
+        # engines average gradients over processes, whose parts add up
+        return loss * self.accelerator.num_processes if mode == "train" else loss
 
-    def _score_request(self, text: Text, mode: str) -> ScoreRequest:
+    def _text(self, inputs: dict) -> Text:
+        text = Text.from_batch(**{name: x for name, x in inputs.items() if name != "part"})
+        if self.args.max_length is None:
+            longest = int(text.position_ids.max()) + 1
+            check_length(longest, self.args.thought_length, max_positions(base_of(self.model).config))
+        return text
+
+    # The batches of a step
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        """As the Trainer does; the rows of a step come again for each further update on them."""
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        return RepeatedRows(
+            dataset,
+            mini_repeat_count=1,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
+            repeat_count=args.num_iterations,
+            shuffle=args.train_sampling_strategy == "random",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """As the Trainer does; each batch comes with its part of the optimizer step, so that several batches, here and on
+        other processes, add up to what one batch of all would be."""
+        self._finish_step()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        parts = self._step_parts([self._prepare_inputs(batch) for batch in batches])
+        return [{**batch, "part": part} for batch, part in zip(batches, parts, strict=True)], num_items
+
+    def _step_parts(self, batches: list[dict]) -> list[StepPart]:
+        """Of each batch, with what the step's means are taken over as far as several batches need to know it ahead."""
+        args, texts = self.args, [self._text(batch) for batch in batches]
+        share = 1 / max(len(batches) * self.accelerator.num_processes, 1)
+        rows = [len(text.input_ids) for text in texts]
+        parts = [StepPart(self._row_indices(n, sum(rows[:i])), share) for i, n in enumerate(rows)]
+        if self.state.global_step % args.num_iterations == 0 or len(self._experiences) != len(batches):
+            self._experiences = []  # of another sampling, or lost with a process that died between two updates
+        if self._experiences:
+            parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
+        elif len(batches) < 2:
+            return parts
+        elif args.normalize_advantages:
+            parts = self._judged_ahead(texts, parts)
+        elif args.thought_positions == "difficulty" or self.sampling.stop is not None:
+            samplers = [self._sampler(part, "train") for part in parts]
+            parts = [
+                replace(part, thoughts=self._sample_thoughts(text, sampler))
+                for text, part, sampler in zip(texts, parts, samplers, strict=True)
+            ]
+        counts = TokenCounts.total([self._counts(*x) for x in zip(texts, parts, strict=True)], self._reduce)
+        return [replace(part, counts=counts) for part in parts]
+
+    def _counts(self, text: Text, part: StepPart) -> TokenCounts:
+        """Tokens of a batch, some of which are known before its thoughts are."""
+        thoughts = part.experience.thoughts if part.experience else part.thoughts
+        if thoughts is None:
+            positions = self._sampler(part, "train").positions(text)
+            mask = positions.mask[..., None, None].expand(-1, -1, self.args.num_thoughts, self.args.thought_length)
+        else:
+            positions, mask = thoughts.positions, thoughts.mask
+        talk_mask = talk_after(text, positions, self.args.talk_length).target_mask[:, :, None]
+        return TokenCounts.of(mask, talk_mask, text.predicted())
+
+    @torch.no_grad()
+    def _judged_ahead(self, texts: list[Text], parts: list[StepPart]) -> list[StepPart]:
+        """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
+        of them, before the first one is trained on."""
+        experiences = []
+        for text, part in zip(texts, parts, strict=True):
+            thoughts = self._sample_thoughts(text, self._sampler(part, "train"))
+            request = self._score_request(text, replace(part, thoughts=thoughts), "train")
+            with self.compute_loss_context_manager():
+                scores = self.model_wrapped(
+                    input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
+                )
+            experiences.append(experience_of(text, scores, self._score_reference(text, thoughts), self.args))
+        experiences = self._finish_advantages(experiences, self._reduce)
+        return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
+
+    def _finish_advantages(self, experiences: list[Experience], reduce) -> list[Experience]:
+        """Standardized over the batches of a step and cut, as configured."""
+        advantages = [x.advantages for x in experiences]
+        if self.args.normalize_advantages:
+            advantages = standardize(advantages, [x.thoughts.mask for x in experiences], reduce)
+        if self.args.positive_advantages_only:
+            advantages = [x.clamp(min=0) for x in advantages]
+        return [replace(x, advantages=values) for x, values in zip(experiences, advantages, strict=True)]
+
+    def _row_indices(self, rows: int, before: int) -> list[int]:
+        """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
+        `before` rows each."""
+        start = before * self.accelerator.num_processes + self.accelerator.process_index * rows
+        return list(range(start, start + rows))
+
+    def _lone_part(self, text: Text, mode: str) -> StepPart:
+        """Of a batch that is evaluated, or that `compute_loss` got by hand."""
+        rows, before = len(text.input_ids), self._rows_seen if mode == "eval" else 0
+        self._rows_seen += rows if mode == "eval" else 0
+        return StepPart(self._row_indices(rows, before))
+
+    def _score_request(self, text: Text, part: StepPart, mode: str) -> ScoreRequest:
         """What to score, and whether thoughts are sampled before or on the way."""
-        args, sampler = self.args, self._sampler(text, mode)
+        args = self.args
         single_pass, self._batch_size = self._plan(text, mode)
+        thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
+        if thoughts is None:
+            sampler = self._sampler(part, mode)
+            thoughts = sampler if single_pass else self._sample_thoughts(text, sampler)
         return ScoreRequest(
             text,
-            sampler if single_pass else self._sample_thoughts(text, sampler),
+            thoughts,
             args.talk_length,
             self.path,
             args.temperature,
@@ -388,13 +464,13 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             return self._samples_in_graph, None
         return False, fitting
 
-    def _sampler(self, text: Text, mode: str) -> ThoughtSampler:
+    def _sampler(self, part: StepPart, mode: str) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""
         args, settings = self.args, self.sampling
         if mode == "eval" and not args.eval_do_sample:
             settings = replace(settings, do_sample=False)
         step = self.state.global_step if mode == "train" else 0
-        generators = seeded_generators(args.seed, step, self._row_indices(len(text.input_ids), mode))
+        generators = seeded_generators(args.seed, step, part.rows)
         return ThoughtSampler(
             settings, generators, args.thought_positions, args.difficulty_threshold, args.min_thought_interval
         )
@@ -409,16 +485,6 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 return sampler.sample(base, text, self.path, self._batch_size)
         finally:
             base.train(training)
-
-    def _row_indices(self, rows: int, mode: str) -> list[int]:
-        """Index of each row in the step's global batch, or in the evaluation set."""
-        if mode == "train" and self.state.global_step != self._current_step:
-            self._finish_step()
-            self._current_step, self._rows_seen["train"] = self.state.global_step, 0
-        before = self._rows_seen[mode]
-        self._rows_seen[mode] += rows
-        start = before * self.accelerator.num_processes + self.accelerator.process_index * rows
-        return list(range(start, start + rows))
 
     def _score_reference(self, text: Text, thoughts: Thoughts) -> Scores | None:
         if not self.args.uses_reference:
@@ -455,17 +521,23 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         """Adds a batch to the running sums, reduced over processes."""
         metrics = batch_metrics(batch)
         if not self.args.uses_value_head:
-            metrics["value_loss"] = metrics["explained_variance"] = None
+            metrics["value_loss"] = metrics["_residual"] = None
+        if self.args.num_iterations > 1:
+            low, high = self.args.clip_range
+            ratio = torch.exp(batch.scores.thought_logps - batch.experience.sampled_logps)
+            metrics["clip_ratio"] = ((ratio < 1 - low) | (ratio > 1 + high), batch.experience.thoughts.mask)
         first = not self._metrics[mode]  # of the logging window or of the evaluation
         if mode == "eval" or first:
-            metrics["coherence"] = (self._coherence(batch), batch.exists)
+            metrics["coherence"] = (self._coherence(batch), batch.experience.exists)
         if first:
             self._samples[mode] = thought_table(self.processing_class, batch, self.args.num_thoughts_to_print)
             if mode == "eval" and self.args.report_thoughts and self.accelerator.is_main_process:
-                self._inspected = inspect_texts(self.processing_class, batch.text, batch.thoughts, batch.scores)
+                self._inspected = inspect_texts(
+                    self.processing_class, batch.text, batch.experience.thoughts, batch.scores
+                )
         if mode == "train":
-            tokens = batch.text.predicted().sum() + batch.thoughts.mask.sum()
-            metrics["num_thoughts"] = (batch.exists.sum(), torch.ones((), device=tokens.device))
+            tokens = batch.text.predicted().sum() + batch.experience.thoughts.mask.sum()
+            metrics["num_thoughts"] = (batch.experience.exists.sum(), torch.ones((), device=tokens.device))
             metrics["tokens"] = (tokens, torch.ones_like(tokens))
             self._step_reward.add({"reward": metrics["reward"]}, self._reduce)
         self._metrics[mode].add(metrics, self._reduce)
@@ -475,17 +547,18 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
 
     def _coherence(self, batch: BatchResult) -> torch.Tensor:
         base = base_of(self.accelerator.unwrap_model(self.model))
+        experience, thoughts = batch.experience, batch.experience.thoughts
         with self.accelerator.autocast():
             plain = score_thoughts(
-                base, batch.text, batch.thoughts, self.path, start=False, branch_batch_size=self._batch_size
+                base, batch.text, thoughts, self.path, start=False, branch_batch_size=self._batch_size
             )
         return coherence(
             batch.scores.similarity,
             plain.thought_logps,
-            batch.thoughts.mask,
+            thoughts.mask,
             batch.scores.talk_logps,
-            batch.logps_without,
-            batch.talk_mask,
+            experience.logps_without,
+            experience.talk_mask,
         )
 
     def _finish_step(self) -> None:
@@ -551,7 +624,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._rows_seen["eval"], self._metrics["eval"] = 0, MetricSums()
+        self._rows_seen, self._metrics["eval"] = 0, MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name in EVAL_METRICS:
             output.metrics[f"{metric_key_prefix}_{name}"] = self._metrics["eval"].mean(name) or 0.0
@@ -584,12 +657,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(args.seed)
-        self._rows_seen["eval"], sums = 0, []
+        self._rows_seen, sums = 0, []
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for dataset in datasets.values():
             for inputs in self.get_eval_dataloader(dataset):
                 text = Text.from_batch(**self._prepare_inputs(inputs))
-                thoughts = self._sample_thoughts(text, self._sampler(text, "eval"))
+                thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
                 with self.accelerator.autocast():
                     of_texts = text_sums(
                         base, text, thoughts, args.talk_length, self.path, args.reward_prediction, generator
@@ -684,12 +757,22 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         base_of(self.model).load_heads(self.state.best_model_checkpoint)
 
 
+def _alone(sums: torch.Tensor) -> torch.Tensor:
+    """No reduction: an evaluation's batch has means of its own."""
+    return sums
+
+
 def _check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config) -> None:
     """What can be refused before anything is loaded."""
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
     if train_dataset is None and not eval_dataset:
         raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
+    if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` reads rows again and needs a map-style dataset, not a stream; load it "
+            "whole or leave it at 1."
+        )
     if args.anti_theater_steps is not None:
         if not eval_dataset:
             raise ValueError(

@@ -1,0 +1,151 @@
+"""Several batches of a step are one batch: gradients and metrics in float64, whatever the batches hold."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from .test_checkpoints import log_of
+from .tiny import byte_tokenizer, exact_model
+from .training import logged, tiny_trainer
+
+
+TEXTS = [
+    "1 plus 1 is 2 .",
+    "7 plus 12 is 19 . 3 plus 4 is 7 . 8 plus 0 is 8 .",
+    "5",
+    "2 plus 19 is 21 . 6 plus 6 is 12 .",
+]
+CASES = {
+    "default": {},
+    "random positions": dict(thought_positions="3"),
+    "difficult positions": dict(thought_positions="difficulty", difficulty_threshold=0.3, min_thought_interval=2),
+    "early ends": dict(min_thought_length=1, thought_stop_string="1"),
+    "standardized": dict(normalize_advantages=True, min_thought_length=1, thought_stop_string="1"),
+    "positive": dict(positive_advantages_only=True, advantage_baseline="leave_one_out"),
+    "reference": dict(beta=0.3, no_thought_model="reference"),
+    "two passes": dict(single_pass=False),
+    "replay": dict(thought_path="replay"),
+    "several updates": dict(num_iterations=2, max_steps=2),
+}
+
+
+class Gradients(TrainerCallback):
+    """Keeps those of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def run(folder, rows: int, batches: int, **options):
+    """Gradients of each step, and the trainer."""
+    gradients = Gradients()
+    trainer = tiny_trainer(
+        folder,
+        model=exact_model(vocab_size=len(byte_tokenizer())),
+        data=Dataset.from_dict({"text": TEXTS * 2}),
+        **{"max_steps": 1, **options},
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=batches,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        value_head_hidden_size=256,
+        callbacks=[gradients],
+    )
+    trainer.train()
+    return gradients.steps, trainer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_add_up(name, tmp_path):
+    """Four batches of one text, and two of two, give the gradients of one batch of four to 1e-9, and its metrics."""
+    whole, oracle = run(tmp_path, 4, 1, **CASES[name])
+    for rows, batches in ((1, 4), (2, 2)):
+        steps, trainer = run(tmp_path, rows, batches, **CASES[name])
+        for ours, theirs in zip(steps, whole, strict=True):
+            assert ours.keys() == theirs.keys()
+            for parameter, gradient in theirs.items():
+                torch.testing.assert_close(ours[parameter], gradient, rtol=1e-7, atol=1e-9)
+        for ours, theirs in zip(logged(trainer), logged(oracle), strict=True):
+            for metric, value in theirs.items():
+                if metric not in ("rl/tokens_per_second", "rl/coherence"):  # coherence is of the first batch
+                    wanted = value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)
+                    assert ours[metric] == wanted, metric
+    assert any(g.abs().max() > 1e-3 for g in whole[0].values())
+
+
+def test_means_of_batches_are_not_the_mean(tmp_path, monkeypatch):
+    """The comparison can fail: each batch over its own tokens gives other gradients."""
+    whole, _ = run(tmp_path, 4, 1)
+    monkeypatch.setattr("trl_quietstar.trainer.QuietStarREINFORCETrainer._step_parts", lambda self, b: [None] * len(b))
+    parts, _ = run(tmp_path, 1, 4)
+    assert any((parts[0][name] / 4 - g).abs().max() > 1e-4 for name, g in whole[0].items())
+
+
+def test_the_last_step_of_an_epoch_has_fewer_batches(tmp_path):
+    """Eight texts in steps of three: the last of an epoch has two, and is the step that one batch of two would be."""
+    options = dict(num_train_epochs=1, max_steps=-1, thought_positions="3")
+    whole, _ = run(tmp_path, 3, 1, **options)
+    parts, _ = run(tmp_path, 1, 3, **options)
+    assert len(whole) == len(parts) == 3
+    for name, gradient in whole[-1].items():
+        torch.testing.assert_close(parts[-1][name], gradient, rtol=1e-7, atol=1e-9)
+
+
+# Several updates on a batch
+
+
+def test_further_updates_reuse_the_thoughts(tmp_path, monkeypatch):
+    """Three updates a batch: thoughts are sampled once, and the rows of the next batch come after them."""
+    from trl_quietstar.trainer import quietstar_loss
+
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append((args[3], kwargs["sampled_logps"]))
+        return quietstar_loss(*args, **kwargs)
+
+    monkeypatch.setattr("trl_quietstar.trainer.quietstar_loss", spy)
+    _, trainer = run(tmp_path, 4, 1, num_iterations=3, max_steps=6, heads_learning_rate=1e-2)
+    for first in (0, 3):
+        for later in (1, 2):
+            assert calls[first + later][0] is calls[first][0] and calls[first + later][1] is calls[first][1]
+    assert not torch.equal(calls[0][1], calls[3][1])
+    rewards = [entry["rl/reward"] for entry in logged(trainer)]
+    assert rewards[0] == rewards[1] == rewards[2] != rewards[3]
+    assert [entry["rl/clip_ratio"] is not None for entry in logged(trainer)] == [True] * 6
+
+
+def test_a_first_update_is_reinforce(tmp_path):
+    """Where the ratio is 1, the clipped surrogate has REINFORCE's gradient."""
+    ours, _ = run(tmp_path, 4, 1, num_iterations=2)
+    oracle, _ = run(tmp_path, 4, 1)
+    for name, gradient in oracle[0].items():
+        torch.testing.assert_close(ours[0][name], gradient, rtol=1e-7, atol=1e-10)
+
+
+def test_an_update_on_a_batch_resumes(tmp_path):
+    """A checkpoint at the end of a batch's updates: the resumed run is the run, in a later epoch too."""
+    options = dict(num_iterations=2, max_steps=10, save_strategy="steps", save_steps=6)
+    _, whole = run(tmp_path / "run", 4, 1, **options)
+    gradients = tiny_trainer(
+        tmp_path / "again",
+        model=exact_model(vocab_size=len(byte_tokenizer())),
+        data=Dataset.from_dict({"text": TEXTS * 2}),
+        **options,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        value_head_hidden_size=256,
+    )
+    gradients.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+    assert log_of(gradients, after=6) == log_of(whole, after=6)
+
+
+def test_a_stream_cannot_be_read_again(tmp_path):
+    """Several updates want rows again, which a stream does not give."""
+    with pytest.raises(ValueError, match="num_iterations=2"):
+        tiny_trainer(tmp_path, data=Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), num_iterations=2)

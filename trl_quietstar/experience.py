@@ -1,0 +1,125 @@
+"""What sampling and judging a batch's thoughts gave: all that an update needs beside the scores of the current policy."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .advantages import thought_advantages
+from .config import QuietStarConfig
+from .geometry import Text, Thoughts, talk_after
+from .objective import TokenCounts
+from .rewards import thought_rewards
+from .scoring import Scores, at_talk
+
+
+@dataclass(frozen=True)
+class Experience:
+    """
+    Thoughts and their worth; nothing here carries gradient.
+
+    Parameters:
+        thoughts ([`Thoughts`]):
+            As they were sampled.
+        talk_mask, logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
+            Talk tokens that count, and the no-thought prediction of them.
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            Of the thoughts.
+        advantages, returns (`torch.Tensor` of shape `(B, J, G, L)`):
+            Of the thought tokens.
+        sampled_logps (`torch.Tensor` of shape `(B, J, G, L)`):
+            Their log-probabilities in nats under the policy that wrote them.
+        reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
+            The same under the reference, where there is a KL term.
+    """
+
+    thoughts: Thoughts
+    talk_mask: torch.Tensor
+    logps_without: torch.Tensor
+    correct_without: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    sampled_logps: torch.Tensor
+    reference_logps: torch.Tensor | None = None
+
+    @property
+    def exists(self) -> torch.Tensor:
+        """Mask of shape `(B, J, G)`: thoughts that were written."""
+        return self.thoughts.positions.mask[..., None].expand_as(self.rewards)
+
+
+@torch.no_grad()
+def experience_of(text: Text, scores: Scores, reference: Scores | None, args: QuietStarConfig) -> Experience:
+    """
+    Rewards and advantages of scored thoughts. Advantages are not standardized yet: that takes all batches of a step.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        scores ([`Scores`]):
+            By the policy that wrote the thoughts.
+        reference ([`Scores`], *optional*):
+            By the reference, where there is one.
+        args ([`QuietStarConfig`]):
+            What is rewarded, and against which baseline.
+    """
+    thoughts = scores.thoughts
+    talk_length = scores.talk_logps.shape[-1]
+    talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
+    no_thought = scores if args.no_thought_model == "policy" else reference
+    logps_without = at_talk(no_thought.text_logps, thoughts, talk_length)
+    correct_without = at_talk(no_thought.text_correct, thoughts, talk_length)
+    rewards = thought_rewards(
+        scores.talk_logps,
+        logps_without,
+        scores.talk_correct,
+        correct_without,
+        talk_mask,
+        args.reward_type,
+        args.reward_clip_range,
+    )
+    advantages, returns = thought_advantages(
+        rewards,
+        scores.thought_values,
+        thoughts.mask,
+        baseline=args.advantage_baseline,
+        use_gae=args.use_gae,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+    )
+    return Experience(
+        thoughts,
+        talk_mask,
+        logps_without,
+        correct_without,
+        rewards,
+        advantages,
+        returns,
+        scores.thought_logps.detach(),
+        reference.thought_logps if args.beta > 0 else None,
+    )
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """
+    A batch's place in its optimizer step, which comes with its inputs.
+
+    Parameters:
+        rows (`list[int]`):
+            Index of each row in the step's global batch, or in the evaluation data.
+        share (`float`):
+            Of this batch among the batches of the step, on all processes.
+        counts ([`TokenCounts`], *optional*):
+            Of the whole step; None where they are known only once this batch, the only one, has been sampled.
+        thoughts ([`Thoughts`], *optional*):
+            Where they had to be sampled ahead of the step.
+        experience ([`Experience`], *optional*):
+            Where thoughts had to be judged ahead, or were in an earlier update.
+    """
+
+    rows: list[int]
+    share: float = 1.0
+    counts: TokenCounts | None = None
+    thoughts: Thoughts | None = None
+    experience: Experience | None = None
