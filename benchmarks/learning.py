@@ -24,10 +24,8 @@ import copy
 import json
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -243,9 +241,9 @@ class RandomThoughts(QuietStarREINFORCETrainer):
         return replace(request, thoughts=controlled(request.thoughts, "random", len(VOCABULARY), generator))
 
 
-def flipped(*args) -> torch.Tensor:
+def flipped(text, thoughts, **gains) -> torch.Tensor:
     """The reward with its sign turned."""
-    return -thought_rewards(*args)
+    return -thought_rewards(**gains, reward_type="probability")
 
 
 def configuration(task: Task, directory: str, seed: int, steps: int, **options) -> QuietStarConfig:
@@ -278,9 +276,6 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
     trainer_class: type[QuietStarREINFORCETrainer] = QuietStarREINFORCETrainer
     if sabotage == "random_thoughts":
         trainer_class, options = RandomThoughts, {**options, "single_pass": False}  # they come from elsewhere
-    flip = (
-        patch("trl_quietstar.experience.thought_rewards", flipped) if sabotage == "flipped_reward" else nullcontext()
-    )
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_class(
             copy.deepcopy(model),
@@ -288,14 +283,14 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
             training_data(task, seed, steps),
             held_out_data(task),
             processing_class=tokenizer(),
+            reward_function=flipped if sabotage == "flipped_reward" else None,
         )
         before = evaluate(trainer, task)
         until = Until90(task)
         until.trainer = trainer
         trainer.add_callback(until)
         start = time.perf_counter()
-        with flip:
-            trainer.train()
+        trainer.train()
         seconds = time.perf_counter() - start
         after = evaluate(trainer, task)
     return {

@@ -1,6 +1,5 @@
 """Advantages against the equations, written as loops."""
 
-
 import pytest
 import torch
 from hypothesis import assume, given

@@ -27,7 +27,7 @@ DEFAULTS = dict(
     use_cpu=True,
     disable_tqdm=True,
 )
-OWN = ("peft_config", "callbacks", "optimizers", "quantization_config")
+OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_function")
 
 
 def tiny_args(folder: Path, **changes) -> QuietStarConfig:

@@ -66,7 +66,7 @@ def thought_advantages(
     Advantage of each thought token, and the return its value should have predicted.
 
     The reward comes at the thought's last token. Without a value function there is nothing to bootstrap from, so the
-    baselines `"leave_one_out"` and `"none"` give every token of a thought the same, undiscounted advantage.
+    baselines `"leave_one_out"`, `"mean"` and `"none"` give every token of a thought the same, undiscounted advantage.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, J, G)`):
@@ -74,7 +74,8 @@ def thought_advantages(
         values, mask (`torch.Tensor` of shape `(B, J, G, L)`):
             Value of the state each token was drawn in, and which tokens exist.
         baseline (`str`):
-            `"value"`, `"leave_one_out"`, `"both"` (the value head then predicts the centred reward) or `"none"`.
+            `"value"`, `"leave_one_out"`, `"both"` (the value head then predicts the centred reward), `"mean"` of all thoughts
+            at the position (Quiet-STaR, eq. 3), or `"none"`.
         use_gae (`bool`):
             With a value head: multi-step GAE; otherwise reward minus value.
         gamma, gae_lambda (`float`):
@@ -86,6 +87,8 @@ def thought_advantages(
     values = values.detach()
     if baseline in ("leave_one_out", "both"):
         rewards = rewards - leave_one_out(rewards)
+    elif baseline == "mean":
+        rewards = rewards - rewards.mean(-1, keepdim=True)
     spread = rewards[..., None].expand_as(values) * mask
     if baseline not in ("value", "both"):
         advantages, returns = spread, spread

@@ -12,6 +12,24 @@ from .anti_theater import THRESHOLDS, AntiTheaterReport
 logger = logging.get_logger(__name__)
 
 
+class CurriculumCallback(TrainerCallback):
+    """
+    Enters the stages of `curriculum` at the steps that they begin at. What is evaluated or saved between two stages is the
+    earlier one's.
+
+    Args:
+        trainer ([`QuietStarREINFORCETrainer`]):
+            The trainer it is added to.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.enter_stage(state.global_step):
+            self.trainer.adopt_settings()
+
+
 class AntiTheaterCallback(TrainerCallback):
     """
     Validates the thoughts every `anti_theater_steps` optimizer steps and once more at the end of training, on the model

@@ -26,7 +26,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
 from .data import check_length, max_positions
-from .geometry import Text, Thoughts, choose_positions, seeded_generators
+from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .likelihood import think_in_chunks
@@ -481,7 +481,7 @@ def inspect(argv: list[str]) -> None:
         print(f"Warning: {warning}", file=sys.stderr)
     settings = (
         f"Model {inspect_args.model}. Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, "
-        f"read for the next {args.talk_length} tokens; temperature {args.temperature:g}, seed {args.seed}."
+        f"read for {'all' if args.talk_length == 'completion' else f'the next {args.talk_length}'} tokens; temperature {args.temperature:g}, seed {args.seed}."
     )
     name = "standard input" if inspect_args.text == "-" else Path(inspect_args.text).name
     write_page(Path(inspect_args.output), f"Thoughts on {name}", texts, [settings, *warnings])
@@ -515,7 +515,8 @@ def think_about(
         )
     settings = thought_sampling(args.settings(), tokenizer, args.num_thoughts)
     draws = fixed_draws(text.position_ids.gather(1, positions.index), settings, args.seed)  # as greedy generation has
-    return think_in_chunks(model, path, text, positions, settings, draws, args.talk_length, args.reward_prediction)
+    talk_length = talk_span(text, args.talk_length, args.thought_positions)
+    return think_in_chunks(model, path, text, positions, settings, draws, talk_length, args.reward_prediction)
 
 
 def read_text(name: str) -> str:

@@ -9,7 +9,8 @@ from .heads import VALUE_HEAD_TYPES, QuietStarSettings
 from .rewards import REWARD_TYPES
 
 
-BASELINES = ("value", "leave_one_out", "both", "none")
+BASELINES = ("value", "leave_one_out", "both", "mean", "none")
+POSITIONS = ("all", "difficulty", "prompt_end")
 CHOICES = {
     "reward_type": REWARD_TYPES,
     "reward_prediction": ("mixed", "thought"),
@@ -44,6 +45,7 @@ LIMITS = {
     "base_nll_coefficient": (0, None),
     "policy_coefficient": (0, None),
     "num_iterations": (1, None),
+    "unfinished_thought_penalty": (0, None),
     "epsilon": (0, 1),
     "epsilon_high": (0, None),
     "router_aux_loss_coef": (0, None),
@@ -57,6 +59,18 @@ LIMITS = {
     "max_length": (2, None),
     "num_thoughts_to_print": (1, None),
 }
+# those that are read anew at every step, and that a curriculum may change
+STAGE_FIELDS = (
+    "thought_length",
+    "talk_length",
+    "num_thoughts",
+    "thought_positions",
+    "temperature",
+    "policy_coefficient",
+    "nll_coefficient",
+    "reader_nll_coefficient",
+    "base_nll_coefficient",
+)
 
 
 def _option(default, help: str):
@@ -80,7 +94,7 @@ class QuietStarConfig(_BaseConfig):
         `ValueError`: if a value is outside its limits or contradicts another, naming the value, the limit and the fix.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "curriculum"]
 
     # Model
     model_init_kwargs: dict | str | None = _option(
@@ -120,10 +134,16 @@ class QuietStarConfig(_BaseConfig):
         "If set, a thought may end early once it has this many tokens: after the EOS token or `thought_stop_string`.",
     )
     thought_stop_string: str | None = _option(None, "String that ends a thought early.")
-    talk_length: int = _option(4, "True text tokens that a thought is read and rewarded for (M).")
+    talk_length: str = _option(
+        4,
+        "True text tokens that a thought is read and rewarded for (M); or `completion`: all up to the last label, such as "
+        "the whole answer.",
+    )
     num_thoughts: int = _option(2, "Thoughts sampled at each position (G).")
     thought_positions: str = _option(
-        "all", "Where to think: `all`, a number of random positions a sequence, a fraction of them, or `difficulty`."
+        "all",
+        "Where to think: `all`, a number of random positions a sequence, a fraction of them, `difficulty`, or `prompt_end`: "
+        "once, before each completion. A dataset with `input_ids` may say so itself, by a column `thought_mask`.",
     )
     difficulty_threshold: float = _option(0.6, "Least no-thought entropy, divided by log V, of a difficult position.")
     min_thought_interval: int = _option(3, "Least distance between two difficult positions, in tokens.")
@@ -173,8 +193,14 @@ class QuietStarConfig(_BaseConfig):
         "policy", "Whose no-thought prediction a thought must beat: the current `policy`'s or the `reference`'s."
     )
     reward_clip_range: list[float] | None = _option(None, "Least and greatest reward.")
+    unfinished_thought_penalty: float = _option(
+        0.0,
+        "Taken from the reward of a thought that was cut at `thought_length`, where thoughts may end by themselves.",
+    )
     advantage_baseline: str = _option(
-        "value", "`value` head, `leave_one_out` mean of the other thoughts, `both`, or `none`."
+        "value",
+        "`value` head, `leave_one_out` mean of the other thoughts at the position, `both` of these, `mean` of all thoughts "
+        "there, or `none`.",
     )
     use_gae: bool = _option(
         True, "With a value head: multi-step GAE over the thought's tokens; otherwise reward minus value."
@@ -188,6 +214,13 @@ class QuietStarConfig(_BaseConfig):
     )
     positive_advantages_only: bool = _option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
+    )
+
+    # Schedule
+    curriculum: dict | str | None = _option(
+        None,
+        "Stages: from the optimizer step at which each begins to the fields that it changes, which then hold until the next "
+        'change, e.g. `{"0": {"thought_length": 16}, "500": {"thought_length": 8}}`. Heads and optimizer go on.',
     )
 
     # Objective
@@ -261,14 +294,10 @@ class QuietStarConfig(_BaseConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.thought_positions = _parse_positions(self.thought_positions)
+        self.talk_length = _parse_talk_length(self.talk_length)
         if self.thought_stop_string is not None and self.min_thought_length is None:
             self.min_thought_length = 1
-        for name, limits in LIMITS.items():
-            _check_limits(name, getattr(self, name), *limits)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        self._check_contradictions()
+        self._check_options()
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile=True` is not supported: thoughts are sampled and scored with shapes that change at every "
@@ -279,6 +308,7 @@ class QuietStarConfig(_BaseConfig):
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
+        self._read_curriculum()
         self._check_memory()  # once the names that checkpointing has had are one
 
     @property
@@ -312,8 +342,17 @@ class QuietStarConfig(_BaseConfig):
             thought_stop_string=self.thought_stop_string,
         )
 
+    def _check_options(self):
+        for name, limits in LIMITS.items():
+            if name != "talk_length" or self.talk_length != "completion":
+                _check_limits(name, getattr(self, name), *limits)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        self._check_contradictions()
+
     def _check_contradictions(self):
-        if self.advantage_baseline in ("leave_one_out", "both") and self.num_thoughts < 2:
+        if self.advantage_baseline in ("leave_one_out", "both", "mean") and self.num_thoughts < 2:
             raise ValueError(
                 f"`advantage_baseline={self.advantage_baseline!r}` compares the thoughts at a position and needs "
                 f"`num_thoughts` of at least 2, got {self.num_thoughts}; raise it or use `advantage_baseline='value'`."
@@ -322,6 +361,11 @@ class QuietStarConfig(_BaseConfig):
             raise ValueError(
                 f"`min_thought_length` ({self.min_thought_length}) exceeds `thought_length` ({self.thought_length}); "
                 "lower it."
+            )
+        if self.unfinished_thought_penalty and self.min_thought_length is None:
+            raise ValueError(
+                f"`unfinished_thought_penalty={self.unfinished_thought_penalty}` is for thoughts that may end by themselves; "
+                "set `min_thought_length` or `thought_stop_string`."
             )
         evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         for name in ("load_best_model_at_end", "early_stopping_patience"):
@@ -343,6 +387,47 @@ class QuietStarConfig(_BaseConfig):
             )
         if self.packing and self.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
+
+    def _read_curriculum(self) -> None:
+        """Takes the stages apart and tries each."""
+        stages = self.curriculum or {}
+        if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
+            raise ValueError(f"`curriculum` is {stages!r}; give a mapping from steps to mappings of fields to values.")
+        try:
+            self._stages = sorted((int(step), changes) for step, changes in stages.items())
+        except ValueError:
+            raise ValueError(f"`curriculum` has the steps {list(stages)}; a stage begins at a whole number.") from None
+        if self._stages and self._stages[0][0] < 0:
+            raise ValueError(f"`curriculum` has a stage at step {self._stages[0][0]}; the first step is 0.")
+        unknown = sorted({name for _, changes in self._stages for name in changes} - set(STAGE_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"`curriculum` changes {', '.join(unknown)}; a stage may change {', '.join(STAGE_FIELDS)} only."
+            )
+        self._before_stages = {name: getattr(self, name) for name in STAGE_FIELDS}
+        for step, _ in self._stages:
+            self.enter_stage(step)
+            self._check_options()
+        self.longest_thought = max(
+            [self.thought_length] + [self._at(step)["thought_length"] for step, _ in self._stages]
+        )
+        self.enter_stage(0)
+
+    def _at(self, step: int) -> dict:
+        """The fields of stages at an optimizer step."""
+        values = dict(self._before_stages)
+        for start, changes in self._stages:
+            values.update(changes if start <= step else {})
+        return values
+
+    def enter_stage(self, step: int) -> bool:
+        """Sets the fields of the curriculum to what they are at an optimizer step; whether any changed."""
+        values = self._at(step)
+        values["thought_positions"] = _parse_positions(values["thought_positions"])
+        values["talk_length"] = _parse_talk_length(values["talk_length"])
+        changed = any(getattr(self, name) != value for name, value in values.items())
+        vars(self).update(values)
+        return changed
 
     def _check_memory(self) -> None:
         if self.single_pass and (self.branch_batch_size or self.gradient_checkpointing or not self.disable_dropout):
@@ -369,15 +454,26 @@ def _check_limits(name: str, value, least, greatest) -> None:
 
 def _parse_positions(value: str | int | float) -> str | int | float:
     """`"16"` from the command line is a number, `"0.25"` a fraction."""
-    if isinstance(value, str) and value not in ("all", "difficulty"):
+    if isinstance(value, str) and value not in POSITIONS:
         try:
             value = float(value) if "." in value or "e" in value.lower() else int(value)
         except ValueError:
             raise ValueError(
-                f"`thought_positions` is {value!r}; give 'all', 'difficulty', a number of positions, or a fraction."
+                f"`thought_positions` is {value!r}; give one of {', '.join(map(repr, POSITIONS))}, a number of positions, or "
+                "a fraction."
             ) from None
     if isinstance(value, float) and not 0 < value <= 1:
         raise ValueError(f"`thought_positions` is {value}; a fraction lies above 0 and up to 1.")
     if isinstance(value, int) and value < 1:
         raise ValueError(f"`thought_positions` is {value}; a number of positions is at least 1.")
     return value
+
+
+def _parse_talk_length(value: int | str) -> int | str:
+    """`"4"` from the command line is a number."""
+    if value == "completion":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"`talk_length` is {value!r}; give a number of tokens, or 'completion'.") from None

@@ -8,7 +8,8 @@ from .advantages import thought_advantages
 from .config import QuietStarConfig
 from .geometry import Text, Thoughts, talk_after
 from .objective import TokenCounts
-from .rewards import thought_rewards
+from .rewards import RewardFunction, thought_rewards
+from .sampling import SamplingSettings, unfinished
 from .scoring import Scores, at_talk
 
 
@@ -49,7 +50,14 @@ class Experience:
 
 
 @torch.no_grad()
-def experience_of(text: Text, scores: Scores, reference: Scores | None, args: QuietStarConfig) -> Experience:
+def experience_of(
+    text: Text,
+    scores: Scores,
+    reference: Scores | None,
+    args: QuietStarConfig,
+    sampling: SamplingSettings,
+    reward_function: RewardFunction | None = None,
+) -> Experience:
     """
     Rewards and advantages of scored thoughts. Advantages are not standardized yet: that takes all batches of a step.
 
@@ -62,6 +70,13 @@ def experience_of(text: Text, scores: Scores, reference: Scores | None, args: Qu
             By the reference, where there is one.
         args ([`QuietStarConfig`]):
             What is rewarded, and against which baseline.
+        sampling ([`~sampling.SamplingSettings`]):
+            How the thoughts were sampled; for the penalty on unfinished ones.
+        reward_function (`Callable`, *optional*):
+            In place of `args.reward_type`.
+
+    Raises:
+        `ValueError`: if a reward function gives anything but one number for each thought.
     """
     thoughts = scores.thoughts
     talk_length = scores.talk_logps.shape[-1]
@@ -69,15 +84,28 @@ def experience_of(text: Text, scores: Scores, reference: Scores | None, args: Qu
     no_thought = scores if args.no_thought_model == "policy" else reference
     logps_without = at_talk(no_thought.text_logps, thoughts, talk_length)
     correct_without = at_talk(no_thought.text_correct, thoughts, talk_length)
-    rewards = thought_rewards(
-        scores.talk_logps,
-        logps_without,
-        scores.talk_correct,
-        correct_without,
-        talk_mask,
-        args.reward_type,
-        args.reward_clip_range,
-    )
+    gains = {
+        "logps_with": scores.talk_logps,
+        "logps_without": logps_without,
+        "correct_with": scores.talk_correct,
+        "correct_without": correct_without,
+        "mask": talk_mask,
+    }
+    if reward_function is None:
+        rewards = thought_rewards(**gains, reward_type=args.reward_type)
+    else:
+        rewards = reward_function(**gains, text=text, thoughts=thoughts)
+        wanted = tuple(thoughts.mask.shape[:3])
+        if not isinstance(rewards, torch.Tensor) or rewards.shape != wanted:
+            given = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+            raise ValueError(
+                f"`reward_function` gave {given}; it must give a tensor of shape (B, J, G), here {wanted}."
+            )
+        rewards = rewards.to(scores.talk_logps) * thoughts.mask[..., 0]
+    if args.reward_clip_range is not None:
+        rewards = rewards.clamp(*args.reward_clip_range)
+    if args.unfinished_thought_penalty:
+        rewards = rewards - args.unfinished_thought_penalty * unfinished(thoughts, sampling)
     advantages, returns = thought_advantages(
         rewards,
         scores.thought_values,

@@ -172,6 +172,42 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
     return Talk(token_ids, input_mask, input_mask & (labels != -100))
 
 
+def usable_positions(text: Text, thought_positions: int | float | str = "all") -> torch.Tensor:
+    """
+    Mask of shape `(B, T - 1)`: text tokens that a thought may follow.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        thought_positions (`int`, `float` or `str`):
+            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels.
+    """
+    usable = text.predicted() & text.thought_mask[:, :-1]
+    return usable & (text.labels[:, :-1] == -100) if thought_positions == "prompt_end" else usable
+
+
+def talk_span(text: Text, talk_length: int | str, thought_positions: int | float | str) -> int:
+    """
+    M for a batch: `talk_length` itself, or with `"completion"` as many tokens as lie between any usable position and the
+    last label of its document.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        talk_length (`int` or `str`):
+            M, or `"completion"`.
+        thought_positions (`int`, `float` or `str`):
+            Which positions are usable, as in [`usable_positions`].
+    """
+    if talk_length != "completion":
+        return int(talk_length)
+    index = torch.arange(text.labels.shape[1], device=text.labels.device)
+    ends = torch.where(text.labels != -100, index, 0)
+    last = torch.zeros_like(ends).scatter_reduce(1, text.document_ids, ends, "amax")  # by document
+    spans = (_gather(last, text.document_ids) - index)[:, :-1]
+    return max(int((spans * usable_positions(text, thought_positions)).max()), 1)
+
+
 def seeded_generators(seed: int, step: int, indices: list[int]) -> list[torch.Generator]:
     """
     One random generator for each sequence, so that a sequence's draws depend on nothing but its own key: not on the
@@ -205,8 +241,8 @@ def choose_positions(
         text ([`Text`]):
             The batch.
         thought_positions (`int`, `float` or `str`):
-            `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one), or
-            `"difficulty"`.
+            `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one),
+            `"prompt_end"`, or `"difficulty"`.
         generators (`list[torch.Generator]`):
             One for each sequence; used by the random choices only.
         entropy (`Callable`, *optional*):
@@ -220,15 +256,15 @@ def choose_positions(
     Returns:
         [`Positions`] in ascending order, J being the largest number in any row (at least 1).
     """
-    usable = (text.predicted() & text.thought_mask[:, :-1]).cpu()
+    usable = usable_positions(text, thought_positions).cpu()
     if thought_positions == "difficulty" and entropy is not None:
         chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
-    elif thought_positions == "all":
+    elif thought_positions in ("all", "prompt_end"):
         chosen = usable
     elif isinstance(thought_positions, str):
         raise ValueError(
-            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, or 'difficulty' together "
-            "with `entropy`."
+            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, 'prompt_end', or 'difficulty' "
+            "together with `entropy`."
         )
     else:
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
@@ -238,15 +274,16 @@ def choose_positions(
     return Positions(order.to(device), chosen.gather(1, order).to(device))
 
 
-def most_positions(thought_positions: int | float | str, text_length: int, min_interval: int) -> int:
-    """The most positions that [`choose_positions`] can choose in a row of `text_length` tokens."""
-    usable = text_length - 1
+def most_positions(text: Text, thought_positions: int | float | str, min_interval: int) -> int:
+    """The most positions that [`choose_positions`] can choose in any row of a batch; at least 1."""
+    usable = int(usable_positions(text, thought_positions).sum(1).max())
     if thought_positions == "difficulty":
-        return max(-(-usable // min_interval), 1)
-    if isinstance(thought_positions, str):
-        return max(usable, 1)
-    amount = thought_positions if isinstance(thought_positions, int) else round(thought_positions * usable)
-    return max(min(amount, usable), 1)
+        usable = -(-usable // min_interval)
+    elif isinstance(thought_positions, int):
+        usable = min(thought_positions, usable)
+    elif isinstance(thought_positions, float):
+        usable = round(thought_positions * usable)
+    return max(usable, 1)
 
 
 def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator) -> torch.Tensor:

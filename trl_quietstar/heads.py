@@ -21,8 +21,8 @@ class QuietStarSettings:
     Parameters:
         thought_length (`int`):
             L, thought tokens.
-        talk_length (`int`):
-            M, text tokens a thought is read for.
+        talk_length (`int` or `str`):
+            M, text tokens a thought is read for; `"completion"`: all that follow.
         prediction (`str`):
             `"mixed"` (mixing head weighs the predictions with and without the thought) or `"thought"`.
         value_head_type (`str`):
@@ -34,7 +34,7 @@ class QuietStarSettings:
     """
 
     thought_length: int = 8
-    talk_length: int = 4
+    talk_length: int | str = 4
     prediction: str = "mixed"
     value_head_type: str = "mlp"
     value_head_hidden_size: int = 256

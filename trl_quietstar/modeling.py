@@ -191,7 +191,7 @@ class QuietStarMixin:
     def _thinking(self, think: str, think_every: int, threshold: float) -> Thinking:
         """When to think, if this model can."""
         thinking, talk_length = Thinking(think, think_every, threshold), self.quietstar_settings.talk_length
-        if think_every > talk_length:
+        if talk_length != "completion" and think_every > talk_length:
             raise ValueError(
                 f"`think_every` is {think_every}, but the model reads a thought for `talk_length` {talk_length} tokens; "
                 "lower it."

@@ -1,8 +1,12 @@
 """Rewards: what a thought adds to the prediction of the true next tokens."""
 
+from collections.abc import Callable
+
 import torch
 
 
+# a user's own reward: named arguments as of `thought_rewards` but the last two, with `text` and `thoughts`; `(B, J, G)`
+RewardFunction = Callable[..., torch.Tensor]
 REWARD_TYPES = ("probability", "log_likelihood", "accuracy", "binary")
 
 
@@ -21,7 +25,6 @@ def thought_rewards(
     correct_without: torch.Tensor,
     mask: torch.Tensor,
     reward_type: str,
-    clip_range: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """
     The gain of each thought, averaged over its talk (Quiet-STaR, section 4.4, for `"log_likelihood"`).
@@ -40,8 +43,6 @@ def thought_rewards(
             Talk tokens that count.
         reward_type (`str`):
             One of the above.
-        clip_range (`tuple[float, float]`, *optional*):
-            Least and greatest reward.
 
     Returns:
         `torch.Tensor` of shape `(B, J, G)`, without gradient; 0 where no talk token counts.
@@ -61,7 +62,7 @@ def thought_rewards(
     rewards = masked_mean(gain, mask, dim=-1)
     if reward_type == "binary":
         rewards = (rewards > 0).to(rewards.dtype)
-    return rewards if clip_range is None else rewards.clamp(*clip_range)
+    return rewards
 
 
 def coherence(

@@ -249,10 +249,29 @@ def _write(
         token_ids[..., step] = drawn = draw(hidden, draws[..., step])
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
+            if not bool(running.any()):
+                break
         if step + 1 < L:
             embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
     shape = (B, J, G, L)
+    mask &= torch.arange(L, device=mask.device) <= step
     return Thoughts(positions, token_ids.view(shape), mask.view(shape))
+
+
+def unfinished(thoughts: Thoughts, settings: SamplingSettings) -> torch.Tensor:
+    """
+    Mask of shape `(B, J, G)`: thoughts that were cut at `thought_length` before they ended by themselves.
+
+    Args:
+        thoughts ([`Thoughts`]):
+            The thoughts.
+        settings ([`SamplingSettings`]):
+            With which they were sampled.
+    """
+    cut = thoughts.mask[..., -1]
+    if settings.stop is None or thoughts.mask.shape[-1] < settings.thought_length:
+        return torch.zeros_like(cut)
+    return cut & ~settings.stop(thoughts.token_ids.flatten(0, 2)).view(cut.shape)
 
 
 @dataclass(frozen=True)
@@ -292,7 +311,8 @@ class ThoughtSampler:
                 reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
             parts.append(sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
-        return Thoughts(positions, token_ids, mask)
+        longest = max(int(mask.sum(-1).max()), 1)  # where all thoughts ended early, no slot is kept for more
+        return Thoughts(positions, token_ids[..., :longest], mask[..., :longest])
 
     def sample_in_graph(
         self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
@@ -323,7 +343,8 @@ class ThoughtSampler:
 
         positions = self._positions(model, text, reader)
         thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed)
-        shape = thoughts.mask.shape
+        token_ids, mask = (x[..., : len(states)] for x in (thoughts.token_ids, thoughts.mask))
+        thoughts, shape = Thoughts(positions, token_ids, mask), mask.shape
         names = ("token_ids", "logps", "entropies", "log_z")
         known = Drawn(*(torch.stack([getattr(d, name) for d in drawn], dim=2).view(shape) for name in names))
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known

@@ -35,11 +35,11 @@ from trl.trainer.utils import get_config_model_id
 from ._compat import _BaseTrainer
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
-from .callbacks import AntiTheaterCallback
+from .callbacks import AntiTheaterCallback, CurriculumCallback
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .experience import Experience, StepPart, experience_of
-from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after
+from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
@@ -49,7 +49,7 @@ from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .paths import SharedPrefix
 from .report import card_section, print_thoughts, thought_table
-from .rewards import coherence
+from .rewards import RewardFunction, coherence
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
 from .scoring import ScoreRequest, Scores, score_thoughts
@@ -108,6 +108,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             Tokenizer. Defaults to the model's own. A missing pad token is taken care of.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
+        reward_function (`Callable`, *optional*):
+            Your own reward, in place of `args.reward_type`. Called with the named arguments of
+            [`~rewards.thought_rewards`] (`logps_with` and so on, `mask`) and `text` and `thoughts`; returns one number for
+            each thought, `(B, J, G)`.
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, in place of those that `args` describes.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -146,6 +150,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        reward_function: RewardFunction | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
@@ -172,7 +177,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         for dataset in (train_dataset, *evals.values()):
             longest = None if dataset is None else longest_text(dataset, args.max_length)
             if longest is not None:
-                check_length(longest, args.thought_length, max_positions(base.config))
+                check_length(longest, args.longest_thought, max_positions(base.config))
         if not isinstance(eval_dataset, dict):
             evals = evals.get("eval")
 
@@ -216,11 +221,16 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             )
         self._kept_per_token: float | None = None  # bytes; measured when it is needed
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
-        self.sampling = thought_sampling(args.settings(), processing_class, args.num_thoughts)
+        self.reward_function = reward_function
+        self.adopt_settings()
+        if args.curriculum:
+            self.add_callback(CurriculumCallback(self))
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
         self._step_reward = MetricSums()  # of the current optimizer step
         self._rows_seen = 0  # of the evaluation, before the current batch
+        self._batches: list[dict] = []  # of the current optimizer step
+        self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch of a step, for further updates on it
         self._last_logged_step = 0
         self._window_start = time.perf_counter()
@@ -228,6 +238,11 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
 
     # Model and reference
+
+    def adopt_settings(self) -> None:
+        """Takes over from `args` how thoughts are drawn and read, for what follows."""
+        base_of(self.model).adopt_settings(self.args.settings())
+        self.sampling = thought_sampling(self.args.settings(), self.processing_class, self.args.num_thoughts)
 
     def _prepare_reference(self) -> None:
         """A frozen copy of the policy, or under PEFT the base without its adapter and a copy of the heads."""
@@ -289,7 +304,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         """From a batch to the loss, through every step of the method; metrics are noted on the way."""
         args, mode = self.args, "train" if model.training else "eval"
         text = self._text(inputs)
-        part = inputs.get("part") or self._lone_part(text, mode)
+        part = self._part(inputs["part"]) if "part" in inputs else self._lone_part(text, mode)
         scores = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -297,7 +312,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         )
         experience, reduce = part.experience, self._reduce if mode == "train" else _alone
         if experience is None:
-            experience = experience_of(text, scores, self._score_reference(text, scores.thoughts), args)
+            experience = self._experience(text, scores)
             (experience,) = self._finish_advantages([experience], reduce)
             if mode == "train" and args.num_iterations > 1:
                 self._experiences.append(experience)
@@ -332,7 +347,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name != "part"})
         if self.args.max_length is None:
             longest = int(text.position_ids.max()) + 1
-            check_length(longest, self.args.thought_length, max_positions(base_of(self.model).config))
+            check_length(longest, self.args.longest_thought, max_positions(base_of(self.model).config))
         return text
 
     # The batches of a step
@@ -356,8 +371,16 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         other processes, add up to what one batch of all would be."""
         self._finish_step()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        parts = self._step_parts([self._prepare_inputs(batch) for batch in batches])
-        return [{**batch, "part": part} for batch, part in zip(batches, parts, strict=True)], num_items
+        self._batches, self._parts = (
+            batches,
+            [],
+        )  # not looked at yet: a callback may change settings as the step begins
+        return [{**batch, "part": i} for i, batch in enumerate(batches)], num_items
+
+    def _part(self, index: int) -> StepPart:
+        if not self._parts:
+            self._parts = self._step_parts([self._prepare_inputs(batch) for batch in self._batches])
+        return self._parts[index]
 
     def _step_parts(self, batches: list[dict]) -> list[StepPart]:
         """Of each batch, with what the step's means are taken over as far as several batches need to know it ahead."""
@@ -390,7 +413,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             mask = positions.mask[..., None, None].expand(-1, -1, self.args.num_thoughts, self.args.thought_length)
         else:
             positions, mask = thoughts.positions, thoughts.mask
-        talk_mask = talk_after(text, positions, self.args.talk_length).target_mask[:, :, None]
+        talk_mask = talk_after(text, positions, self._talk_length(text)).target_mask[:, :, None]
         return TokenCounts.of(mask, talk_mask, text.predicted())
 
     @torch.no_grad()
@@ -405,9 +428,13 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 scores = self.model_wrapped(
                     input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
                 )
-            experiences.append(experience_of(text, scores, self._score_reference(text, thoughts), self.args))
+            experiences.append(self._experience(text, scores))
         experiences = self._finish_advantages(experiences, self._reduce)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
+
+    def _experience(self, text: Text, scores: Scores) -> Experience:
+        reference = self._score_reference(text, scores.thoughts)
+        return experience_of(text, scores, reference, self.args, self.sampling, self.reward_function)
 
     def _finish_advantages(self, experiences: list[Experience], reduce) -> list[Experience]:
         """Standardized over the batches of a step and cut, as configured."""
@@ -441,12 +468,15 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         return ScoreRequest(
             text,
             thoughts,
-            args.talk_length,
+            self._talk_length(text),
             self.path,
             args.temperature,
             args.reward_prediction,
             self._batch_size,
         )
+
+    def _talk_length(self, text: Text) -> int:
+        return talk_span(text, self.args.talk_length, self.args.thought_positions)
 
     def _plan(self, text: Text, mode: str) -> tuple[bool, int | None]:
         """Whether one pass is enough, and how many branches to score at once if not; None: all."""
@@ -457,8 +487,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             with self.accelerator.autocast():
                 self._kept_per_token = kept_per_token(base)
         B, T = text.input_ids.shape
-        branches = args.num_thoughts * most_positions(args.thought_positions, T, args.min_thought_interval)
-        size = (B, T, branches, args.thought_length + args.talk_length + 1)
+        branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
+        size = (B, T, branches, args.thought_length + self._talk_length(text) + 1)
         fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
         if fitting == branches:
             return self._samples_in_graph, None
@@ -665,7 +695,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
                 with self.accelerator.autocast():
                     of_texts = text_sums(
-                        base, text, thoughts, args.talk_length, self.path, args.reward_prediction, generator
+                        base, text, thoughts, self._talk_length(text), self.path, args.reward_prediction, generator
                     )
                 sums.append(self.accelerator.gather_for_metrics(of_texts))
         self.model.train(training)
