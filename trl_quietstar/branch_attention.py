@@ -59,7 +59,7 @@ class BranchReading:
         memory ([`TextMemory`]):
             Of the text.
         own (`dict`):
-            Keys and values of the branches' earlier slots, by module, `(B, heads, N, s, D)`; grows where `keep`.
+            Keys and values of the branches' earlier slots, by module, `(B, heads, N, s or more, D)`; grows where `keep`.
         first, last (`torch.Tensor` of shape `(B, N)`):
             Text indices that a branch sees.
         spans (`list[tuple[int, int]]`):
@@ -68,8 +68,8 @@ class BranchReading:
             Branches of a chunk.
         slots (`torch.Tensor` of shape `(B, N, Q, s + Q)`, bool):
             Which of its own slots, new ones included, a new slot sees.
-        distances (`torch.Tensor` of shape `(B, N, Q, s + Q)`):
-            How many positions each of them is behind; for sliding windows.
+        positions (`torch.Tensor` of shape `(B, N, s + Q)`):
+            Position ids of all of them; for sliding windows.
         ahead (`torch.Tensor` of shape `(B, N, Q)`):
             How many positions a new slot is ahead of text index 0; for the same.
         keep (`bool`):
@@ -77,13 +77,13 @@ class BranchReading:
     """
 
     memory: TextMemory
-    own: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+    own: dict[torch.nn.Module, tuple[torch.Tensor, ...]]
     first: torch.Tensor
     last: torch.Tensor
     spans: list[tuple[int, int]]
     chunk: int
     slots: torch.Tensor
-    distances: torch.Tensor
+    positions: torch.Tensor
     ahead: torch.Tensor
     keep: bool
 
@@ -95,14 +95,12 @@ class BranchReading:
         B, N, Q, _ = self.slots.shape
         text_key, text_value = self.memory.layers[module]
         key, value = (x.to(query.dtype).unflatten(2, (N, Q)) for x in (key, value))
-        if module in self.own:
-            key, value = (torch.cat(pair, dim=3) for pair in zip(self.own[module], (key, value), strict=True))
-        if self.keep:
-            self.own[module] = key, value
+        if module in self.own or self.keep:
+            key, value = self._joined(module, (key, value))
         window = kwargs.get("sliding_window")
         slots, first = self.slots, self.first[..., None]
         if window is not None:
-            slots = slots & (self.distances < window)
+            slots = slots & (self.positions[:, :, -Q:, None] - self.positions[:, :, None] < window)
             first = torch.maximum(first, self.ahead - window + 1)
         groups = query.shape[1] // key.shape[1]
         q = query.unflatten(2, (N, Q)).unflatten(1, (-1, groups)).transpose(2, 3).flatten(3, 4)
@@ -117,6 +115,25 @@ class BranchReading:
         )
         out = out.unflatten(3, (groups, Q)).permute(0, 2, 4, 1, 3, 5)
         return out.reshape(B, N * Q, query.shape[1], -1), None
+
+    def _joined(self, module: torch.nn.Module, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Keys and values of all slots. Without a graph, room for twice as many is made when it runs out, so that long
+        thoughts are not copied at every token."""
+        Q, length = new[0].shape[3], self.slots.shape[3]
+        kept = self.own.get(module) or tuple(x[:, :, :, :0] for x in new)
+        if torch.is_grad_enabled() or not self.keep:
+            joined = tuple(torch.cat([old[:, :, :, : length - Q], x], dim=3) for old, x in zip(kept, new, strict=True))
+            if self.keep:
+                self.own[module] = joined
+            return joined
+        if kept[0].shape[3] < length:
+            room = tuple(x.new_empty(*x.shape[:3], max(length, 2 * kept[0].shape[3]), x.shape[4]) for x in new)
+            for buffer, old in zip(room, kept, strict=True):
+                buffer[:, :, :, : length - Q] = old[:, :, :, : length - Q]
+            self.own[module] = kept = room
+        for buffer, x in zip(kept, new, strict=True):
+            buffer[:, :, :, length - Q : length] = x
+        return tuple(buffer[:, :, :, :length] for buffer in kept)
 
 
 class _Attend(torch.autograd.Function):

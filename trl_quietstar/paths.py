@@ -271,7 +271,7 @@ class BranchReader:
             spans=_spans(first, anchors, chunk),
             chunk=chunk,
             slots=(causal & mask[:, :, None]) | itself,
-            distances=new[..., None] - positions[:, :, None],
+            positions=positions,
             ahead=new + first[..., None],
             keep=keep,
         )
