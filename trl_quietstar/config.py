@@ -56,6 +56,7 @@ LIMITS = {
     "early_stopping_patience": (1, None),
     "early_stopping_threshold": (0, None),
     "anti_theater_steps": (1, None),
+    "max_skipped_steps": (1, None),
     "max_length": (2, None),
     "num_thoughts_to_print": (1, None),
 }
@@ -262,6 +263,11 @@ class QuietStarConfig(_BaseConfig):
     learning_rate: float = _option(1e-6, "Peak learning rate of the model or adapter.")
     heads_learning_rate: float = _option(
         1e-4, "Peak learning rate of the mixing head, the value head and the start and end embeddings."
+    )
+    max_skipped_steps: int | None = _option(
+        10,
+        "Optimizer steps in a row that are skipped for a non-finite reward, loss or gradient until training saves a "
+        "checkpoint and stops with a `FloatingPointError`. 1: at the first; None: never.",
     )
     early_stopping_patience: int | None = _option(None, "Evaluations without improvement after which training stops.")
     early_stopping_threshold: float = _option(0.0, "Least improvement that counts.")

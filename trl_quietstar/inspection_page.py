@@ -8,6 +8,7 @@ by their hashes, and nothing more.
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -134,10 +135,14 @@ def _charts(history: Sequence[dict]) -> str:
     return f'<section class="charts" aria-label="Training so far">{"".join(drawn)}</section>'
 
 
+def _is_measured(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
     """One plot over steps; empty where nothing of it was logged."""
     series = [
-        (label, kind, [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None])
+        (label, kind, [(entry["step"], entry[key]) for entry in history if _is_measured(entry.get(key))])
         for key, label, kind in lines
     ]
     series = [(label, kind, points) for label, kind, points in series if points]

@@ -6,6 +6,7 @@ No maths here: positions, sampling, scoring, rewards, advantages and objective a
 
 import copy
 import json
+import math
 import os
 import textwrap
 import time
@@ -36,9 +37,11 @@ from ._compat import _BaseTrainer
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .callbacks import AntiTheaterCallback, CurriculumCallback
+from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
 from .experience import Experience, StepPart, experience_of
+from .faults import FaultGuard
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
@@ -121,6 +124,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             Wraps the model with an adapter. The heads are trained beside it, and saved with it.
 
     Raises:
+        `FloatingPointError`: from `train`, after `args.max_skipped_steps` optimizer steps with non-finite values in a row.
         `ValueError`: for a model that is no causal LM, data that cannot be trained on, texts too long for the model,
             a `PeftModel` together with `peft_config`, or an adapter on the LM head.
     """
@@ -205,6 +209,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.anti_theater_steps is not None:
             # ahead of the loggers, which close at the end of training
             self.callback_handler.callbacks.insert(0, self._anti_theater)
+        self._guard = FaultGuard(self)
+        self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
+        self._collapse = CollapseWatch(warns=self.is_world_process_zero())
         # in one graph: not where dropout would be on in sampling, nor where routers are watched forward by forward
         self._samples_in_graph = (
             type(self.path) is SharedPrefix
@@ -339,9 +346,17 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             share=part.share,
         )
         with torch.no_grad():
-            self._note_metrics(BatchResult(text, scores, experience, loss, terms, part.share), mode)
+            batch = BatchResult(text, scores, experience, loss, terms, part.share)
+            if self._guard.is_finite(batch, part.rows, mode):
+                self._note_metrics(batch, mode)
         # engines average gradients over processes, whose parts add up
         return loss * self.accelerator.num_processes if mode == "train" else loss
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._guard.check_gradients()
+        return loss
 
     def _text(self, inputs: dict) -> Text:
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name != "part"})
@@ -599,11 +614,14 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._step_reward = MetricSums()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._metrics["train"] and "loss" in logs:
+        if "loss" in logs:
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that was skipped
+                del logs["grad_norm"]
             self._finish_step()
             logs.update(self._training_metrics(logs))
+            logs.update(self._collapse.training(logs, self.state.global_step))
             self._metrics["train"] = MetricSums()
-            if self.args.log_thoughts and self.accelerator.is_main_process:
+            if self.args.log_thoughts and "train" in self._samples and self.accelerator.is_main_process:
                 self._log_thoughts()
         super().log(logs, start_time)
 
@@ -620,6 +638,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 "rl/num_thoughts": sums.total("num_thoughts") / steps,
                 "rl/learning_rate": logs["learning_rate"],
                 "rl/grad_norm": logs.get("grad_norm"),
+                "rl/skipped_steps": self._guard.skipped,
                 "rl/tokens_per_second": sums.total("tokens") / (now - self._window_start),
             }
         )
@@ -656,8 +675,11 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._rows_seen, self._metrics["eval"] = 0, MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name in EVAL_METRICS:
-            output.metrics[f"{metric_key_prefix}_{name}"] = self._metrics["eval"].mean(name) or 0.0
+        means = {name: self._metrics["eval"].mean(name) or 0.0 for name in EVAL_METRICS}
+        if self._guard.take_evaluation_faults():  # a mean of the other batches would pass for one of all
+            means = dict.fromkeys(("loss", *EVAL_METRICS), float("nan"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        output.metrics.update(self._collapse.evaluation(output.metrics, metric_key_prefix, self.state.global_step))
         return output
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
@@ -751,6 +773,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             "metrics": self._metrics["train"].state(),
             "last_logged_step": self._last_logged_step,
             "last_passed": self._anti_theater.last_passed,
+            "collapse": self._collapse.state(),
+            "skipped_steps": [self._guard.skipped, self._guard.in_a_row],
         }
         Path(output_dir, STATE_NAME).write_text(json.dumps(state))
         if self.args.sync_ref_model:
@@ -764,6 +788,8 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._recent_rewards.extend(state["recent_rewards"])
         self._metrics["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
+        self._collapse.load(state["collapse"])
+        self._guard.skipped, self._guard.in_a_row = state["skipped_steps"]
         if state["last_passed"] is not None and os.path.isdir(
             state["last_passed"]
         ):  # a later one may have replaced it
