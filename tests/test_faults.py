@@ -53,8 +53,8 @@ def spoilt(name: str, steps, value: float = float("nan"), row: int = 2):
     def now() -> bool:
         return (current["step"] + 1 if current["training"] else 0) in steps
 
-    def rewards(logps_with, *args):
-        given = thought_rewards(logps_with, *args)
+    def rewards(**arguments):
+        given = thought_rewards(**arguments)
         if now() and name == "reward":
             given[row, 0, 0] = value
         return given
@@ -276,8 +276,8 @@ def test_a_faulty_evaluation_is_never_the_best(tmp_path, messages):
     )
     batches = []
 
-    def rewards(*args):
-        given = thought_rewards(*args)
+    def rewards(**arguments):
+        given = thought_rewards(**arguments)
         if not trainer.model.training:
             batches.append(None)
             if len(batches) > 3 and len(batches) % 3 == 1:  # the first batch of every evaluation after the first
@@ -317,8 +317,8 @@ from tests.training import tiny_trainer
 from trl_quietstar import experience
 from trl_quietstar.rewards import thought_rewards
 
-def rewards(*args):
-    given = thought_rewards(*args)
+def rewards(**arguments):
+    given = thought_rewards(**arguments)
     if os.environ["RANK"] == "1" and trainer.state.global_step in (1, 3, 4):
         given[2, 0, 0] = math.nan
     return given
