@@ -33,7 +33,13 @@ from transformers import (
 )
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from ._compat import set_unsaved_keys
 from .generation import think_and_speak
