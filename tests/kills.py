@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 
 from trl_quietstar import QuietStarREINFORCETrainer
+from trl_quietstar.checkpoints import STATE_NAME, check_whole
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_args
@@ -191,6 +192,20 @@ def differences(ours, oracle, name: str = "") -> list[str]:
     return [] if ours == oracle else [name]
 
 
+def halves(folder: Path) -> list[str]:
+    """What a death left half written, or half deleted, under the name of something whole."""
+    found = []
+    for path in (*folder.glob("checkpoint-*"), *folder.glob("passed-*")):
+        try:
+            if path.name.startswith("checkpoint-"):
+                check_whole(path)
+            last = STATE_NAME if path.name.startswith("checkpoint-") else "training_args.bin"
+            (path / last).stat()
+        except (OSError, ValueError) as error:
+            found.append(f"{path.name} ({error})")
+    return found
+
+
 def thoughts_of(folder: Path) -> dict[tuple, set[str]]:
     """What was thought at each batch, by all lives."""
     found: dict[tuple, set[str]] = {}
@@ -229,6 +244,7 @@ def main(folder: Path, kills: int, steps: int, seed: int) -> dict:
             if not spend(run, model, steps, life, after):
                 break
             killed[life.phase] += 1
+            wrong += [f"{run.name}: half of {name}" for name in halves(run)]
             deaths -= 1
         found = differences(torch.load(run / "end.pt"), oracle)
         ours = thoughts_of(run)
