@@ -113,7 +113,8 @@ def remove_unfinished(directory: str | Path) -> None:
 def _set_aside(folder: Path) -> None:
     unfinished = folder.parent / UNFINISHED_NAME
     unfinished.mkdir(exist_ok=True)
-    os.replace(folder, unfinished / f"{folder.name}-deleted")
+    # no `checkpoint-*`, which the Trainer would count in there
+    os.replace(folder, unfinished / f"deleted-{folder.name}")
 
 
 def _flush(path: Path) -> None:
