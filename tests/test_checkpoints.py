@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from .tiny import byte_tokenizer
 from .training import logged, plain_model, saved_model, text_data, tiny_trainer
 
 
+FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)
 LORA = dict(r=4, target_modules="all-linear")
 CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -49,6 +51,8 @@ RUNS = {
         beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.4, learning_rate=1e-2
     ),
     "checkpointed": dict(gradient_checkpointing=True, temperature=0.8, min_thought_length=1),
+    "dropout": dict(disable_dropout=False),
+    "mixture of experts": {},
     "packed": dict(packing=True, max_length=40, normalize_advantages=True),
 }
 
@@ -72,7 +76,8 @@ def run(folder, model, resume=None, **options):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_run(name, tmp_path):
     """From a checkpoint on, every logged number and every weight is bit for bit that of the uninterrupted run."""
-    path = saved_model(tmp_path / "model")
+    shape = dict(attention_dropout=0.2) if name == "dropout" else {}
+    path = saved_model(tmp_path / "model", "mixtral" if name == "mixture of experts" else "llama", **shape)
     whole = run(tmp_path / "run", path, **RUNS[name])
     resumed = run(tmp_path / "again", path, resume=str(tmp_path / "run/checkpoint-3"), **RUNS[name])
     assert log_of(resumed, after=3) == log_of(whole, after=3)
@@ -99,9 +104,7 @@ def test_a_logging_window_survives_a_checkpoint(tmp_path):
     resumed = tiny_trainer(tmp_path / "again", model=path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
     (ours,), (oracle,) = (logged(t)[-1:] for t in (resumed, whole))
-    for name, value in oracle.items():
-        if name.startswith("rl/") and name not in CLOCK and name != "rl/coherence":
-            assert ours[name] == pytest.approx(value, rel=1e-12) if value is not None else ours[name] is None, name
+    assert {n: v for n, v in ours.items() if n not in CLOCK} == {n: v for n, v in oracle.items() if n not in CLOCK}
 
 
 def test_a_checkpoint_holds_everything(tmp_path):
@@ -136,6 +139,114 @@ def test_a_checkpoint_of_the_model_alone_resumes(tmp_path):
     assert resumed.state.global_step == 3
 
 
+def test_a_run_that_had_ended_ends_again(tmp_path):
+    """Resumed from the checkpoint of its last step, in the middle of an epoch, a run takes no step beyond it; with more
+    steps it goes on."""
+    path = saved_model(tmp_path / "model")
+    options = dict(save_strategy="steps", save_steps=3, lr_scheduler_type="constant")
+    whole = tiny_trainer(tmp_path / "run", path, **options)
+    whole.train()
+    resumed = tiny_trainer(tmp_path / "run", path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    assert_same_state(resumed.model, whole.model)
+    longer = tiny_trainer(tmp_path / "run", path, **{**options, "max_steps": 4})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 4
+
+
+def test_early_stopping_counts_on(tmp_path):
+    """Evaluations without improvement before a checkpoint count after it, and a run stopped by them stays so."""
+    options = dict(
+        model=saved_model(tmp_path / "model"),
+        evaluation=text_data(4, 300),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=10,
+        **FROZEN,
+    )
+    tiny_trainer(tmp_path / "run", early_stopping_patience=3, **options).train()
+    for checkpoint, last in (("checkpoint-2", 4), ("checkpoint-4", 4)):
+        resumed = tiny_trainer(tmp_path / "again", early_stopping_patience=3, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / checkpoint))
+        assert resumed.state.global_step == last
+    patient = tiny_trainer(tmp_path / "again", early_stopping_patience=5, **options)
+    patient.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert patient.state.global_step == 6
+
+
+# Whole checkpoints
+
+
+class FailsToSave(TrainerCallback):
+    """Raises in the middle of the second checkpoint."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        save = self.trainer._save_scaler
+
+        def interrupted(folder):
+            save(folder)
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+        self.trainer._save_scaler = interrupted
+
+
+def test_half_a_checkpoint_has_another_name(tmp_path):
+    """What breaks off while it is written is no `checkpoint-N`, and is gone when training starts again."""
+    path = saved_model(tmp_path / "model")
+    options = dict(save_strategy="steps", save_steps=1)
+    failing = FailsToSave()
+    failing.trainer = trainer = tiny_trainer(tmp_path / "run", path, callbacks=[failing], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    folders = {folder.name for folder in (tmp_path / "run").iterdir() if folder.is_dir()}
+    assert folders == {"checkpoint-1", "_unfinished"}
+    assert (tmp_path / "run/_unfinished/checkpoint-2/optimizer.pt").is_file()
+    resumed = tiny_trainer(tmp_path / "run", path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    folders = {folder.name for folder in (tmp_path / "run").iterdir() if folder.is_dir()}
+    assert folders == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
+def test_a_deletion_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint over the limit loses its name before its files."""
+    deleted = []
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **kwargs: deleted.append(folder))  # killed before it starts
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    names = {Path(folder).name for folder in deleted}
+    assert "_unfinished" in names and not any(name.startswith("checkpoint-") for name in names)
+
+
+def test_rotation_keeps_the_best_and_the_last(tmp_path):
+    """Of many checkpoints two stay, under names that the state of the last one knows."""
+    trainer = tiny_trainer(
+        tmp_path,
+        evaluation=text_data(6, 300),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        max_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="nll_without",
+        greater_is_better=True,  # of what training lowers: the first is best
+        learning_rate=0.03,
+    )
+    trainer.train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-5"]
+    for step in (1, 5):
+        state = json.loads((tmp_path / f"checkpoint-{step}/trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+
+
 # Early stopping
 
 
@@ -147,9 +258,6 @@ class Evaluations(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.count += 1
-
-
-FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)
 
 
 @pytest.mark.parametrize("patience", [1, 2])
@@ -199,7 +307,9 @@ def restored(folder, kind: str, greater: bool) -> bool:
     """Trains, checks that the end is the best evaluation's model, and tells whether that was not the last."""
     trainer = tiny_trainer(
         folder / "run",
-        model=saved_model(folder / "model", tie_word_embeddings=kind == "tied"),
+        model=saved_model(
+            folder / "model", "mixtral" if kind == "mixture" else "llama", tie_word_embeddings=kind == "tied"
+        ),
         evaluation=text_data(6, 300),
         eval_strategy="steps",
         eval_steps=1,
@@ -225,7 +335,7 @@ def restored(folder, kind: str, greater: bool) -> bool:
     return rewards[-1] != best
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "tied"])
+@pytest.mark.parametrize("kind", ["full", "lora", "tied", "mixture"])
 def test_the_best_model_is_restored_with_its_heads(kind, tmp_path):
     """At the end policy and heads are those of the best evaluation, to the last bit of its reward; whether the highest
     or the lowest counts as best, of which the last is at most one."""

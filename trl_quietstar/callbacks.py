@@ -1,12 +1,12 @@
 """What happens on a schedule beside training: anti-theater validation, and what a failed one does."""
 
 import os
-import shutil
 
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .anti_theater import THRESHOLDS, AntiTheaterReport
+from .checkpoints import remove_folder, whole_folder
 
 
 logger = logging.get_logger(__name__)
@@ -46,13 +46,14 @@ class AntiTheaterCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.last_passed: str | None = None  # directory of the model; kept in checkpoints
+        self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
         self.last_step = -1
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.anti_theater_steps == 0 and not self._passes(args, state):
             has_passed = self.last_passed is not None
             if args.anti_theater_action == "stop" or (args.anti_theater_action == "rollback" and has_passed):
-                control.should_training_stop = True
+                control.should_training_stop = self.has_stopped = True
 
     def on_train_end(self, args, state, control, **kwargs):
         best_is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -81,9 +82,11 @@ class AntiTheaterCallback(TrainerCallback):
 
     def _keep(self, directory: str) -> None:
         """Saves the model, then forgets the one before it."""
-        self.trainer.save_model(directory, _internal_call=True)
-        if self.last_passed not in (None, directory) and self.trainer.args.should_save:
-            shutil.rmtree(self.last_passed, ignore_errors=True)
+        is_writer = self.trainer.args.should_save
+        with whole_folder(directory, self.trainer.accelerator, is_writer) as folder:
+            self.trainer.save_model(folder, _internal_call=True)
+        if self.last_passed not in (None, directory) and is_writer:
+            remove_folder(self.last_passed)
         self.last_passed = directory
 
 

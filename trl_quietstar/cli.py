@@ -222,8 +222,9 @@ def train(argv: list[str]) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
     before = trainer.evaluate() if eval_dataset is not None else None
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if before is not None:
         after = trainer.evaluate()
@@ -240,6 +241,11 @@ def train(argv: list[str]) -> None:
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _truth(value: str | bool | None) -> str | bool | None:
+    """`--resume_from_checkpoint true` means the last checkpoint, as `True` does in Python, and no folder of that name."""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 @dataclass

@@ -33,7 +33,13 @@ def kept_per_token(model: PreTrainedModel) -> float:
         return tensor
 
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    # once in a run, and again where it is resumed: dropout must not draw from the random numbers of training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
         hidden = backbone(model, embed_tokens(model, ids), use_cache=False)
     total = sum(kept.values())
     del hidden  # until here it held all that was counted, so that no address was counted twice

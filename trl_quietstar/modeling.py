@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path as FilePath
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,7 +33,13 @@ from transformers import (
 )
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from ._compat import set_unsaved_keys
 from .generation import think_and_speak
@@ -246,6 +252,41 @@ class QuietStarMixin:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.quietstar.state_dict().items()}
         save_file(tensors, FilePath(save_directory) / HEADS_NAME, metadata={"format": "pt"})
 
+    def read_heads(self, path: str) -> dict[str, torch.Tensor]:
+        """
+        What a `quietstar.safetensors` holds, known to fit.
+
+        Args:
+            path (`str`):
+                The file, or the directory that holds it.
+
+        Returns:
+            `dict`: the state of the heads.
+
+        Raises:
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if it is damaged, or the heads were saved for another model or with other head settings.
+        """
+        path = FilePath(path)
+        path = path / HEADS_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no {str(path)!r}: the heads are not there.")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged: it cannot be read as safetensors ({error}). Copy it again."
+            ) from error
+        shapes, saved = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.quietstar.state_dict(), tensors))
+        wrong = sorted(name for name in shapes | saved if shapes.get(name) != saved.get(name))
+        if wrong:
+            raise ValueError(
+                f"The heads in {str(path)!r} do not fit this model: {', '.join(wrong)} differ in name or shape. Load "
+                "them into the model they were trained with, with the same `value_head_type` and "
+                "`value_head_hidden_size`."
+            )
+        return tensors
+
     def load_heads(self, path: str) -> None:
         """
         Reads the heads from a `quietstar.safetensors`.
@@ -255,20 +296,9 @@ class QuietStarMixin:
                 The file, or the directory that holds it.
 
         Raises:
-            `FileNotFoundError`: if there is no such file.
-            `ValueError`: if the heads were saved for another model or with other head settings.
+            As [`read_heads`].
         """
-        path = FilePath(path)
-        tensors = load_file(path / HEADS_NAME if path.is_dir() else path)
-        shapes, saved = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.quietstar.state_dict(), tensors))
-        wrong = sorted(name for name in shapes | saved if shapes.get(name) != saved.get(name))
-        if wrong:
-            raise ValueError(
-                f"The heads in {str(path)!r} do not fit this model: {', '.join(wrong)} differ in name or shape. Load "
-                "them into the model they were trained with, with the same `value_head_type` and "
-                "`value_head_hidden_size`."
-            )
-        self.quietstar.load_state_dict(tensors)
+        self.quietstar.load_state_dict(self.read_heads(path))
         self.fresh_thought_embeddings = False
 
     def save_pretrained(
@@ -443,6 +473,10 @@ class QuietStarForCausalLM:
         """
         Loads a plain causal LM (fresh heads), a saved thinking model, or an adapter repository with its heads.
 
+        Thinking models and adapters with heads are read from safetensors only. The weights of a plain model may also be in
+        a `pytorch_model.bin`, which Transformers loads with `torch.load(weights_only=True)`; `use_safetensors=True` refuses
+        it.
+
         Args:
             pretrained_model_name_or_path (`str`):
                 Model id on the Hub or local directory.
@@ -466,9 +500,11 @@ class QuietStarForCausalLM:
             source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
         )
         _check_config(config, source)
+        heads = _find(source, HEADS_NAME, hub)
+        if heads is not None:
+            kwargs["use_safetensors"] = True
         model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
         attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
-        heads = _find(source, HEADS_NAME, hub)
         if heads is not None:
             model.load_heads(heads)
         else:
@@ -540,6 +576,14 @@ def _find(source: str, filename: str, hub: dict) -> str | None:
 def _load_adapter(source, adapter_config, settings, hub, kwargs):
     from peft import PeftModel
 
+    heads = _find(source, HEADS_NAME, hub)
+    if heads is None:
+        raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+    if _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub) is None:
+        raise FileNotFoundError(
+            f"The adapter {source!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}, the only form in which trl-quietstar saves one and "
+            "reads it."
+        )
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()
     base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     base = QuietStarForCausalLM.from_pretrained(
@@ -550,9 +594,6 @@ def _load_adapter(source, adapter_config, settings, hub, kwargs):
     )
     with heads_aside(base):
         model = PeftModel.from_pretrained(base, source, **hub)
-    heads = _find(source, HEADS_NAME, hub)
-    if heads is None:
-        raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
     base.load_heads(heads)
     return model
 

@@ -5,7 +5,6 @@ No maths here: positions, sampling, scoring, rewards, advantages and objective a
 """
 
 import copy
-import json
 import math
 import os
 import textwrap
@@ -33,10 +32,10 @@ from transformers import (
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
-from ._compat import _BaseTrainer
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .callbacks import AntiTheaterCallback, CurriculumCallback
+from .checkpoints import CheckpointTrainer
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
@@ -48,7 +47,7 @@ from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
 from .memory import branches_that_fit, free_bytes, kept_per_token
 from .metrics import BatchResult, MetricSums, batch_metrics
-from .modeling import QuietStarForCausalLM, base_of, save_config
+from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .paths import SharedPrefix
 from .report import card_section, print_thoughts, thought_table
@@ -69,12 +68,10 @@ if is_trackio_available():
     import trackio
 
 
-STATE_NAME = "quietstar_state.json"
-REFERENCE_NAME = "reference"
 EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
 
 
-class QuietStarREINFORCETrainer(_BaseTrainer):
+class QuietStarREINFORCETrainer(CheckpointTrainer):
     """
     Trainer for Quiet-STaR: a causal LM learns to write short hidden thoughts that make ordinary text more predictable.
     The method was proposed in [Quiet-STaR: Language Models Can Teach Themselves to Think Before
@@ -762,12 +759,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self.create_model_card()
         super()._save_checkpoint(model, trial)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
+    def _checkpoint_state(self) -> dict:
         self._finish_step()
-        state = {
+        return {
             "entropy_coefficient": self.entropy_coefficient,
             "recent_rewards": list(self._recent_rewards),
             "metrics": self._metrics["train"].state(),
@@ -775,42 +769,23 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             "last_passed": self._anti_theater.last_passed,
             "collapse": self._collapse.state(),
             "skipped_steps": [self._guard.skipped, self._guard.in_a_row],
+            "failed_validation": self._anti_theater.has_stopped,
         }
-        Path(output_dir, STATE_NAME).write_text(json.dumps(state))
-        if self.args.sync_ref_model:
-            self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not Path(checkpoint, STATE_NAME).is_file():  # `save_only_model` keeps no state
-            return
-        state = json.loads(Path(checkpoint, STATE_NAME).read_text())
+    def _restore_checkpoint_state(self, state: dict) -> None:
         self._recent_rewards.extend(state["recent_rewards"])
         self._metrics["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
         self._collapse.load(state["collapse"])
         self._guard.skipped, self._guard.in_a_row = state["skipped_steps"]
-        if state["last_passed"] is not None and os.path.isdir(
-            state["last_passed"]
-        ):  # a later one may have replaced it
-            self._anti_theater.last_passed = state["last_passed"]
-        if self.args.sync_ref_model:
-            saved = QuietStarForCausalLM.from_pretrained(
-                os.path.join(checkpoint, REFERENCE_NAME), dtype=self.ref_model.dtype
-            )
-            self.ref_model.load_state_dict(saved.state_dict())
+        last_passed = state["last_passed"]
+        if last_passed is not None and os.path.isdir(last_passed):  # a later one may have replaced it
+            self._anti_theater.last_passed = last_passed
+        self._anti_theater.has_stopped = state["failed_validation"]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        base_of(self.model).load_heads(resume_from_checkpoint)
-
-    def restore_model(self, directory: str) -> None:
-        """Takes back the weights of the model, or of its adapter, and of the heads from a checkpoint or `save_model`."""
-        self._load_from_checkpoint(directory)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        base_of(self.model).load_heads(self.state.best_model_checkpoint)
+    def _has_ended(self) -> bool:
+        stops = self.args.anti_theater_steps is not None and self.args.anti_theater_action != "warn"
+        return super()._has_ended() or (stops and self._anti_theater.has_stopped)
 
 
 def _alone(sums: torch.Tensor) -> torch.Tensor:
