@@ -38,7 +38,7 @@ from .advantages import thought_advantages
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .callbacks import AntiTheaterCallback
 from .config import QuietStarConfig
-from .data import TextCollator, check_length, longest_text, max_positions, prepare_texts
+from .data import TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after
 from .inspection import inspect_texts
 from .inspection_page import write_page
@@ -165,10 +165,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if args.reward_prediction == "thought":
             base.quietstar.mixing_head.requires_grad_(False)
 
+        vocab_size = base.config.get_text_config().vocab_size
         if train_dataset is not None:
-            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", packing=args.packing)
+            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", vocab_size, args.packing)
+            check_amount(train_dataset, args)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        evals = {k: prepare_texts(d, processing_class, args, k) for k, d in evals.items() if d is not None}
+        evals = {k: prepare_texts(d, processing_class, args, k, vocab_size) for k, d in evals.items() if d is not None}
         for dataset in (train_dataset, *evals.values()):
             longest = None if dataset is None else longest_text(dataset, args.max_length)
             if longest is not None:
