@@ -293,6 +293,7 @@ class QuietStarConfig(_BaseConfig):
                 _check_type(name, getattr(self, name), hints[name])
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
         self.thought_positions = _parse_positions(self.thought_positions)
         if self.thought_stop_string is not None and self.min_thought_length is None:
             self.min_thought_length = 1

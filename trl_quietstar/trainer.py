@@ -36,7 +36,7 @@ from trl.trainer.utils import get_config_model_id
 from ._compat import _BaseTrainer
 from .advantages import thought_advantages
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
-from .callbacks import AntiTheaterCallback
+from .callbacks import AntiTheaterCallback, EmptyEpochCallback
 from .config import QuietStarConfig
 from .data import TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after
@@ -196,6 +196,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         self._prepare_reference()
+        self.add_callback(EmptyEpochCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self._anti_theater = AntiTheaterCallback(self)
