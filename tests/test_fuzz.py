@@ -27,7 +27,7 @@ from trl_quietstar.config import CHOICES, LIMITS
 from trl_quietstar.data import prepare_texts
 
 from .tiny import byte_tokenizer, sums
-from .training import DEFAULTS, plain_model, tiny_args
+from .training import plain_model, tiny_args
 
 
 DEADLINE = 60  # seconds; a case takes a fraction of one

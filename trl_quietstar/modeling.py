@@ -84,7 +84,7 @@ class QuietStarMixin:
         if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
             return tokenizer
         try:
-            return AutoTokenizer.from_pretrained(self.config.name_or_path)
+            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 "This model's thoughts may end early, at a token that only its tokenizer knows; pass `tokenizer=...`."
@@ -458,12 +458,13 @@ class QuietStarForCausalLM:
             `ValueError`: if it is not a causal LM, or saved heads do not fit.
         """
         source = str(pretrained_model_name_or_path)
+        kwargs.setdefault("trust_remote_code", False)  # unset, Transformers would ask on a terminal
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         adapter = _find(source, ADAPTER_CONFIG_NAME, hub)
         if adapter is not None:
             return _load_adapter(source, json.loads(FilePath(adapter).read_text()), settings, hub, kwargs)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-            source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
+            source, trust_remote_code=kwargs["trust_remote_code"], **hub
         )
         _check_config(config, source)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
@@ -491,6 +492,7 @@ class QuietStarForCausalLM:
                 As for [`~transformers.AutoModelForCausalLM.from_config`].
         """
         _check_config(config, type(config).__name__)
+        kwargs.setdefault("trust_remote_code", False)
         model = AutoModelForCausalLM.from_config(config, **kwargs)
         return attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
 

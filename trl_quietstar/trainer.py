@@ -48,7 +48,7 @@ from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import QuietStarForCausalLM, base_of, save_config
 from .objective import Coefficients, entropy_coefficient, quietstar_loss
 from .paths import SharedPrefix
-from .report import card_section, print_thoughts, thought_table
+from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import coherence, thought_rewards
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
@@ -623,6 +623,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         """TRL's model card, with how to load the heads and what the last evaluation measured."""
         if model_name is None:
             model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+        model_name, dataset_name = card_name(model_name), dataset_name and card_name(dataset_name)
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
@@ -633,7 +634,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             evaluations[-1] if evaluations else None,
             self._samples.get("eval") or self._samples.get("train"),
         )
-        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8", errors="replace") as card:
             card.write(section)
 
     def _save_checkpoint(self, model, trial) -> None:
