@@ -226,6 +226,15 @@ def test_a_tokenizer_of_another_model(tmp_path):
         tiny_trainer(tmp_path, model=plain_model_of(40), data=Dataset.from_list(GOOD))
 
 
+def test_a_pad_token_that_the_model_has_not(tmp_path):
+    """Often added to a tokenizer alone; padding is masked, so another id stands in."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    trainer = tiny_trainer(tmp_path, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert tokenizer.pad_token_id == 300 and len(logged(trainer)) == 1
+
+
 def plain_model_of(vocabulary: int):
     model = plain_model()
     model.resize_token_embeddings(vocabulary)

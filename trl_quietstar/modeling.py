@@ -212,7 +212,7 @@ class QuietStarMixin:
                 The strings.
 
         Raises:
-            `ValueError`: if a string has no tokens.
+            `ValueError`: if a string has no tokens, or one that the model does not know.
         """
         table = self.get_input_embeddings()
         targets = ((start, self.quietstar.start_embedding), (end, self.quietstar.end_embedding))
@@ -220,6 +220,11 @@ class QuietStarMixin:
             ids = tokenizer(string, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
+            if max(ids) >= self.config.get_text_config().vocab_size:
+                raise ValueError(
+                    f"The tokenizer gives the id {max(ids)} for {string!r}, and the model's vocabulary has "
+                    f"{self.config.get_text_config().vocab_size}; take the model's own tokenizer, or resize its embeddings."
+                )
             with torch.no_grad():
                 embedding.copy_(table(torch.tensor(ids, device=table.weight.device)).mean(0))
         self.fresh_thought_embeddings = False

@@ -178,10 +178,13 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if not isinstance(eval_dataset, dict):
             evals = evals.get("eval")
 
+        pad_id = pad_token_id(processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(pad_token_id(processing_class)),
+            data_collator=TextCollator(
+                pad_id if pad_id < vocab_size else 0
+            ),  # one may have been added to the tokenizer
             train_dataset=train_dataset,
             eval_dataset=evals,
             processing_class=processing_class,
