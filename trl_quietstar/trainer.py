@@ -178,13 +178,11 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         if not isinstance(eval_dataset, dict):
             evals = evals.get("eval")
 
-        pad_id = pad_token_id(processing_class)
+        pad_id = pad_token_id(processing_class)  # which may have been added to the tokenizer alone
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(
-                pad_id if pad_id < vocab_size else 0
-            ),  # one may have been added to the tokenizer
+            data_collator=TextCollator(pad_id if pad_id < vocab_size else 0),
             train_dataset=train_dataset,
             eval_dataset=evals,
             processing_class=processing_class,
