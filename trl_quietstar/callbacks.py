@@ -100,3 +100,20 @@ def _complaint(report: AntiTheaterReport, step: int) -> str:
         else:
             parts.append(f"{name} {estimate.value:.3f} (above {THRESHOLDS[name]} wanted)")
     return f"The thoughts failed anti-theater validation at step {step}: {', '.join(parts)}."
+
+
+class EmptyEpochCallback(TrainerCallback):
+    """Ends what would never end: a stream too short for one optimizer step, which the Trainer reads again and again."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step, self.epochs = state.global_step, 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs = self.epochs + 1 if state.global_step == self.step else 0
+        self.step = state.global_step
+        if self.epochs == 2:  # a single one may have been read before training was resumed
+            raise ValueError(
+                f"The train dataset has too few rows for an optimizer step of `gradient_accumulation_steps` "
+                f"({args.gradient_accumulation_steps}) batches of `per_device_train_batch_size` "
+                f"({args.per_device_train_batch_size}); lower them, leave out `dataloader_drop_last`, or give more rows."
+            )

@@ -1,6 +1,11 @@
 """`QuietStarConfig`: every option of the trainer, its default, and its limits."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -17,11 +22,12 @@ CHOICES = {
     "no_thought_model": ("policy", "reference"),
     "advantage_baseline": BASELINES,
     "value_head_type": VALUE_HEAD_TYPES,
+    "truncation_mode": ("keep_start", "keep_end"),
     "thought_path": ("auto", "shared_prefix", "replay"),
     "anti_theater_action": ("warn", "stop", "rollback"),
 }
-# name: (least, greatest); None is open
-LIMITS = {
+# name: (least, greatest); None is open. Every number is finite, and one of a whole type whole.
+LIMITS: dict[str, tuple[float | None, float | None]] = {
     "thought_length": (1, None),
     "min_thought_length": (1, None),
     "talk_length": (1, None),
@@ -35,7 +41,7 @@ LIMITS = {
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
     "value_loss_coefficient": (0, None),
-    "value_head_hidden_size": (1, None),
+    "value_head_hidden_size": (1, 65_536),
     "entropy_coefficient": (0, None),
     "entropy_decay": (0, 1),
     "min_entropy_coefficient": (0, None),
@@ -59,6 +65,42 @@ LIMITS = {
     "max_skipped_steps": (1, None),
     "max_length": (2, None),
     "num_thoughts_to_print": (1, None),
+    "dataset_num_proc": (1, None),
+    # of the Trainer, which lets them through and then divides by zero, trains on nothing or yields NaN
+    "per_device_train_batch_size": (1, None),
+    "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "eval_accumulation_steps": (1, None),
+    "max_steps": (-1, None),
+    "num_train_epochs": (1e-6, None),
+    "learning_rate": (0, None),
+    "warmup_steps": (0, None),
+    "weight_decay": (0, None),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "adam_epsilon": (1e-30, None),
+    "max_grad_norm": (0, None),
+    "label_smoothing_factor": (0, 0),
+    "neftune_noise_alpha": (0, None),
+    "logging_steps": (1e-6, None),
+    "eval_steps": (1e-6, None),
+    "eval_delay": (0, None),
+    "save_steps": (1e-6, None),
+    "save_total_limit": (1, None),
+    "torch_empty_cache_steps": (1, None),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, None),
+    "dataloader_prefetch_factor": (1, None),
+}
+
+TYPE_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    dict: "a dictionary",
+    list[float]: "a list of numbers",
 }
 # those that are read anew at every step, and that a curriculum may change
 STAGE_FIELDS = (
@@ -92,6 +134,7 @@ class QuietStarConfig(_BaseConfig):
     for.
 
     Raises:
+        `TypeError`: if a value is of another type than its field, such as 2.5, "8" or `True` for a whole number.
         `ValueError`: if a value is outside its limits or contradicts another, naming the value, the limit and the fix.
     """
 
@@ -297,8 +340,10 @@ class QuietStarConfig(_BaseConfig):
     packing_strategy = "bfd"  # not an option: the strategy that keeps document boundaries
 
     def __post_init__(self):
+        self._check_types({**QuietStarConfig.__annotations__, **LIMITS})
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
         self.thought_positions = _parse_positions(self.thought_positions)
         self.talk_length = _parse_talk_length(self.talk_length)
         if self.thought_stop_string is not None and self.min_thought_length is None:
@@ -348,6 +393,12 @@ class QuietStarConfig(_BaseConfig):
             thought_stop_string=self.thought_stop_string,
         )
 
+    def _check_types(self, names: Iterable[str]) -> None:
+        hints = get_type_hints(type(self))
+        for name in names:
+            if name in hints and name not in ("thought_positions", "talk_length", "_VALID_DICT_FIELDS"):
+                _check_type(name, getattr(self, name), hints[name])
+
     def _check_options(self):
         for name, limits in LIMITS.items():
             if name != "talk_length" or self.talk_length != "completion":
@@ -358,6 +409,15 @@ class QuietStarConfig(_BaseConfig):
         self._check_contradictions()
 
     def _check_contradictions(self):
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` is 0; give a number of optimizer steps, or -1 to train `num_train_epochs`.")
+        if self.thought_stop_string == "":
+            raise ValueError("`thought_stop_string` is empty, and would end every thought; give a string, or None.")
+        if self.min_entropy_coefficient > self.entropy_coefficient:
+            raise ValueError(
+                f"`min_entropy_coefficient` ({self.min_entropy_coefficient}) exceeds `entropy_coefficient` "
+                f"({self.entropy_coefficient}), which would then have no effect; lower it."
+            )
         if self.advantage_baseline in ("leave_one_out", "both", "mean") and self.num_thoughts < 2:
             raise ValueError(
                 f"`advantage_baseline={self.advantage_baseline!r}` compares the thoughts at a position and needs "
@@ -413,6 +473,7 @@ class QuietStarConfig(_BaseConfig):
         self._before_stages = {name: getattr(self, name) for name in STAGE_FIELDS}
         for step, _ in self._stages:
             self.enter_stage(step)
+            self._check_types(STAGE_FIELDS)
             self._check_options()
         self.longest_thought = max(
             [self.thought_length] + [self._at(step)["thought_length"] for step, _ in self._stages]
@@ -449,10 +510,34 @@ class QuietStarConfig(_BaseConfig):
             )
 
 
-def _check_limits(name: str, value, least, greatest) -> None:
+def _check_type(name: str, value, hint) -> None:
+    """Refuses what is of another type than the field, a number that is not finite, and text that is not Unicode."""
+    kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+    if value is None and NoneType in kinds:
+        return
+    kinds = [kind for kind in kinds if kind is not NoneType]
+    if not any(_is_of(kind, value) for kind in kinds):
+        wanted = " or ".join(TYPE_WORDS.get(kind, str(kind)) for kind in kinds)
+        raise TypeError(f"`{name}` is {value!r} (`{type(value).__name__}`); give {wanted}.")
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, Real) and not math.isfinite(number):
+            raise ValueError(f"`{name}` is {value}; give a finite number.")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"`{name}` is {value!r}, which holds half of a surrogate pair; give text that is Unicode.")
+
+
+def _is_of(kind, value) -> bool:
+    if kind == list[float]:
+        return isinstance(value, (list, tuple)) and all(_is_of(float, number) for number in value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _check_limits(name: str, value, least: float | None, greatest: float | None) -> None:
     if value is None:
         return
-    if not value >= least:  # also catches NaN
+    if least is not None and value < least:
         raise ValueError(f"`{name}` is {value}, below its limit of {least}; raise it.")
     if greatest is not None and value > greatest:
         raise ValueError(f"`{name}` is {value}, above its limit of {greatest}; lower it.")
@@ -468,6 +553,11 @@ def _parse_positions(value: str | int | float) -> str | int | float:
                 f"`thought_positions` is {value!r}; give one of {', '.join(map(repr, POSITIONS))}, a number of positions, or "
                 "a fraction."
             ) from None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(
+            f"`thought_positions` is {value!r} (`{type(value).__name__}`); give 'all', 'difficulty', a number of "
+            "positions, or a fraction."
+        )
     if isinstance(value, float) and not 0 < value <= 1:
         raise ValueError(f"`thought_positions` is {value}; a fraction lies above 0 and up to 1.")
     if isinstance(value, int) and value < 1:
@@ -479,6 +569,10 @@ def _parse_talk_length(value: int | str) -> int | str:
     """`"4"` from the command line is a number."""
     if value == "completion":
         return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(
+            f"`talk_length` is {value!r} (`{type(value).__name__}`); give a number of tokens, or 'completion'."
+        )
     try:
         return int(value)
     except ValueError:

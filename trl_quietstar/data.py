@@ -1,15 +1,23 @@
 """Datasets in, padded texts out; what cannot be trained on is refused here, before any compute."""
 
-from itertools import repeat
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler, pad
 
 from ._compat import DataCollatorForLanguageModeling, prepare_dataset
 from .config import QuietStarConfig
 from .paths import position_offset
+from .rows import RowCheck, columns_read, has_position, has_prediction
+
+
+logger = logging.get_logger(__name__)
 
 
 class TextCollator(DataCollatorForLanguageModeling):
@@ -44,10 +52,13 @@ def prepare_texts(
     tokenizer: PreTrainedTokenizerBase,
     args: QuietStarConfig,
     name: str,
+    vocab_size: int,
     packing: bool = False,
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes, cuts and masks a dataset as `SFTTrainer` does, and drops texts with no token to predict.
+    Checks each row, then tokenizes, cuts and masks as `SFTTrainer` does, and drops texts with no token to predict.
+
+    What each kind of bad row comes to stands in docs/bad_input.md.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -58,6 +69,8 @@ def prepare_texts(
             Lengths and masks.
         name (`str`):
             For messages: "train" or "eval".
+        vocab_size (`int`):
+            Of the model: ids lie below it.
         packing (`bool`):
             Whether to pack.
 
@@ -66,52 +79,118 @@ def prepare_texts(
 
     Raises:
         `TypeError`: if it is not a dataset.
-        `ValueError`: if it is empty, lacks the columns, or holds no usable thought position.
+        `ValueError`: if it is empty, lacks the columns, contradicts an option, holds a bad row or no usable thought
+            position. A bad row of a stream is refused when it comes.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform, which would run in preparation; apply it with `.map(...)`."
+        )
+    dataset = dataset.with_format(None)  # plain lists, not tensors
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty; give at least one text.")
-    _check_columns(first, args.dataset_text_field, name)
-    completion_only = args.completion_only_loss
-    if completion_only is None:
-        completion_only = "prompt" in first and "completion" in first
-    if "thought_mask" in first and (packing or "input_ids" not in first):
-        raise ValueError(
-            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
-        )
-    dataset = prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
-    if "thought_mask" in first:
-        dataset = dataset.map(_cut_mask, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
-    usable = dataset.filter(_has_position)
-    if next(iter(usable), None) is None:
+    kind, columns = columns_read(list(first), args.dataset_text_field, name)
+    completion_only = _check_masks(first, kind, columns, tokenizer, args, name, packing)
+    workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    check = RowCheck(name, kind, columns, tokenizer, vocab_size, args.assistant_only_loss and kind != "input_ids")
+    dataset = dataset.filter(check, with_indices=True, **workers).select_columns(columns)
+    given = len(dataset) if isinstance(dataset, Dataset) else None
+
+    options = copy.copy(args)
+    options.shuffle_dataset = args.shuffle_dataset and not packing
+    dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
+    masked, packed = "thought_mask" in columns, "seq_lengths" in columns
+    if masked or packed:
+        dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
+    dataset = dataset.filter(_Usable(name, vocab_size, has_prediction, warns=given is None), **workers)
+    if next((True for row in dataset if has_position(row)), None) is None:
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
             "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."
         )
-    return dataset if "thought_mask" in first else usable
+    if given is not None and len(dataset) < given:
+        logger.warning(f"{given - len(dataset):,} of {given:,} rows of the {name} dataset {DROPPED}.")
+    return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name) if packing else dataset
 
 
-def _check_columns(example: dict, text_field: str, name: str) -> None:
-    columns = set(example)
-    wanted = [{"input_ids"}, {text_field}, {"prompt", "completion"}, {"messages"}, {"conversations"}]
-    if not any(group <= columns for group in wanted):
+DROPPED = (
+    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
+    "`max_length`, `completion_only_loss` or the labels mask the rest"
+)
+
+
+@dataclass
+class _Usable:
+    """Lets a tokenized row pass that has something to predict; of a stream, warns at the first that has not."""
+
+    name: str
+    vocab_size: int
+    wanted: Callable[[dict], bool]
+    warns: bool
+
+    def __call__(self, row: dict) -> bool:
+        if max(row["input_ids"], default=0) >= self.vocab_size:
+            raise ValueError(
+                f"The tokenizer gives the id {max(row['input_ids'])} in the {self.name} dataset, and the model's vocabulary "
+                f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
+            )
+        usable = self.wanted(row)
+        if self.warns and not usable:
+            logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
+        return usable
+
+
+def _check_masks(first: dict, kind: str, columns: list[str], tokenizer, args, name: str, packing: bool) -> bool:
+    """Whether the loss is confined to completions; refuses options that the data cannot follow."""
+    completion_only = args.completion_only_loss
+    if completion_only is None:
+        completion_only = kind == "prompt" or "completion_mask" in columns
+    if "thought_mask" in first and (packing or kind != "input_ids"):
         raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}; it needs {text_field!r} (see "
-            "`dataset_text_field`), 'prompt' and 'completion', 'messages', or 'input_ids'."
+            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
         )
+    if "seq_lengths" in columns and packing:
+        raise ValueError(f"The {name} dataset has `seq_lengths`: it is packed already; set `packing=False`.")
+    if completion_only and kind != "prompt" and not {"completion_mask", "labels"} & set(columns):
+        raise ValueError(
+            f"`completion_only_loss=True` needs 'prompt' and 'completion', or a `completion_mask` or `labels` beside "
+            f"`input_ids`; the {name} dataset has {columns}."
+        )
+    conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
+    if conversation and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The {name} dataset holds messages, and the tokenizer has no chat template; set `tokenizer.chat_template`."
+        )
+    if args.assistant_only_loss:
+        if not conversation and not {"assistant_masks", "labels"} & set(columns):
+            raise ValueError(
+                f"`assistant_only_loss=True` needs messages, or `assistant_masks` or `labels` beside `input_ids`; the {name} "
+                f"dataset has {columns}."
+            )
+        if conversation and not re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+            raise ValueError(
+                "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with "
+                "`{% generation %}` and `{% endgeneration %}`; change the template, or set it to False."
+            )
+    return completion_only
 
 
-def _cut_mask(example: dict, keep_end: bool) -> dict:
-    """Cuts the mask as the text was cut."""
-    length = len(example["input_ids"])
-    return {"thought_mask": example["thought_mask"][-length:] if keep_end else example["thought_mask"][:length]}
-
-
-def _has_position(example: dict) -> bool:
-    predicted = (label != -100 for label in example["labels"][1:])
-    return any(p and m for p, m in zip(predicted, example.get("thought_mask") or repeat(1), strict=False))
+def _cut(row: dict, keep_end: bool) -> dict:
+    """Cuts the mask and the lengths as the text was cut."""
+    length, cut = len(row["input_ids"]), {}
+    if "thought_mask" in row:
+        cut["thought_mask"] = row["thought_mask"][-length:] if keep_end else row["thought_mask"][:length]
+    if "seq_lengths" in row:
+        lengths, left = [], length
+        for document in reversed(row["seq_lengths"]) if keep_end else row["seq_lengths"]:
+            lengths.append(min(document, left))
+            left -= lengths[-1]
+        lengths = [document for document in lengths if document > 0]
+        cut["seq_lengths"] = lengths[::-1] if keep_end else lengths
+    return cut
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -134,6 +213,27 @@ def check_length(longest: int, thought_length: int, limit: int | None) -> None:
             f"A text of {longest} tokens with `thought_length` {thought_length} and its start and end needs "
             f"{longest + thought_length + 1} positions, and the model has {limit}; lower `max_length` to "
             f"{limit - thought_length - 1}."
+        )
+
+
+def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> None:
+    """
+    Whether there is anything to train on, and an end to it.
+
+    Raises:
+        `ValueError`: for a stream without `max_steps`, or fewer rows than a batch that must be full.
+    """
+    if isinstance(dataset, IterableDataset):
+        if args.max_steps < 1:
+            raise ValueError(
+                f"A stream has no length, and `max_steps` is {args.max_steps}; set it to the steps to train."
+            )
+        return
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < batch:
+        raise ValueError(
+            f"`dataloader_drop_last=True` drops all {len(dataset)} rows of the train dataset, fewer than a batch of "
+            f"{batch}; lower `per_device_train_batch_size`, or leave it out."
         )
 
 

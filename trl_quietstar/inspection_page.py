@@ -100,7 +100,7 @@ def write_page(
     path: Path, title: str, texts: list[dict], notes: Sequence[str] = (), history: Sequence[dict] = ()
 ) -> None:
     """Writes what [`render_page`] gives, in its arguments, to a file."""
-    path.write_text(render_page(title, texts, notes, history), encoding="utf-8")
+    path.write_text(render_page(title, texts, notes, history), encoding="utf-8", errors="replace")
 
 
 def script_json(data) -> str:

@@ -95,6 +95,7 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
     Raises:
         `ValueError`: if a local folder has none.
     """
+    kwargs.setdefault("trust_remote_code", False)
     try:
         return AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError):

@@ -90,7 +90,7 @@ class QuietStarMixin:
         if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
             return tokenizer
         try:
-            return AutoTokenizer.from_pretrained(self.config.name_or_path)
+            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 "This model's thoughts may end early, at a token that only its tokenizer knows; pass `tokenizer=...`."
@@ -218,7 +218,7 @@ class QuietStarMixin:
                 The strings.
 
         Raises:
-            `ValueError`: if a string has no tokens.
+            `ValueError`: if a string has no tokens, or one that the model does not know.
         """
         table = self.get_input_embeddings()
         targets = ((start, self.quietstar.start_embedding), (end, self.quietstar.end_embedding))
@@ -226,6 +226,11 @@ class QuietStarMixin:
             ids = tokenizer(string, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
+            if max(ids) >= self.config.get_text_config().vocab_size:
+                raise ValueError(
+                    f"The tokenizer gives the id {max(ids)} for {string!r}, and the model's vocabulary has "
+                    f"{self.config.get_text_config().vocab_size}; take the model's own tokenizer, or resize its embeddings."
+                )
             with torch.no_grad():
                 embedding.copy_(table(torch.tensor(ids, device=table.weight.device)).mean(0))
         self.fresh_thought_embeddings = False
@@ -492,12 +497,13 @@ class QuietStarForCausalLM:
             `ValueError`: if it is not a causal LM, or saved heads do not fit.
         """
         source = str(pretrained_model_name_or_path)
+        kwargs.setdefault("trust_remote_code", False)  # unset, Transformers would ask on a terminal
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         adapter = _find(source, ADAPTER_CONFIG_NAME, hub)
         if adapter is not None:
             return _load_adapter(source, json.loads(FilePath(adapter).read_text()), settings, hub, kwargs)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-            source, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
+            source, trust_remote_code=kwargs["trust_remote_code"], **hub
         )
         _check_config(config, source)
         heads = _find(source, HEADS_NAME, hub)
@@ -527,6 +533,7 @@ class QuietStarForCausalLM:
                 As for [`~transformers.AutoModelForCausalLM.from_config`].
         """
         _check_config(config, type(config).__name__)
+        kwargs.setdefault("trust_remote_code", False)
         model = AutoModelForCausalLM.from_config(config, **kwargs)
         return attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
 

@@ -1,6 +1,7 @@
 """Thoughts for people to read: a table of a few, and how it is printed."""
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 
 CONTEXT_TOKENS = 16
+# control characters, by which text could command a terminal, as the pictures that Unicode has of them
+PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    127: 0x2421,
+    **dict.fromkeys([*range(128, 160), *range(0xD800, 0xE000)], 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """Text that does nothing but show, of the same length: tabs and line ends stay, other controls become visible."""
+    return text.translate(PICTURES)
 
 
 def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count: int) -> dict[str, list]:
@@ -63,11 +75,13 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
 
 def print_thoughts(columns: dict[str, list], title: str) -> None:
     """Prints a table of thoughts; text is shown as it is, never read as markup."""
-    table = Table(title=title, show_lines=True)
+    table = Table(title=RichText(printable(title)), show_lines=True)
     for name in columns:
         table.add_column(name, justify="right" if isinstance(next(iter(columns[name]), ""), float) else "left")
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(RichText(f"{x:.4f}" if isinstance(x, float) else str(x).replace("\n", "↵")) for x in row))
+        table.add_row(
+            *(RichText(f"{x:.4f}" if isinstance(x, float) else printable(str(x)).replace("\n", "↵")) for x in row)
+        )
     Console().print(table)
 
 
@@ -92,13 +106,13 @@ class TerminalStreamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self.thoughts:
-            text = self.tokenizer.decode(value.tolist()).replace("\n", "↵")
+            text = printable(str(self.tokenizer.decode(value.tolist()))).replace("\n", "↵")
             self._print(RichText(f"⟨{text}⟩", style="dim italic"))
             return
         self.token_ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
         if not text.endswith("�"):  # the rest of a character comes with the next token
-            self._print(RichText(text[self.shown :]))
+            self._print(RichText(printable(text[self.shown :])))
             self.shown = len(text)
 
     def end(self) -> None:
@@ -116,6 +130,11 @@ EVALUATION_ROWS = {
     "accuracy with thoughts": "eval_accuracy_with",
     "coherence": "eval_coherence",
 }
+
+
+def card_name(name: str) -> str:
+    """A name for the model card, whose template takes it as it is: without what Markdown, HTML or YAML could read."""
+    return re.sub(r"[^\w./ -]+", "-", name).strip("- ") or "model"
 
 
 def card_section(
@@ -170,7 +189,7 @@ def card_section(
         lines += ["Some of its thoughts, in brackets, with the text before and after:", ""]
         rows = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
         # an indented block shows text as it is, and ends at no character that the text may hold
-        lines += ["    " + "↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines()) for a, b, c, r in rows]
+        lines += ["    " + printable("↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines())) for a, b, c, r in rows]
         lines.append("")
     return "\n".join(lines)
 
@@ -273,7 +292,7 @@ def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_v
     for name in ("value",) if plain is None else ("with", "without", "change", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, outcome in enumerate(thinking):
-        label = RichText(f"{outcome.task}\n").append(outcome.metric, style="dim")
+        label = RichText(printable(f"{outcome.task}\n")).append(printable(outcome.metric), style="dim")
         row: list[str | RichText] = [label, _with_error(outcome)]
         if plain is not None:
             change = f"{outcome.value - plain[i].value:+.4f}"

@@ -34,11 +34,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
-from .callbacks import AntiTheaterCallback, CurriculumCallback
+from .callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback
 from .checkpoints import CheckpointTrainer
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
-from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
+from .data import RepeatedRows, TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
 from .experience import Experience, StepPart, experience_of
 from .faults import FaultGuard
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
@@ -50,7 +50,7 @@ from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .paths import SharedPrefix
-from .report import card_section, print_thoughts, thought_table
+from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import RewardFunction, coherence
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
@@ -171,10 +171,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if args.reward_prediction == "thought":
             base.quietstar.mixing_head.requires_grad_(False)
 
+        vocab_size = base.config.get_text_config().vocab_size
         if train_dataset is not None:
-            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", packing=args.packing)
+            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", vocab_size, args.packing)
+            check_amount(train_dataset, args)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        evals = {k: prepare_texts(d, processing_class, args, k) for k, d in evals.items() if d is not None}
+        evals = {k: prepare_texts(d, processing_class, args, k, vocab_size) for k, d in evals.items() if d is not None}
         for dataset in (train_dataset, *evals.values()):
             longest = None if dataset is None else longest_text(dataset, args.max_length)
             if longest is not None:
@@ -182,10 +184,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if not isinstance(eval_dataset, dict):
             evals = evals.get("eval")
 
+        pad_id = pad_token_id(processing_class)  # which may have been added to the tokenizer alone
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(pad_token_id(processing_class)),
+            data_collator=TextCollator(pad_id if pad_id < vocab_size else 0),
             train_dataset=train_dataset,
             eval_dataset=evals,
             processing_class=processing_class,
@@ -200,6 +203,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         self._prepare_reference()
+        self.add_callback(EmptyEpochCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self._anti_theater = AntiTheaterCallback(self)
@@ -742,6 +746,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         """TRL's model card, with how to load the heads and what the last evaluation measured."""
         if model_name is None:
             model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+        model_name, dataset_name = card_name(model_name), dataset_name and card_name(dataset_name)
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
@@ -752,7 +757,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             evaluations[-1] if evaluations else None,
             self._samples.get("eval") or self._samples.get("train"),
         )
-        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8", errors="replace") as card:
             card.write(section)
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -1,0 +1,340 @@
+"""Bad rows and options: each in its line of docs/bad_input.md, refused by name, value and fix, or treated as said there."""
+
+import logging
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from datasets import Dataset, IterableDataset, List, Value
+from datasets import Features as DataFeatures
+
+from trl_quietstar import QuietStarConfig
+from trl_quietstar.config import CHOICES, LIMITS
+
+from .tiny import byte_tokenizer, sums
+from .training import logged, plain_model, tiny_args, tiny_trainer
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "bad_input.md"
+GOOD = [{"text": text} for text in sums()[:3]]
+NAN = float("nan")
+
+
+def stream(rows: list[dict]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def ids(**columns) -> dict:
+    return {"input_ids": [5, 6, 7], **columns}
+
+
+# a good row of the same kind, the bad one, and what the message says beside its number
+BAD_ROWS = {
+    "a number for text": (GOOD[0], {"text": 5}, "5 (`int`) in 'text'; give a string"),
+    "bytes for text": (GOOD[0], {"text": b"a b"}, "(`bytes`) in 'text'; give a string"),
+    "None for text": (GOOD[0], {"text": None}, "nothing in 'text'; give it a value, or leave the row out"),
+    "NaN for text": (GOOD[0], {"text": NAN}, "nan (`float`) in 'text'"),
+    "no text": (GOOD[0], {"label": 1}, "nothing in 'text'"),
+    "a lone surrogate": (
+        GOOD[0],
+        {"text": "a \ud800"},
+        "half of a surrogate pair in 'text'; give text that is Unicode",
+    ),
+    "NaN ids": (ids(), {"input_ids": [5, NAN]}, "nan (`float`) in 'input_ids'; whole numbers from 0 to 299"),
+    "float ids": (ids(), {"input_ids": [5.0, 6.0]}, "5.0 (`float`) in 'input_ids'"),
+    "negative ids": (ids(), {"input_ids": [5, -1]}, "-1 (`int`) in 'input_ids'; whole numbers from 0 to 299"),
+    "ids beyond the vocabulary": (
+        ids(),
+        {"input_ids": [5, 300]},
+        "300 (`int`) in 'input_ids'; whole numbers from 0 to 299",
+    ),
+    "None for ids": (ids(), {"input_ids": None}, "nothing in 'input_ids'"),
+    "a number for ids": (ids(), {"input_ids": 5}, "5 (`int`) in 'input_ids'; give a list of whole numbers"),
+    "too few labels": (
+        ids(labels=[5, 6, 7]),
+        ids(labels=[5, 6]),
+        "2 `labels` and 3 `input_ids`; give one for each token",
+    ),
+    "labels beyond the vocabulary": (
+        ids(labels=[5, 6, 7]),
+        ids(labels=[5, 6, 300]),
+        "300 (`int`) in 'labels'; whole numbers",
+    ),
+    "negative labels": (ids(labels=[5, 6, -100]), ids(labels=[5, 6, -1]), "-1 (`int`) in 'labels'"),
+    "too long a thought mask": (
+        ids(thought_mask=[1, 1, 1]),
+        ids(thought_mask=[1] * 4),
+        "4 `thought_mask` and 3 `input_ids`",
+    ),
+    "a thought mask of twos": (ids(thought_mask=[1, 1, 1]), ids(thought_mask=[2] * 3), "2 (`int`) in 'thought_mask'"),
+    "no thought mask": (ids(thought_mask=[1, 1, 1]), ids(), "nothing in 'thought_mask'"),
+    "lengths that do not add up": (
+        ids(seq_lengths=[1, 2]),
+        ids(seq_lengths=[1, 1]),
+        "add up to 2, and 3 `input_ids`; make",
+    ),
+    "a length of zero": (ids(seq_lengths=[1, 2]), ids(seq_lengths=[0, 3]), "0 (`int`) in 'seq_lengths'"),
+    "padded rows": (
+        ids(attention_mask=[1, 1, 1]),
+        ids(attention_mask=[1, 1, 0]),
+        "zeros in 'attention_mask'; leave out",
+    ),
+    "a prompt without completion": ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "nothing in 'completion'"),
+    "None for a completion": (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": None},
+        "in 'completion'",
+    ),
+    "no messages": ({"messages": [{"role": "user", "content": "a"}]}, {"messages": []}, "give a list of at least one"),
+    "a message without content": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        "None (`NoneType`) in 'messages content'",
+    ),
+    "a message that is text": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": ["a"]},
+        "'role' and 'content'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_in_a_stream(name, tmp_path):
+    """Met in the middle of training, it is refused by its number, with column, value and fix."""
+    good, bad, words = BAD_ROWS[name]
+    trainer = tiny_trainer(
+        tmp_path, data=stream([good, good, bad, good]), per_device_train_batch_size=1, max_length=60
+    )
+    with pytest.raises(ValueError, match="^Row 2 of the train dataset has ") as error:
+        trainer.train()
+    assert words in str(error.value)
+
+
+TYPED = ["None for text", "float ids", "negative ids", "too few labels", "lengths that do not add up", "no messages"]
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_bad_row_in_a_dataset(name, tmp_path):
+    """Refused before anything is trained, where Arrow lets the row in at all."""
+    good, bad, words = BAD_ROWS[name]
+    rows = [good, bad] if name != "float ids" else [bad]
+    with pytest.raises(ValueError, match=rf"^Row {len(rows) - 1} of the train dataset has ") as error:
+        tiny_trainer(tmp_path, data=Dataset.from_list(rows))
+    assert words in str(error.value)
+
+
+def test_a_bad_evaluation_row_names_its_dataset(tmp_path):
+    """Of several evaluation datasets, the message names the one."""
+    bad = Dataset.from_list([ids(), {"input_ids": [900]}])
+    with pytest.raises(ValueError, match="Row 1 of the hard dataset has 900"):
+        tiny_trainer(tmp_path, evaluation={"easy": Dataset.from_list(GOOD), "hard": bad})
+    with pytest.raises(ValueError, match="The hard dataset is empty"):
+        tiny_trainer(tmp_path, evaluation={"easy": Dataset.from_list(GOOD), "hard": Dataset.from_dict({"text": []})})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_empty_texts_are_counted_and_left_out(packing, tmp_path, monkeypatch):
+    """Empty texts, texts of one token, and characters that tokenize to nothing: dropped with a warning that counts them."""
+    said = []
+    monkeypatch.setattr(logging.getLogger("trl_quietstar.data"), "warning", lambda words, *_: said.append(words))
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    data = Dataset.from_dict({"text": ["", "3", sums()[0], ""]})
+    trainer = tiny_trainer(tmp_path, data=data, tokenizer=tokenizer, packing=packing, max_length=60, max_steps=1)
+    assert len(trainer.train_dataset) == 1 and said[0].startswith("3 of 4 rows of the train dataset are left out")
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+def test_odd_characters_train(tmp_path):
+    """NUL bytes, direction marks and emoji are text like any other."""
+    data = Dataset.from_dict({"text": ["a\x00b\x00", "\u202eabc\u2028", "🙂" * 5]})
+    trainer = tiny_trainer(tmp_path, data=data, max_steps=1)
+    trainer.train()
+    assert len(trainer.train_dataset) == 3 and len(logged(trainer)) == 1
+
+
+def test_a_hundred_thousand_tokens(tmp_path):
+    """Cut to `max_length`; without one, refused by the model's positions before any step."""
+    data = Dataset.from_dict({"text": ["3 plus 4 is 7 . " * 20_000]})
+    assert len(tiny_trainer(tmp_path, data=data, max_length=60).train_dataset[0]["input_ids"]) == 60
+    with pytest.raises(ValueError, match=r"A text of \d{5,} tokens .* lower `max_length` to 124"):
+        tiny_trainer(tmp_path, data=data, max_length=None)
+
+
+@pytest.mark.parametrize(
+    "row, options, words",
+    [
+        ({"text": "a b", "prompt": "a", "completion": "b"}, {}, "several kinds of data, under 'prompt', 'text'"),
+        ({"text": "a b", "messages": []}, {}, "several kinds of data, under 'messages', 'text'"),
+        ({"prompt": "a b"}, dict(dataset_text_field="prompt"), "`dataset_text_field` is 'prompt'"),
+        (ids(seq_lengths=[3]), dict(packing=True), "packed already; set `packing=False`"),
+        ({"text": "a b"}, dict(completion_only_loss=True), "`completion_only_loss=True` needs 'prompt'"),
+        ({"text": "a b"}, dict(assistant_only_loss=True), "`assistant_only_loss=True` needs messages"),
+    ],
+    ids=str,
+)
+def test_data_that_contradict_themselves_or_an_option(row, options, words, tmp_path):
+    """Neither the one nor the other is chosen in silence."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        tiny_trainer(tmp_path, data=stream([row, row]), **options)
+
+
+def test_token_ids_may_stand_beside_their_text(tmp_path):
+    """The ids are what is trained on; so may a class label stand beside a text."""
+    data = Dataset.from_dict({"text": ["unused"], "input_ids": [[5, 6, 7]], "label": [1]})
+    assert tiny_trainer(tmp_path, data=data).train_dataset[0]["input_ids"] == [5, 6, 7]
+    data = Dataset.from_dict({"text": ["3 plus 4"], "labels": [1], "prompt": ["x"]})
+    row = tiny_trainer(tmp_path, data=data).train_dataset[0]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_packed_rows_are_cut_with_their_lengths(tmp_path):
+    """`seq_lengths` of a dataset that is packed already follow `max_length`, at either end."""
+    data = Dataset.from_dict({"input_ids": [list(range(1, 11))], "seq_lengths": [[4, 6]]})
+    for mode, lengths in (("keep_start", [4, 2]), ("keep_end", [6])):
+        trainer = tiny_trainer(tmp_path, data=data, max_length=6, truncation_mode=mode, max_steps=1)
+        assert trainer.train_dataset[0]["seq_lengths"] == lengths
+        trainer.train()
+
+
+def test_tensors_are_read_as_lists(tmp_path):
+    """A dataset that gives PyTorch tensors trains as one of lists does."""
+    features = DataFeatures({"input_ids": List(Value("int64"))})
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7]]}, features=features).with_format("torch")
+    assert tiny_trainer(tmp_path, data=data).train_dataset[0]["input_ids"] == [5, 6, 7]
+
+
+def test_a_chat_template_that_refuses(tmp_path):
+    """Its own words are kept, with the number of the row; a missing template is said at once."""
+    template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages }}"
+    data = Dataset.from_list([{"messages": [{"role": role, "content": "a"}]} for role in ("user", "assistant")])
+    with pytest.raises(
+        ValueError, match="Row 1 of the train dataset has 'messages' that the chat template .*user first"
+    ):
+        tiny_trainer(tmp_path, data=data, tokenizer=byte_tokenizer(chat_template=template))
+    with pytest.raises(ValueError, match="no chat template"):
+        tiny_trainer(tmp_path, data=data, tokenizer=byte_tokenizer(chat_template=None))
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """Ids that the model has not are refused before a table is asked for them."""
+    with pytest.raises(ValueError, match="take the model's own tokenizer"):
+        tiny_trainer(tmp_path, model=plain_model_of(40), data=Dataset.from_list(GOOD))
+
+
+def test_a_pad_token_that_the_model_has_not(tmp_path):
+    """Often added to a tokenizer alone; padding is masked, so another id stands in."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    trainer = tiny_trainer(tmp_path, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert tokenizer.pad_token_id == 300 and len(logged(trainer)) == 1
+
+
+def plain_model_of(vocabulary: int):
+    model = plain_model()
+    model.resize_token_embeddings(vocabulary)
+    return model
+
+
+def test_a_stream_needs_an_end(tmp_path):
+    """It has no length, so `max_steps` says when to stop; too short for a single step, it is not read for ever."""
+    with pytest.raises(ValueError, match="A stream has no length, and `max_steps` is -1"):
+        tiny_trainer(tmp_path, data=stream(GOOD), max_steps=-1, max_length=60)
+    short = tiny_trainer(tmp_path, data=stream(GOOD[:1]), gradient_accumulation_steps=2, max_length=60)
+    with pytest.raises(ValueError, match=r"too few rows for an optimizer step of `gradient_accumulation_steps` \(2\)"):
+        short.train()
+
+
+def test_a_full_batch_of_too_few_rows(tmp_path):
+    """`dataloader_drop_last` would drop everything."""
+    with pytest.raises(ValueError, match="drops all 3 rows"):
+        tiny_trainer(tmp_path, data=Dataset.from_list(GOOD), dataloader_drop_last=True)
+
+
+# Options
+
+HINTS = get_type_hints(QuietStarConfig)
+OURS = [f.name for f in fields(QuietStarConfig) if f.name in QuietStarConfig.__annotations__]
+FREE = {  # no numbers and no choices: any text, any dictionary, a list that has a check of its own, `thought_positions`
+    "model_init_kwargs", "dataset_text_field", "thought_stop_string", "thought_positions", "thought_start_text",
+    "thought_end_text", "reward_clip_range", "curriculum",
+}  # fmt: skip
+
+
+def kinds(name: str) -> tuple:
+    return get_args(HINTS[name]) or (HINTS[name],)
+
+
+def test_every_field_has_limits():
+    """A field of our own is a switch, has limits or choices, or is named here as free; a new one must be entered."""
+    without = [
+        name for name in OURS if bool not in kinds(name) and name not in {**LIMITS, **CHOICES} and name not in FREE
+    ]
+    assert not without
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_hold_for_every_number(name, tmp_path):
+    """Beyond a limit, NaN, infinite, of another type: refused by name and value; at the limit: taken."""
+    least, greatest = LIMITS[name]
+    words = "eight" if str in kinds(name) else "8"  # the command line gives numbers in words
+    bad = [least - 1, NAN, float("inf"), True, words, [1]] + ([] if greatest is None else [greatest + 1])
+    if float not in kinds(name):
+        bad.append(2.5)
+    if type(None) not in kinds(name):
+        bad.append(None)
+    for value in bad:
+        with pytest.raises((ValueError, TypeError), match=f"`{name}` is ") as error:
+            tiny_args(tmp_path, **{name: value})
+        assert repr(value).strip("'") in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if bool in kinds(name)])
+def test_switches_are_on_or_off(name, tmp_path):
+    """A string or a number is no switch."""
+    for value in ("false", 1, 0.0):
+        with pytest.raises(TypeError, match=f"`{name}` is .*True or False"):
+            tiny_args(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(max_steps=0), "`max_steps` is 0"),
+        (dict(thought_stop_string=""), "`thought_stop_string` is empty"),
+        (dict(thought_stop_string="\ud800"), "half of a surrogate pair"),
+        (dict(entropy_coefficient=0.0), "`min_entropy_coefficient` (0.001) exceeds"),
+        (dict(reward_clip_range=[NAN, 1.0]), "`reward_clip_range` is"),
+        (dict(reward_clip_range="01"), "`reward_clip_range` is"),
+        (dict(thought_positions=True), "`thought_positions` is True"),
+        (dict(thought_positions=[3]), "`thought_positions` is [3]"),
+        (dict(truncation_mode="middle"), "`truncation_mode` is 'middle'"),
+    ],
+    ids=str,
+)
+def test_other_options(options, words, tmp_path):
+    """What is no number, and contradictions."""
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+        tiny_args(tmp_path, **options)
+
+
+def test_whole_betas_train(tmp_path):
+    """PyTorch takes 0.0 and no 0; the configuration takes both."""
+    trainer = tiny_trainer(tmp_path, adam_beta1=0, max_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
+
+
+def test_the_documented_limits_are_the_limits():
+    """The table of docs/bad_input.md, row by row."""
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", DOCS.read_text("utf-8"), re.M)
+    shown = {
+        name: tuple("open" if x is None else f"{x:g}" if x < 1e6 else str(x) for x in bounds)
+        for name, bounds in LIMITS.items()
+    }
+    assert {name: (least, greatest) for name, least, greatest in rows} == shown
