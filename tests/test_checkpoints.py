@@ -49,6 +49,9 @@ RUNS = {
         beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.4, learning_rate=1e-2
     ),
     "checkpointed": dict(gradient_checkpointing=True, temperature=0.8, min_thought_length=1),
+    "muon": dict(muon_learning_rate=1e-3, weight_decay=0.1),
+    "muon, grokfast": dict(muon_learning_rate=1e-3, grokfast_lambda=0.5),
+    "lora, grokfast": dict(peft_config=LoraConfig(**LORA), grokfast_lambda=0.5),
     "packed": dict(packing=True, max_length=40, normalize_advantages=True),
 }
 
@@ -72,6 +75,8 @@ def run(folder, model, resume=None, **options):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_run(name, tmp_path):
     """From a checkpoint on, every logged number and every weight is bit for bit that of the uninterrupted run."""
+    if "grokfast" in name:
+        pytest.importorskip("pytorch_optimizer")
     path = saved_model(tmp_path / "model")
     whole = run(tmp_path / "run", path, **RUNS[name])
     resumed = run(tmp_path / "again", path, resume=str(tmp_path / "run/checkpoint-3"), **RUNS[name])
