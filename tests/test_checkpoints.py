@@ -53,6 +53,9 @@ RUNS = {
     "checkpointed": dict(gradient_checkpointing=True, temperature=0.8, min_thought_length=1),
     "dropout": dict(disable_dropout=False),
     "mixture of experts": {},
+    "muon": dict(muon_learning_rate=1e-3, weight_decay=0.1),
+    "muon, grokfast": dict(muon_learning_rate=1e-3, grokfast_lambda=0.5),
+    "lora, grokfast": dict(peft_config=LoraConfig(**LORA), grokfast_lambda=0.5),
     "packed": dict(packing=True, max_length=40, normalize_advantages=True),
 }
 
@@ -76,6 +79,8 @@ def run(folder, model, resume=None, **options):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_run(name, tmp_path):
     """From a checkpoint on, every logged number and every weight is bit for bit that of the uninterrupted run."""
+    if "grokfast" in name:
+        pytest.importorskip("pytorch_optimizer")
     shape = dict(attention_dropout=0.2) if name == "dropout" else {}
     path = saved_model(tmp_path / "model", "mixtral" if name == "mixture of experts" else "llama", **shape)
     whole = run(tmp_path / "run", path, **RUNS[name])

@@ -16,6 +16,7 @@ from .rewards import REWARD_TYPES
 
 BASELINES = ("value", "leave_one_out", "both", "mean", "none")
 POSITIONS = ("all", "difficulty", "prompt_end")
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Muon and Grokfast go with
 CHOICES = {
     "reward_type": REWARD_TYPES,
     "reward_prediction": ("mixed", "thought"),
@@ -57,6 +58,9 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "router_aux_loss_coef": (0, None),
     "branch_batch_size": (1, None),
     "heads_learning_rate": (0, None),
+    "muon_learning_rate": (0, None),
+    "grokfast_lambda": (0, None),
+    "grokfast_alpha": (0, 1),
     "ref_model_mixup_alpha": (0, 1),
     "ref_model_sync_steps": (1, None),
     "early_stopping_patience": (1, None),
@@ -312,6 +316,17 @@ class QuietStarConfig(_BaseConfig):
         "Optimizer steps in a row that are skipped for a non-finite reward, loss or gradient until training saves a "
         "checkpoint and stops with a `FloatingPointError`. 1: at the first; None: never.",
     )
+    muon_learning_rate: float | None = _option(
+        None,
+        "Peak learning rate of Muon, which then trains the hidden weight matrices, or an adapter's; AdamW trains the rest "
+        "at the two rates above. An update is as large as AdamW's at the same rate. Needs PyTorch 2.9. None: AdamW alone.",
+    )
+    grokfast_lambda: float = _option(
+        0.0,
+        "Weight at which Grokfast adds the moving average of the gradient to it, after clipping. Needs "
+        "pytorch-optimizer. 0: off.",
+    )
+    grokfast_alpha: float = _option(0.98, "Decay of that average, per optimizer step.")
     early_stopping_patience: int | None = _option(None, "Evaluations without improvement after which training stops.")
     early_stopping_threshold: float = _option(0.0, "Least improvement that counts.")
 
@@ -376,6 +391,11 @@ class QuietStarConfig(_BaseConfig):
     def uses_reference(self) -> bool:
         """Whether a reference model is needed."""
         return self.beta > 0 or self.no_thought_model == "reference"
+
+    @property
+    def combines_optimizers(self) -> bool:
+        """Whether Muon or Grokfast act beside AdamW."""
+        return self.muon_learning_rate is not None or self.grokfast_lambda > 0
 
     def settings(self) -> QuietStarSettings:
         """The part of the configuration that a saved model keeps."""
@@ -450,6 +470,11 @@ class QuietStarConfig(_BaseConfig):
             raise ValueError(
                 "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or "
                 "`no_thought_model='reference'`."
+            )
+        if self.combines_optimizers and self.optim not in ADAMW:
+            raise ValueError(
+                f"`muon_learning_rate` ({self.muon_learning_rate}) and `grokfast_lambda` ({self.grokfast_lambda}) go with "
+                f"AdamW; set `optim` to one of {', '.join(ADAMW)} (got {str(self.optim)!r}), or leave them out."
             )
         if self.packing and self.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")

@@ -49,6 +49,7 @@ from .memory import branches_that_fit, free_bytes, kept_per_token
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
+from .optimizers import check_optimizers, combine
 from .paths import SharedPrefix
 from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import RewardFunction, coherence
@@ -200,6 +201,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 f"`nn.DataParallel` on {args.n_gpu} GPUs is not supported; launch with `accelerate launch`, or make a "
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        check_optimizers(args, optimizers, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         self._prepare_reference()
@@ -285,7 +287,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             base.quietstar = heads
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`."""
+        """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`; then Muon and Grokfast."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -296,7 +298,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 options = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**options, "params": own, "lr": self.args.heads_learning_rate})
-        return optimizer
+        self.optimizer = combine(optimizer, self.model, self.args)
+        return self.optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "seq_lengths", "thought_mask"]
