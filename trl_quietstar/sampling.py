@@ -286,6 +286,9 @@ class ThoughtSampler:
             One for each row.
         thought_positions, difficulty_threshold, min_thought_interval:
             As in [`QuietStarConfig`].
+        widest (`Callable`, *optional*):
+            From a number of positions to the greatest of all processes, which all of them then run, so that each calls the
+            layers as often as the others.
     """
 
     settings: SamplingSettings
@@ -293,6 +296,7 @@ class ThoughtSampler:
     thought_positions: int | float | str
     difficulty_threshold: float = 0.6
     min_thought_interval: int = 3
+    widest: Callable[[int], int] | None = None
 
     def positions(self, text: Text) -> Positions:
         """Where thoughts will be, if no model is needed to tell; draws the generators' first numbers."""
@@ -350,7 +354,7 @@ class ThoughtSampler:
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
 
     def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
-        return choose_positions(
+        positions = choose_positions(
             text,
             self.thought_positions,
             self.generators,
@@ -358,6 +362,11 @@ class ThoughtSampler:
             self.difficulty_threshold,
             self.min_thought_interval,
         )
+        if self.widest is None:
+            return positions
+        J = positions.index.shape[1]
+        missing = (0, self.widest(J) - J)
+        return Positions(*(torch.nn.functional.pad(x, missing) for x in (positions.index, positions.mask)))
 
     def _draws(self, positions: Positions) -> torch.Tensor:
         return uniforms(positions, self.settings, self.generators)
