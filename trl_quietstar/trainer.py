@@ -31,6 +31,7 @@ from transformers import (
     is_trackio_available,
     is_wandb_available,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
@@ -41,7 +42,17 @@ from .cached_replay import CachedReplay
 from .callbacks import AntiTheaterCallback, CurriculumCallback
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_length, longest_text, max_positions, prepare_texts
-from .distributed import check_engine, greatest, is_sharded, prepare_reference
+from .distributed import (
+    check_engine,
+    check_optimizer_file,
+    greatest,
+    is_sharded,
+    load_full,
+    load_optimizer,
+    load_weights,
+    prepare_reference,
+    save_optimizer,
+)
 from .experience import Experience, StepPart, experience_of
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .inspection import inspect_texts
@@ -229,7 +240,9 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
                 f"`single_pass=True` needs a model whose attention can branch, that trains no router and whose parameters are "
                 f"not sharded, which {type(base).__name__} is not here; leave it out."
             )
-        self._kept_per_token: float | None = None  # bytes; measured when it is needed, or before parameters are sharded
+        self._kept_per_token: float | None = (
+            None  # bytes; measured when it is needed, or before parameters are sharded
+        )
         if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
             self._kept_per_token = kept_per_token(base)
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
@@ -767,7 +780,13 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.accelerator.is_fsdp2:  # as one process does, and not in files that only FSDP reads
+            save_optimizer(self.optimizer, os.path.join(output_dir, OPTIMIZER_NAME), self.args.should_save)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        reference = self.accelerator.get_state_dict(self.ref_model) if self.args.sync_ref_model else None
         if not self.args.should_save:
             return
         self._finish_step()
@@ -780,10 +799,17 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         }
         Path(output_dir, STATE_NAME).write_text(json.dumps(state))
         if self.args.sync_ref_model:
-            self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME))
+            self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME), state_dict=reference)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            check_optimizer_file(checkpoint)
+        if checkpoint is not None and self.accelerator.is_fsdp2:
+            if Path(checkpoint, OPTIMIZER_NAME).is_file():
+                load_optimizer(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not Path(checkpoint, STATE_NAME).is_file():  # `save_only_model` keeps no state
             return
         state = json.loads(Path(checkpoint, STATE_NAME).read_text())
@@ -798,10 +824,13 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             saved = QuietStarForCausalLM.from_pretrained(
                 os.path.join(checkpoint, REFERENCE_NAME), dtype=self.ref_model.dtype
             )
-            self.ref_model.load_state_dict(saved.state_dict())
+            load_full(self.ref_model, saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.accelerator.is_fsdp2:
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         base_of(self.model).load_heads(resume_from_checkpoint)
 
     def restore_model(self, directory: str) -> None:
@@ -809,8 +838,12 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
         self._load_from_checkpoint(directory)
 
     def _load_best_model(self) -> None:
+        if self.accelerator.is_fsdp2:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            return
         super()._load_best_model()
-        base_of(self.model).load_heads(self.state.best_model_checkpoint)
+        if not self.is_deepspeed_enabled:  # whose own files hold the heads too
+            base_of(self.model).load_heads(self.state.best_model_checkpoint)
 
 
 def _alone(sums: torch.Tensor) -> torch.Tensor:
