@@ -5,6 +5,7 @@ layer waits for all others to run it too. So whatever reads weights is given to 
 `quietstar_request`, and what decides how often layers run is agreed on.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
@@ -29,6 +31,35 @@ def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of the parameters only."""
     plugin = accelerator.state.deepspeed_plugin
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
+
+
+@contextmanager
+def loaded_whole(args: TrainingArguments):
+    """Keeps Transformers from partitioning a model as it loads it under ZeRO-3: heads are made, and paths checked, from
+    whole weights, which the engine then partitions."""
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf if args.deepspeed is None else plugin.hf_ds_config)
+
+
+def check_whole(model: nn.Module) -> None:
+    """
+    Refuses a model whose parameters are partitioned already.
+
+    Raises:
+        `ValueError`: if they are.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "The model was partitioned by `deepspeed.zero.Init` as it was loaded, and heads are made from whole weights; "
+            "pass the trainer its id or path, or load it before the `QuietStarConfig` is made."
+        )
 
 
 def check_engine(accelerator: Accelerator) -> None:
@@ -60,7 +91,7 @@ def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(model, accelerator).module
     if accelerator.is_fsdp2:
-        return prepare_fsdp(model, accelerator)
+        return prepare_fsdp(model, accelerator)  # type: ignore[return-value]  # a module all the same
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 

@@ -213,6 +213,10 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             )
         check_engine(self.accelerator)
         self._sharded = is_sharded(self.accelerator)
+        if args.anti_theater_action == "rollback" and self._sharded and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`anti_theater_action='rollback'` takes back weights that ZeRO-3 has partitioned; use 'stop', or FSDP2."
+            )
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         if self._sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
