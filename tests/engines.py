@@ -77,6 +77,10 @@ def _work(rank: int, processes: int, port: int, engine: str, folder: str, option
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
     options = {"model": {}, "resume": None, "validate": False, **options}
     model, resume, validate = (options.pop(name) for name in ("model", "resume", "validate"))
+    if isinstance(
+        model, dict
+    ):  # before there is a configuration, by which Transformers would partition it under ZeRO-3
+        model = plain_model(**model)
     own = {name: options.pop(name) for name in OWN if name in options}
     batch = 4 // processes
     defaults = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "bf16": False}
@@ -84,8 +88,6 @@ def _work(rank: int, processes: int, port: int, engine: str, folder: str, option
     assert args.device.type == "cpu"  # now the processes know each other
     if engine == "fsdp2":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    if isinstance(model, dict):
-        model = plain_model(**model)
     trainer = QuietStarREINFORCETrainer(model, args, unequal_texts(), text_data(8, first=40), byte_tokenizer(), **own)
     trainer.train(resume_from_checkpoint=resume)
     found = {"history": trainer.state.log_history, "type": type(trainer.model_wrapped).__name__}

@@ -11,6 +11,7 @@ from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.distributed import check_engine, check_optimizer_file
 
 from .engines import UNSHARED, Run, has_deepspeed
+from .training import saved_model
 
 
 WEIGHTS = 2e-6  # tolerance of weights after AdamW steps of 1e-3, and of heads' of 1e-2
@@ -97,6 +98,15 @@ def test_features_under_engines(engine, name, one, tmp_path):
     assert_same(run, one(name))
     if run.report is not None:
         assert run.report == pytest.approx(one(name).report, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ALL)
+def test_a_model_given_by_its_path(engine, tmp_path):
+    """A model that the trainer loads itself is trained as one process trains it; ZeRO-3 partitions it only then."""
+    folder = saved_model(tmp_path / "plain")
+    run, single = (Run(name, tmp_path / name, model=folder) for name in (engine, "one"))
+    assert_same(run, single)
 
 
 @pytest.mark.slow
