@@ -536,7 +536,7 @@ class QuietStarREINFORCETrainer(_BaseTrainer):
             args.thought_positions,
             args.difficulty_threshold,
             args.min_thought_interval,
-            functools.partial(greatest, accelerator=self.accelerator) if self._sharded else None,
+            functools.partial(greatest, accelerator=self.accelerator) if self._sharded else int,
         )
 
     def _sample_thoughts(self, text: Text, sampler: ThoughtSampler) -> Thoughts:
