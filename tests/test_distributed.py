@@ -15,7 +15,7 @@ from .training import saved_model
 
 
 WEIGHTS = 2e-6  # tolerance of weights after AdamW steps of 1e-3, and of heads' of 1e-2
-METRICS = 2e-5  # of metrics, whose sums run in another order
+METRICS = 1e-4  # of metrics, whose sums run in another order; least exact is the explained variance of tiny returns
 ENGINES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQuietStarLlamaForCausalLM", "zero2": "DeepSpeedEngine"}
 ENGINES["zero3"] = ENGINES["zero2"]
 DEEPSPEED = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed")
@@ -62,7 +62,9 @@ def assert_same(run: Run, one: Run, metrics: bool = True) -> None:
         return
     assert len(run.history) == len(one.history)
     for entry, wanted in zip(run.history, one.history, strict=True):
-        compared = [name for name in wanted if not any(part in name for part in UNSHARED)]
+        undefined = {name for name in wanted if wanted[name] is None}
+        assert undefined == {name for name in entry if entry[name] is None}
+        compared = [name for name in wanted.keys() - undefined if not any(part in name for part in UNSHARED)]
         assert {name: entry[name] for name in compared} == pytest.approx(
             {name: wanted[name] for name in compared}, abs=METRICS, rel=METRICS
         )
