@@ -20,6 +20,8 @@ ENGINES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPQuietStarLlamaForCaus
 ENGINES["zero3"] = ENGINES["zero2"]
 DEEPSPEED = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed")
 ALL = ["ddp", "fsdp2", *(pytest.param(name, marks=DEEPSPEED) for name in ("zero2", "zero3"))]
+# of a validation; its random and shuffled thoughts, and its intervals, depend on which texts share a batch, and their order
+ESTIMATES = ("divergence", "ablation", "correlation", "nll_none", "nll_real", "nll_filler", "nll_truncated")
 OPTIONS = {
     "everything": dict(
         max_steps=2,
@@ -108,7 +110,8 @@ def test_features_under_engines(engine, name, one, tmp_path):
     run = Run(engine, tmp_path, **OPTIONS[name])
     assert_same(run, one(name))
     if run.report is not None:
-        assert run.report == pytest.approx(one(name).report, abs=1e-4)
+        for estimate in ESTIMATES:
+            assert run.report[estimate] == pytest.approx(one(name).report[estimate], abs=METRICS)
 
 
 @pytest.mark.slow
