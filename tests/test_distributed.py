@@ -33,7 +33,8 @@ OPTIONS = {
         eval_strategy="steps",
         eval_steps=2,
     ),
-    "tied": dict(model=dict(tie_word_embeddings=True), gradient_accumulation_steps=2),
+    # of another seed: with the default, a draw of the third step lies so near a threshold that rounding decides it
+    "tied": dict(model=dict(tie_word_embeddings=True), gradient_accumulation_steps=2, seed=1),
     "groups": dict(branch_batch_size=2, gradient_checkpointing=True, thought_positions=0.5),
     "difficulty": dict(thought_positions="difficulty", difficulty_threshold=0.95, branch_batch_size=3),
     "ends": dict(
