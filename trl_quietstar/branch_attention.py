@@ -282,6 +282,6 @@ def _attention_in_place_of(name: str):
         own = AttentionInterface().get_interface(name, eager)
         if quietstar_reading is None:
             return own(module, query, key, value, attention_mask, **kwargs)
-        return quietstar_reading.attend(own, module, query, key, value, attention_mask, **kwargs)
+        return quietstar_reading(own, module, query, key, value, attention_mask, **kwargs)
 
     return attention

@@ -45,6 +45,7 @@ from transformers.utils import (
 )
 
 from ._compat import _BaseTrainer
+from .distributed import check_optimizer_file, load_full, load_optimizer, load_sharded, save_optimizer
 from .heads import QuietStarSettings
 from .modeling import HEADS_NAME, QuietStarForCausalLM, base_of
 
@@ -479,14 +480,28 @@ class CheckpointTrainer(_BaseTrainer):
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.args.sync_ref_model:
-            self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME))
+        if self.accelerator.is_fsdp2:  # as one process does, and not in files that only FSDP reads
+            save_optimizer(self.optimizer, os.path.join(output_dir, OPTIMIZER_NAME), self.args.should_save)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.sync_ref_model:
+            whole = self.accelerator.get_state_dict(self.ref_model)  # which takes all processes
+            if self.args.should_save:
+                self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME), state_dict=whole)
 
     # Resuming
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            check_optimizer_file(checkpoint)
+        if checkpoint is not None and self.accelerator.is_fsdp2:
+            if Path(checkpoint, OPTIMIZER_NAME).is_file():
+                load_optimizer(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if Path(checkpoint, STATE_NAME).is_file():
@@ -495,7 +510,7 @@ class CheckpointTrainer(_BaseTrainer):
         reference = Path(checkpoint, REFERENCE_NAME)
         if self.args.sync_ref_model and reference.is_dir():  # `save_only_model` keeps none
             saved = QuietStarForCausalLM.from_pretrained(str(reference), dtype=self.ref_model.dtype)
-            self.ref_model.load_state_dict(saved.state_dict())
+            load_full(self.ref_model, saved.state_dict())
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Where the Trainer has reset what belongs to a run, and is about to take a step."""
@@ -517,7 +532,9 @@ class CheckpointTrainer(_BaseTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.accelerator.is_fsdp2:
+            load_sharded(self.model, resume_from_checkpoint)
+        elif is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, resume_from_checkpoint)
@@ -528,8 +545,7 @@ class CheckpointTrainer(_BaseTrainer):
         self._load_from_checkpoint(directory)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:  # whose own files hold the heads too
             super()._load_best_model()
-            base_of(self.model).load_heads(self.state.best_model_checkpoint)
         else:
             self.restore_model(self.state.best_model_checkpoint)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .distributed import module_is_sharded
+
 
 def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
     """
@@ -41,7 +43,8 @@ class LookupTape:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.weights = [p for p in model.get_input_embeddings().parameters() if p.requires_grad]
+        table = model.get_input_embeddings()
+        self.weights = [p for p in table.parameters() if p.requires_grad and not module_is_sharded(table)]
         self.first: torch.Tensor | None = None  # ties later lookups to the first, whose backward then comes last
         self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids, and the gradient of their embeddings
 

@@ -69,7 +69,7 @@ class MixingHead(nn.Module):
         self.out = nn.Linear(hidden_size, 1, bias=False)
         nn.init.zeros_(self.out.weight)
         opening = torch.tensor((self.INITIAL_WEIGHT - self.MIN_WEIGHT) / (1 - self.MIN_WEIGHT))
-        self.bias = nn.Parameter(torch.logit(opening))
+        self.bias = nn.Parameter(torch.logit(opening).view(1))  # FSDP2 shards no scalars
 
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
         """Weights of shape `(...)`, between `MIN_WEIGHT` and 1, for two hidden states of shape `(..., H)`."""

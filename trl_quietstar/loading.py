@@ -9,6 +9,7 @@ from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .config import QuietStarConfig
+from .distributed import check_whole, loaded_whole
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
 
 
@@ -44,7 +45,9 @@ def build_model(
         kwargs.update(args.model_init_kwargs or {})
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
+        with loaded_whole(args):
+            model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
+    check_whole(model)
     base = base_of(model)
     for module in base.modules():
         # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that

@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,12 +43,12 @@ from transformers.utils import (
 )
 
 from ._compat import set_unsaved_keys
+from .distributed import load_full
 from .generation import think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
 from .likelihood import log_likelihoods
 from .paths import Path, SharedPrefix
 from .sampling import Thinking
-from .scoring import ScoreRequest, score
 from .self_check import choose_path, takes_masks
 
 
@@ -252,9 +253,12 @@ class QuietStarMixin:
                 raise ValueError(f"The model's heads have `{name}` {own!r}, not {wanted!r}; set `{name}={own!r}`.")
         self.config.quietstar = settings.to_dict()
 
-    def save_heads(self, save_directory: str) -> None:
-        """Writes `quietstar.safetensors`."""
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.quietstar.state_dict().items()}
+    def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes `quietstar.safetensors`; from the state of the whole model, where its parameters are sharded."""
+        state = self.quietstar.state_dict()
+        if state_dict is not None:
+            state = {n.split("quietstar.")[1]: tensor for n, tensor in state_dict.items() if "quietstar." in n}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, FilePath(save_directory) / HEADS_NAME, metadata={"format": "pt"})
 
     def read_heads(self, path: str) -> dict[str, torch.Tensor]:
@@ -303,7 +307,7 @@ class QuietStarMixin:
         Raises:
             As [`read_heads`].
         """
-        self.quietstar.load_state_dict(self.read_heads(path))
+        load_full(self.quietstar, self.read_heads(path))
         self.fresh_thought_embeddings = False
 
     def save_pretrained(
@@ -312,10 +316,12 @@ class QuietStarMixin:
         """Saves the base model in its family's own format, and the heads and what generates with them beside it."""
         repo_id = kwargs.pop("repo_id", FilePath(save_directory).name)
         set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        state_dict = kwargs.pop("state_dict", None)
+        own = None if state_dict is None else dict(state_dict)  # Transformers takes out what is not to be saved
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=own, **kwargs)
         if is_main_process:
             save_config(self, save_directory)
-            self.save_heads(save_directory)
+            self.save_heads(save_directory, state_dict)
             save_custom_generate(save_directory)
         if push_to_hub:  # not by Transformers, which would upload before the heads are there
             self.push_to_hub(repo_id)
@@ -343,13 +349,13 @@ def quietstar_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _thinking_forward(plain: Callable) -> Callable:
-    """A method that scores thoughts when asked to, and is otherwise `plain`, with its signature (`generate` and
-    `Trainer` read it)."""
+    """A method that answers a request when there is one, such as a [`~scoring.ScoreRequest`], and is otherwise `plain`,
+    with its signature (`generate` and `Trainer` read it). Inside it every engine's weights are there to be used."""
 
     @functools.wraps(plain)
-    def forward(self, *args, quietstar_request: ScoreRequest | None = None, **kwargs):
+    def forward(self, *args, quietstar_request: Callable[[PreTrainedModel], Any] | None = None, **kwargs):
         if quietstar_request is not None:
-            return score(self, quietstar_request)
+            return quietstar_request(self)
         return plain(self, *args, **kwargs)
 
     return forward

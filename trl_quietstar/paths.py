@@ -283,7 +283,7 @@ class BranchReader:
             attention_mask=mask,
             position_ids=position_ids + position_offset(self.model.config),
             use_cache=False,
-            quietstar_reading=reading,
+            quietstar_reading=reading.attend,  # a function, since FSDP2 copies any dataclass on its way to a layer
         )
 
 

@@ -196,6 +196,7 @@ def sample_thoughts(
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
+    greatest: Callable[[int], int] = int,
 ) -> Thoughts:
     """
     Writes `num_thoughts` thoughts at every position (Quiet-STaR, section 4.1: parallel generation).
@@ -213,6 +214,8 @@ def sample_thoughts(
             How.
         draws (`torch.Tensor` of shape `(B, J, G, L)`):
             A uniform number for each token, as [`uniforms`] or [`fixed_draws`] gives them.
+        greatest (`Callable`, *optional*):
+            As in [`ThoughtSampler`].
 
     Returns:
         [`Thoughts`] with tensors of shape `(B, J, G, L)`.
@@ -221,7 +224,8 @@ def sample_thoughts(
     def draw(hidden: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return draw_tokens(model, hidden, u, settings)
 
-    return _write(model, reader, positions, settings, draws, draw, functools.partial(embed_tokens, model))
+    embed = functools.partial(embed_tokens, model)
+    return _write(model, reader, positions, settings, draws, draw, embed, greatest)
 
 
 def _write(
@@ -232,6 +236,7 @@ def _write(
     draws: torch.Tensor,
     draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     embed: Callable[[torch.Tensor], torch.Tensor],
+    greatest: Callable[[int], int],
 ) -> Thoughts:
     """The loop over a thought's tokens: `draw` gives them for hidden states `(B, N, H)` and uniform numbers `(B, N)`,
     `embed` their embeddings."""
@@ -249,7 +254,7 @@ def _write(
         token_ids[..., step] = drawn = draw(hidden, draws[..., step])
         if settings.stop is not None and step + 1 >= settings.min_thought_length:
             running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
-            if not bool(running.any()):
+            if not greatest(int(running.any())):
                 break
         if step + 1 < L:
             embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
@@ -286,6 +291,9 @@ class ThoughtSampler:
             One for each row.
         thought_positions, difficulty_threshold, min_thought_interval:
             As in [`QuietStarConfig`].
+        greatest (`Callable`, *optional*):
+            From a number to the greatest of all processes, where each must call the layers as often as the others. Defaults to
+            this process's own.
     """
 
     settings: SamplingSettings
@@ -293,6 +301,7 @@ class ThoughtSampler:
     thought_positions: int | float | str
     difficulty_threshold: float = 0.6
     min_thought_interval: int = 3
+    greatest: Callable[[int], int] = int
 
     def positions(self, text: Text) -> Positions:
         """Where thoughts will be, if no model is needed to tell; draws the generators' first numbers."""
@@ -309,9 +318,13 @@ class ThoughtSampler:
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
                 reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
-            parts.append(sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws))
+            parts.append(
+                sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws, self.greatest)
+            )
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
-        longest = max(int(mask.sum(-1).max()), 1)  # where all thoughts ended early, no slot is kept for more
+        longest = self.greatest(
+            max(int(mask.sum(-1).max()), 1)
+        )  # where all thoughts ended early, no slot is kept for more
         return Thoughts(positions, token_ids[..., :longest], mask[..., :longest])
 
     def sample_in_graph(
@@ -342,7 +355,7 @@ class ThoughtSampler:
             return drawn[-1].token_ids
 
         positions = self._positions(model, text, reader)
-        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed)
+        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed, self.greatest)
         token_ids, mask = (x[..., : len(states)] for x in (thoughts.token_ids, thoughts.mask))
         thoughts, shape = Thoughts(positions, token_ids, mask), mask.shape
         names = ("token_ids", "logps", "entropies", "log_z")
@@ -350,7 +363,7 @@ class ThoughtSampler:
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
 
     def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
-        return choose_positions(
+        positions = choose_positions(
             text,
             self.thought_positions,
             self.generators,
@@ -358,6 +371,9 @@ class ThoughtSampler:
             self.difficulty_threshold,
             self.min_thought_interval,
         )
+        J = positions.index.shape[1]
+        missing = (0, self.greatest(J) - J)
+        return Positions(*(torch.nn.functional.pad(x, missing) for x in (positions.index, positions.mask)))
 
     def _draws(self, positions: Positions) -> torch.Tensor:
         return uniforms(positions, self.settings, self.generators)

@@ -49,6 +49,9 @@ class ScoreRequest:
     prediction: str = "mixed"
     branch_batch_size: int | None = None
 
+    def __call__(self, model: ThinkingModel) -> "Scores":
+        return score(model, self)
+
 
 @dataclass
 class Scores(ModelOutput):

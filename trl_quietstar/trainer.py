@@ -5,11 +5,13 @@ No maths here: positions, sampling, scoring, rewards, advantages and objective a
 """
 
 import copy
+import functools
 import math
 import os
 import textwrap
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +36,13 @@ from trl.trainer.utils import get_config_model_id
 
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
+from .cached_replay import CachedReplay
 from .callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback
 from .checkpoints import CheckpointTrainer
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
+from .distributed import check_engine, greatest, is_sharded, prepare_reference
 from .experience import Experience, StepPart, experience_of
 from .faults import FaultGuard
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
@@ -50,7 +54,7 @@ from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .optimizers import check_optimizers, combine
-from .paths import SharedPrefix
+from .paths import Replay, SharedPrefix
 from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import RewardFunction, coherence
 from .routing import has_router_loss, use_router_loss
@@ -202,8 +206,16 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
         check_optimizers(args, optimizers, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_engine(self.accelerator)
+        self._sharded = is_sharded(self.accelerator)
+        if args.anti_theater_action == "rollback" and self._sharded and self.is_deepspeed_enabled:
+            raise ValueError(
+                "`anti_theater_action='rollback'` takes back weights that ZeRO-3 has partitioned; use 'stop', or FSDP2."
+            )
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
+        if self._sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
+            self.path = Replay()
         self._prepare_reference()
         self.add_callback(EmptyEpochCallback())
         if args.early_stopping_patience is not None:
@@ -215,7 +227,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._guard = FaultGuard(self)
         self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
         self._collapse = CollapseWatch(warns=self.is_world_process_zero())
-        # in one graph: not where dropout would be on in sampling, nor where routers are watched forward by forward
+        # in one graph: not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where
+        # each forward of a layer in the graph costs another reduction of its gradients
         self._samples_in_graph = (
             type(self.path) is SharedPrefix
             and args.disable_dropout
@@ -223,13 +236,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             and args.single_pass is not False
             and args.branch_batch_size is None
             and not has_router_loss(base.config)
+            and not self._sharded
         )
         if args.single_pass and not self._samples_in_graph:
             raise ValueError(
-                f"`single_pass=True` needs a model whose attention can branch and that trains no router, which "
-                f"{type(base).__name__} is not; leave it out."
+                f"`single_pass=True` needs a model whose attention can branch, that trains no router and whose parameters are "
+                f"not sharded, which {type(base).__name__} is not here; leave it out."
             )
-        self._kept_per_token: float | None = None  # bytes; measured when it is needed
+        self._kept_per_token: float | None = (
+            None  # bytes; measured when it is needed, or before parameters are sharded
+        )
+        if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
+            self._kept_per_token = kept_per_token(base)
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
         self.reward_function = reward_function
         self.adopt_settings()
@@ -267,7 +285,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 )
             self._ref_heads = copy.deepcopy(base_of(self.model).quietstar).requires_grad_(False)
             return
-        self.ref_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ref_model = prepare_reference(copy.deepcopy(self.model).requires_grad_(False).eval(), self.accelerator)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
@@ -277,12 +295,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        model = self.accelerator.unwrap_model(self.model)
-        base = base_of(model)
+        base = base_of(self.model)
         heads, base.quietstar = base.quietstar, self._ref_heads
         try:
-            with model.disable_adapter():
-                yield base
+            with self.model.disable_adapter():
+                yield self.model
         finally:
             base.quietstar = heads
 
@@ -509,9 +526,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
         size = (B, T, branches, args.thought_length + self._talk_length(text) + 1)
         fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
-        if fitting == branches:
-            return self._samples_in_graph, None
-        return False, fitting
+        short = fitting < branches
+        if self._sharded:  # every process goes by the one with the least memory
+            short, fitting = bool(greatest(short, self.accelerator)), -greatest(-fitting, self.accelerator)
+        return (False, fitting) if short else (self._samples_in_graph, None)
 
     def _sampler(self, part: StepPart, mode: str) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""
@@ -521,27 +539,41 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         step = self.state.global_step if mode == "train" else 0
         generators = seeded_generators(args.seed, step, part.rows)
         return ThoughtSampler(
-            settings, generators, args.thought_positions, args.difficulty_threshold, args.min_thought_interval
+            settings,
+            generators,
+            args.thought_positions,
+            args.difficulty_threshold,
+            args.min_thought_interval,
+            functools.partial(greatest, accelerator=self.accelerator) if self._sharded else int,
         )
 
     def _sample_thoughts(self, text: Text, sampler: ThoughtSampler) -> Thoughts:
         """Thoughts of a batch, without gradient."""
-        base = base_of(self.accelerator.unwrap_model(self.model))
+        base = base_of(self.model)
         training = base.training
         base.eval()  # no dropout, and a cache even where layers are checkpointed
         try:
-            with self.accelerator.autocast():
-                return sampler.sample(base, text, self.path, self._batch_size)
+            return self._ask(self.model, text, sampler.sample, text, self.path, self._batch_size)
         finally:
             base.train(training)
+
+    @torch.no_grad()
+    def _ask(self, model: nn.Module, text: Text, function: Callable, *args, **kwargs):
+        """What a function of the base model says, called inside the forward of the model around it, where sharded weights
+        are there."""
+        with self.accelerator.autocast():
+            return model(
+                input_ids=text.input_ids,
+                attention_mask=text.attention_mask,
+                quietstar_request=lambda base: function(base, *args, **kwargs),
+            )
 
     def _score_reference(self, text: Text, thoughts: Thoughts) -> Scores | None:
         if not self.args.uses_reference:
             return None
-        with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
-            return score_thoughts(
-                reference, text, thoughts, self.path, self.args.temperature, branch_batch_size=self._batch_size
-            )
+        args = (text, thoughts, self.path, self.args.temperature)
+        with self._reference() as reference:
+            return self._ask(reference, text, score_thoughts, *args, branch_batch_size=self._batch_size)
 
     def _coefficients(self) -> Coefficients:
         args = self.args
@@ -595,12 +627,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
 
     def _coherence(self, batch: BatchResult) -> torch.Tensor:
-        base = base_of(self.accelerator.unwrap_model(self.model))
         experience, thoughts = batch.experience, batch.experience.thoughts
-        with self.accelerator.autocast():
-            plain = score_thoughts(
-                base, batch.text, thoughts, self.path, start=False, branch_batch_size=self._batch_size
-            )
+        args = (batch.text, thoughts, self.path)
+        plain = self._ask(
+            self.model, batch.text, score_thoughts, *args, start=False, branch_batch_size=self._batch_size
+        )
         return coherence(
             batch.scores.similarity,
             plain.thought_logps,
@@ -709,8 +740,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         """
         if self.eval_dataset is None:
             raise ValueError("Anti-theater validation needs an `eval_dataset`.")
-        args, base = self.args, base_of(self.accelerator.unwrap_model(self.model))
-        training = self.model.training
+        args, training = self.args, self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(args.seed)
         self._rows_seen, sums = 0, []
@@ -719,10 +749,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             for inputs in self.get_eval_dataloader(dataset):
                 text = Text.from_batch(**self._prepare_inputs(inputs))
                 thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
-                with self.accelerator.autocast():
-                    of_texts = text_sums(
-                        base, text, thoughts, self._talk_length(text), self.path, args.reward_prediction, generator
-                    )
+                of_texts = self._ask(
+                    self.model,
+                    text,
+                    text_sums,
+                    *(text, thoughts, self._talk_length(text), self.path, args.reward_prediction, generator),
+                )
                 sums.append(self.accelerator.gather_for_metrics(of_texts))
         self.model.train(training)
         return judge(torch.cat(sums), args.seed)
@@ -738,7 +770,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if is_peft_model(self.model) and self.args.should_save:
             base, directory = base_of(self.model), output_dir or self.args.output_dir
             save_config(base, directory)
-            base.save_heads(directory)
+            base.save_heads(directory, state_dict)
 
     def create_model_card(
         self,
