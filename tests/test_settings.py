@@ -1,6 +1,7 @@
 """Settings beyond the defaults: thoughts before a completion that read it whole, rewards of one's own, stages."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from datasets import Dataset
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.advantages import thought_advantages
 from trl_quietstar.geometry import Text, choose_positions, talk_span
+from trl_quietstar.objective import Coefficients, quietstar_loss
 from trl_quietstar.rewards import thought_rewards
 from trl_quietstar.sampling import unfinished
 
 from .test_checkpoints import log_of
 from .tiny import byte_tokenizer, generators, sampling, think, tiny_model
-from .training import logged, saved_model, tiny_args, tiny_trainer
+from .training import logged, saved_model, text_data, tiny_args, tiny_trainer
 
 
 PROBLEMS = Dataset.from_dict(
@@ -193,6 +195,77 @@ def test_the_mean_of_all_thoughts_is_a_baseline():
     torch.testing.assert_close(ours[..., 0], rewards - rewards.mean(-1, keepdim=True))
     theirs, _ = thought_advantages(rewards, values, mask, "leave_one_out")
     torch.testing.assert_close(ours, theirs * 3 / 4)
+
+
+def test_the_policy_may_have_a_temperature_of_its_own(tmp_path):
+    """Thoughts are drawn at one temperature, their log-probabilities taken at the other, in two passes."""
+    runs = [tiny_trainer(tmp_path, policy_temperature=t, max_steps=1) for t in (None, 1.0, 3.0)]
+    for trainer in runs:
+        trainer.train()
+    plain, same, other = (logged(trainer)[0] for trainer in runs)
+    for name in ("rl/reward", "rl/policy_loss", "rl/entropy"):
+        assert same[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-7), name
+    assert other["rl/reward"] == pytest.approx(plain["rl/reward"], rel=1e-4)  # the same thoughts
+    assert other["rl/entropy"] > plain["rl/entropy"] + 0.1
+    with pytest.raises(ValueError, match="policy_temperature"):
+        tiny_args(tmp_path, policy_temperature=3.0, single_pass=True)
+
+
+# Without thoughts
+
+
+def test_no_thoughts_is_plain_training(tmp_path):
+    """With `thought_positions="none"` the loss is the text's likelihood, and only the model's own weights learn."""
+    trainer = tiny_trainer(tmp_path, thought_positions="none", max_steps=2, weight_decay=0.0)
+    heads = {name: p.clone() for name, p in trainer.model.quietstar.named_parameters()}
+    trainer.train()
+    for entry in logged(trainer):
+        assert entry["rl/num_thoughts"] == 0
+        assert entry["loss"] == pytest.approx(entry["rl/total_loss"])
+    assert all(torch.equal(p, heads[name]) for name, p in trainer.model.quietstar.named_parameters())
+
+
+def test_thinking_teaches_the_plain_prediction():
+    """`-max(p_with - p_without, 0) log p_without` of true tokens; the thinking prediction is a teacher, not taught."""
+    with_, without = (torch.tensor(p, dtype=torch.float64).log().requires_grad_() for p in ([0.6, 0.2], [0.4, 0.5]))
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    loss, terms = quietstar_loss(
+        *[nothing] * 5,
+        thought_mask=nothing.bool(),
+        talk_logps=with_.view(1, 1, 1, 2),
+        reader_logps=with_.view(1, 1, 1, 2),
+        talk_mask=torch.ones(1, 1, 1, 2, dtype=torch.bool),
+        text_logps=without.view(1, 2),
+        text_mask=torch.ones(1, 2, dtype=torch.bool),
+        coefficients=Coefficients(0, 0, 0, 0, 0, 0, 0, distillation=2.0),
+        logps_without=without.view(1, 1, 1, 2),
+    )
+    assert terms["distillation_loss"].item() == pytest.approx(-0.2 * math.log(0.4) / 2)
+    loss.backward()
+    torch.testing.assert_close(without.grad, torch.tensor([-0.2, 0.0], dtype=torch.float64))
+    assert with_.grad is None
+
+
+def test_distillation_moves_the_plain_prediction_towards_the_thinking_one(tmp_path):
+    """Alone, the term makes true tokens likelier without thoughts; it is logged, and off unless asked for."""
+    names = ("policy", "nll", "reader_nll", "base_nll", "value_loss", "entropy", "min_entropy")
+    off = {f"{name}_coefficient": 0.0 for name in names}
+    trainer = tiny_trainer(
+        tmp_path,
+        data=text_data(4),  # the same texts at every step
+        distillation_coefficient=10.0,
+        max_steps=20,
+        learning_rate=3e-3,
+        heads_learning_rate=0.0,
+        **off,
+    )
+    trainer.train()
+    entries = logged(trainer)
+    assert all(entry["rl/distillation_loss"] > 0 for entry in entries)
+    assert entries[-1]["rl/nll_without"] < entries[0]["rl/nll_without"]
+    plain = tiny_trainer(tmp_path, max_steps=1)
+    plain.train()
+    assert "rl/distillation_loss" not in logged(plain)[0]
 
 
 # Stages

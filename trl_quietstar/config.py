@@ -15,7 +15,7 @@ from .rewards import REWARD_TYPES
 
 
 BASELINES = ("value", "leave_one_out", "both", "mean", "none")
-POSITIONS = ("all", "difficulty", "prompt_end")
+POSITIONS = ("all", "difficulty", "prompt_end", "none")
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Muon and Grokfast go with
 CHOICES = {
     "reward_type": REWARD_TYPES,
@@ -53,6 +53,8 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "policy_coefficient": (0, None),
     "num_iterations": (1, None),
     "unfinished_thought_penalty": (0, None),
+    "policy_temperature": (1e-3, None),
+    "distillation_coefficient": (0, None),
     "epsilon": (0, 1),
     "epsilon_high": (0, None),
     "router_aux_loss_coef": (0, None),
@@ -117,6 +119,7 @@ STAGE_FIELDS = (
     "nll_coefficient",
     "reader_nll_coefficient",
     "base_nll_coefficient",
+    "distillation_coefficient",
 )
 
 
@@ -190,8 +193,8 @@ class QuietStarConfig(_BaseConfig):
     num_thoughts: int = _option(2, "Thoughts sampled at each position (G).")
     thought_positions: str = _option(
         "all",
-        "Where to think: `all`, a number of random positions a sequence, a fraction of them, `difficulty`, or `prompt_end`: "
-        "once, before each completion. A dataset with `input_ids` may say so itself, by a column `thought_mask`.",
+        "Where to think: `all`, a number of random positions a sequence, a fraction of them, `difficulty`; `prompt_end`: "
+        "once, before each completion; or `none`: plain training, a control. A dataset with `input_ids` may say so itself, by a column `thought_mask`.",
     )
     difficulty_threshold: float = _option(0.6, "Least no-thought entropy, divided by log V, of a difficult position.")
     min_thought_interval: int = _option(3, "Least distance between two difficult positions, in tokens.")
@@ -199,6 +202,11 @@ class QuietStarConfig(_BaseConfig):
     thought_end_text: str = _option("—", "String whose embedding the end embedding begins as.")
     temperature: float = _option(
         1.0, "Sampling temperature of thoughts; the policy's log-probabilities are taken at it."
+    )
+    policy_temperature: float | None = _option(
+        None,
+        "Temperature of the log-probabilities in the policy term, where it differs from that of sampling: 3 in Quiet-STaR's "
+        "code. None: the same.",
     )
     top_p: float = _option(1.0, "Nucleus sampling of thoughts; 1.0 is off.")
     top_k: int = _option(0, "Top-k sampling of thoughts; 0 is off.")
@@ -296,6 +304,11 @@ class QuietStarConfig(_BaseConfig):
         "Weight of that by the thought's prediction alone, which goes on teaching the model to read thoughts while the "
         "mixing head is nearly closed. With `reward_prediction='thought'` it adds to `nll_coefficient`.",
     )
+    distillation_coefficient: float = _option(
+        0.0,
+        "Weight of a REINFORCE term on the prediction without thoughts, whose action is the true token and whose reward is "
+        "how much likelier thinking made it, where it did: the thinking model teaches the plain one.",
+    )
     base_nll_coefficient: float = _option(1.0, "Weight of the text's negative log-likelihood without thoughts.")
     router_aux_loss_coef: float | None = _option(
         None,
@@ -381,6 +394,11 @@ class QuietStarConfig(_BaseConfig):
     def uses_value_head(self) -> bool:
         """Whether advantages come from the value head."""
         return self.advantage_baseline in ("value", "both")
+
+    @property
+    def logps_temperature(self) -> float:
+        """Temperature that the policy's log-probabilities are taken at."""
+        return self.temperature if self.policy_temperature is None else self.policy_temperature
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -522,11 +540,13 @@ class QuietStarConfig(_BaseConfig):
         return changed
 
     def _check_memory(self) -> None:
-        if self.single_pass and (self.branch_batch_size or self.gradient_checkpointing or not self.disable_dropout):
+        two_passes = self.branch_batch_size or self.gradient_checkpointing or self.policy_temperature is not None
+        if self.single_pass and (two_passes or not self.disable_dropout):
             raise ValueError(
-                "`single_pass=True` keeps all activations of one forward without dropout; leave out "
-                f"`branch_batch_size` ({self.branch_batch_size}) and `gradient_checkpointing` "
-                f"({self.gradient_checkpointing}), and leave `disable_dropout` on ({self.disable_dropout})."
+                "`single_pass=True` keeps all activations of one forward without dropout, at the temperature of sampling; leave "
+                f"out `branch_batch_size` ({self.branch_batch_size}), `gradient_checkpointing` "
+                f"({self.gradient_checkpointing}) and `policy_temperature` ({self.policy_temperature}), and leave "
+                f"`disable_dropout` on ({self.disable_dropout})."
             )
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(

@@ -180,9 +180,11 @@ def usable_positions(text: Text, thought_positions: int | float | str = "all") -
         text ([`Text`]):
             The batch.
         thought_positions (`int`, `float` or `str`):
-            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels.
+            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels, `"none"` none.
     """
     usable = text.predicted() & text.thought_mask[:, :-1]
+    if thought_positions == "none":
+        return torch.zeros_like(usable)
     return usable & (text.labels[:, :-1] == -100) if thought_positions == "prompt_end" else usable
 
 
@@ -242,7 +244,7 @@ def choose_positions(
             The batch.
         thought_positions (`int`, `float` or `str`):
             `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one),
-            `"prompt_end"`, or `"difficulty"`.
+            `"prompt_end"`, `"none"`, or `"difficulty"`.
         generators (`list[torch.Generator]`):
             One for each sequence; used by the random choices only.
         entropy (`Callable`, *optional*):
@@ -259,12 +261,12 @@ def choose_positions(
     usable = usable_positions(text, thought_positions).cpu()
     if thought_positions == "difficulty" and entropy is not None:
         chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
-    elif thought_positions in ("all", "prompt_end"):
+    elif thought_positions in ("all", "prompt_end", "none"):
         chosen = usable
     elif isinstance(thought_positions, str):
         raise ValueError(
-            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, 'prompt_end', or 'difficulty' "
-            "together with `entropy`."
+            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, 'prompt_end', 'none', or "
+            "'difficulty' together with `entropy`."
         )
     else:
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])

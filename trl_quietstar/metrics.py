@@ -63,7 +63,7 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     return {
         "reward": moments["reward"],
         **{name: (parts[name] / share, share) if name in parts else None for name in PARTS},
-        **{name: (parts[name] / share, share) for name in ("router_loss",) if name in parts},
+        **{name: (parts[name] / share, share) for name in ("router_loss", "distillation_loss") if name in parts},
         "entropy": (scores.thought_entropies, tokens),
         "advantages": (experience.advantages, tokens),
         "mixing_weight": (scores.mixing_weights, said),

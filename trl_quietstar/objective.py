@@ -49,6 +49,7 @@ class Coefficients:
     nll: float = 1.0
     reader_nll: float = 1.0
     base_nll: float = 1.0
+    distillation: float = 0.0
     router: float = 0.0
 
 
@@ -111,6 +112,7 @@ def quietstar_loss(
     text_logps: torch.Tensor,
     text_mask: torch.Tensor,
     coefficients: Coefficients,
+    logps_without: torch.Tensor | None = None,
     reference_logps: torch.Tensor | None = None,
     router_loss: torch.Tensor | None = None,
     sampled_logps: torch.Tensor | None = None,
@@ -119,12 +121,13 @@ def quietstar_loss(
     share: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without)`, each a masked
-    mean.
+    `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without) + c_d distillation`,
+    each a masked mean.
 
     Policy is as in [`policy_terms`], over thought tokens only; value the squared error to the returns; the NLLs are
     those of the true text after a thought, by the rewarded prediction and by the thought's alone (the reader's), and
-    without one.
+    without one. Distillation is REINFORCE on the prediction without thoughts, `-max(p_with - p_without, 0) *
+    log p_without` of the true tokens.
 
     With `counts` of a whole optimizer step this is one batch's part of it: the parts of all batches on all processes add
     up to the loss of one batch that holds them all, however unequal their numbers of tokens.
@@ -138,6 +141,8 @@ def quietstar_loss(
             Of the text without thoughts.
         coefficients ([`Coefficients`]):
             Weights of the terms.
+        logps_without (`torch.Tensor` of shape `(B, J, 1, M)`, *optional*):
+            Of the text after each position without thoughts; needed where the weight of distillation is not 0.
         reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
             Thought tokens under the reference; needed where the KL's weight is not 0.
         router_loss (`torch.Tensor`, *optional*):
@@ -170,6 +175,10 @@ def quietstar_loss(
         "reader_nll": coefficients.reader_nll,
         "nll_without": coefficients.base_nll,
     }
+    if logps_without is not None:
+        gains = (talk_logps.detach().exp() - logps_without.detach().exp()).clamp(min=0)
+        terms["distillation_loss"] = _part(-gains * logps_without, talk_mask, counts.talk)
+        weights["distillation_loss"] = coefficients.distillation
     if reference_logps is not None:
         terms["kl_divergence"] = _part(kl_divergence(thought_logps, reference_logps), thought_mask, counts.thought)
         weights["kl_divergence"] = coefficients.kl

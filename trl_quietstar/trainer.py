@@ -59,7 +59,7 @@ from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import RewardFunction, coherence
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
-from .scoring import ScoreRequest, Scores, score_thoughts
+from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
 from .self_check import choose_path
 
 
@@ -232,6 +232,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._samples_in_graph = (
             type(self.path) is SharedPrefix
             and args.disable_dropout
+            and args.policy_temperature is None  # what was drawn is known at that of sampling
             and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
             and args.single_pass is not False
             and args.branch_batch_size is None
@@ -359,6 +360,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             scores.text_logps,
             text.predicted(),
             self._coefficients(),
+            logps_without=self._distilled(scores),
             reference_logps=experience.reference_logps,
             router_loss=scores.router_loss,
             sampled_logps=experience.sampled_logps if args.num_iterations > 1 else None,
@@ -378,6 +380,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if self.accelerator.sync_gradients:
             self._guard.check_gradients()
         return loss
+
+    def _distilled(self, scores: Scores) -> torch.Tensor | None:
+        """The prediction without thoughts, with gradient, where thinking teaches it."""
+        if self.args.distillation_coefficient == 0:
+            return None
+        return at_talk(scores.text_logps, scores.thoughts, scores.talk_logps.shape[-1])
 
     def _text(self, inputs: dict) -> Text:
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name != "part"})
@@ -506,7 +514,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             thoughts,
             self._talk_length(text),
             self.path,
-            args.temperature,
+            args.logps_temperature,
             args.reward_prediction,
             self._batch_size,
         )
@@ -571,7 +579,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def _score_reference(self, text: Text, thoughts: Thoughts) -> Scores | None:
         if not self.args.uses_reference:
             return None
-        args = (text, thoughts, self.path, self.args.temperature)
+        args = (text, thoughts, self.path, self.args.logps_temperature)
         with self._reference() as reference:
             return self._ask(reference, text, score_thoughts, *args, branch_batch_size=self._batch_size)
 
@@ -585,6 +593,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             nll=args.nll_coefficient,
             reader_nll=args.reader_nll_coefficient,
             base_nll=args.base_nll_coefficient,
+            distillation=args.distillation_coefficient,
             router=self.router_coefficient,
         )
 
