@@ -25,6 +25,7 @@ from torch import nn
 from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -175,27 +176,17 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             base.quietstar.value_head.requires_grad_(False)
         if args.reward_prediction == "thought":
             base.quietstar.mixing_head.requires_grad_(False)
-
-        vocab_size = base.config.get_text_config().vocab_size
-        if train_dataset is not None:
-            train_dataset = prepare_texts(train_dataset, processing_class, args, "train", vocab_size, args.packing)
-            check_amount(train_dataset, args)
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        evals = {k: prepare_texts(d, processing_class, args, k, vocab_size) for k, d in evals.items() if d is not None}
-        for dataset in (train_dataset, *evals.values()):
-            longest = None if dataset is None else longest_text(dataset, args.max_length)
-            if longest is not None:
-                check_length(longest, args.longest_thought, max_positions(base.config))
-        if not isinstance(eval_dataset, dict):
-            evals = evals.get("eval")
-
         pad_id = pad_token_id(processing_class)  # which may have been added to the tokenizer alone
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(pad_id if pad_id < vocab_size else 0),
-            train_dataset=train_dataset,
-            eval_dataset=evals,
+            data_collator=TextCollator(pad_id if pad_id < base.config.get_text_config().vocab_size else 0),
+            train_dataset=_prepared(train_dataset, "train", processing_class, args, base.config, trains=True),
+            eval_dataset=(
+                {name: _prepared(x, name, processing_class, args, base.config) for name, x in eval_dataset.items()}
+                if isinstance(eval_dataset, dict)
+                else _prepared(eval_dataset, "eval", processing_class, args, base.config)
+            ),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -217,43 +208,20 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if self._sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
             self.path = Replay()
         self._prepare_reference()
-        self.add_callback(EmptyEpochCallback())
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
-        self._anti_theater = AntiTheaterCallback(self)
-        if args.anti_theater_steps is not None:
-            # ahead of the loggers, which close at the end of training
-            self.callback_handler.callbacks.insert(0, self._anti_theater)
-        self._guard = FaultGuard(self)
-        self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
-        self._collapse = CollapseWatch(warns=self.is_world_process_zero())
-        # in one graph: not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where
-        # each forward of a layer in the graph costs another reduction of its gradients
-        self._samples_in_graph = (
-            type(self.path) is SharedPrefix
-            and args.disable_dropout
-            and args.policy_temperature is None  # what was drawn is known at that of sampling
-            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
-            and args.single_pass is not False
-            and args.branch_batch_size is None
-            and not has_router_loss(base.config)
-            and not self._sharded
-        )
+        self._add_callbacks()
+        self._samples_in_graph = self._can_sample_in_graph()
         if args.single_pass and not self._samples_in_graph:
             raise ValueError(
                 f"`single_pass=True` needs a model whose attention can branch, that trains no router and whose parameters are "
                 f"not sharded, which {type(base).__name__} is not here; leave it out."
             )
-        self._kept_per_token: float | None = (
-            None  # bytes; measured when it is needed, or before parameters are sharded
-        )
+        # bytes; measured when it is needed, or before parameters are sharded
+        self._kept_per_token: float | None = None
         if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
             self._kept_per_token = kept_per_token(base)
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
         self.reward_function = reward_function
         self.adopt_settings()
-        if args.curriculum:
-            self.add_callback(CurriculumCallback(self))
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
         self._step_reward = MetricSums()  # of the current optimizer step
@@ -265,6 +233,35 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._window_start = time.perf_counter()
         self._samples: dict[str, list] = {}
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
+
+    def _add_callbacks(self) -> None:
+        args = self.args
+        self._guard, self._anti_theater = FaultGuard(self), AntiTheaterCallback(self)
+        self._collapse = CollapseWatch(warns=self.is_world_process_zero())
+        if args.anti_theater_steps is not None:
+            # ahead of the loggers, which close at the end of training
+            self.callback_handler.callbacks.insert(0, self._anti_theater)
+        self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
+        self.add_callback(EmptyEpochCallback())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        if args.curriculum:
+            self.add_callback(CurriculumCallback(self))
+
+    def _can_sample_in_graph(self) -> bool:
+        """Not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where each
+        forward of a layer in the graph costs another reduction of its gradients."""
+        args, base = self.args, base_of(self.model)
+        return (
+            type(self.path) is SharedPrefix
+            and args.disable_dropout
+            and args.policy_temperature is None  # what was drawn is known at that of sampling
+            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
+            and args.single_pass is not False
+            and args.branch_batch_size is None
+            and not has_router_loss(base.config)
+            and not self._sharded
+        )
 
     # Model and reference
 
@@ -415,10 +412,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         other processes, add up to what one batch of all would be."""
         self._finish_step()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batches, self._parts = (
-            batches,
-            [],
-        )  # not looked at yet: a callback may change settings as the step begins
+        # not looked at yet: a callback may change settings as the step begins
+        self._batches, self._parts = batches, []
         return [{**batch, "part": i} for i, batch in enumerate(batches)], num_items
 
     def _part(self, index: int) -> StepPart:
@@ -441,11 +436,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         elif args.normalize_advantages:
             parts = self._judged_ahead(texts, parts)
         elif args.thought_positions == "difficulty" or self.sampling.stop is not None:
-            samplers = [self._sampler(part, "train") for part in parts]
-            parts = [
-                replace(part, thoughts=self._sample_thoughts(text, sampler))
-                for text, part, sampler in zip(texts, parts, samplers, strict=True)
-            ]
+            pairs = zip(texts, parts, strict=True)
+            parts = [replace(part, thoughts=self._sampled_ahead(text, part)) for text, part in pairs]
         counts = TokenCounts.total([self._counts(*x) for x in zip(texts, parts, strict=True)], self._reduce)
         return [replace(part, counts=counts) for part in parts]
 
@@ -460,14 +452,17 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         talk_mask = talk_after(text, positions, self._talk_length(text)).target_mask[:, :, None]
         return TokenCounts.of(mask, talk_mask, text.predicted())
 
+    def _sampled_ahead(self, text: Text, part: StepPart) -> Thoughts:
+        _, self._batch_size = self._plan(text, "train")
+        return self._sample_thoughts(text, self._sampler(part, "train"))
+
     @torch.no_grad()
     def _judged_ahead(self, texts: list[Text], parts: list[StepPart]) -> list[StepPart]:
         """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
         of them, before the first one is trained on."""
         experiences = []
         for text, part in zip(texts, parts, strict=True):
-            thoughts = self._sample_thoughts(text, self._sampler(part, "train"))
-            request = self._score_request(text, replace(part, thoughts=thoughts), "train")
+            request = self._score_request(text, replace(part, thoughts=self._sampled_ahead(text, part)), "train")
             with self.compute_loss_context_manager():
                 scores = self.model_wrapped(
                     input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
@@ -835,6 +830,20 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def _has_ended(self) -> bool:
         stops = self.args.anti_theater_steps is not None and self.args.anti_theater_action != "warn"
         return super()._has_ended() or (stops and self._anti_theater.has_stopped)
+
+
+def _prepared(dataset, name: str, tokenizer, args: QuietStarConfig, config: PreTrainedConfig, trains: bool = False):
+    """A dataset as the trainer reads it, if there is one, its texts known to fit the model."""
+    if dataset is None:
+        return None
+    vocab_size = config.get_text_config().vocab_size
+    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, packing=trains and args.packing)
+    if trains:
+        check_amount(dataset, args)
+    longest = longest_text(dataset, args.max_length)
+    if longest is not None:
+        check_length(longest, args.longest_thought, max_positions(config))
+    return dataset
 
 
 def _alone(sums: torch.Tensor) -> torch.Tensor:
