@@ -88,11 +88,11 @@ class WatchedTrainer(QuietStarREINFORCETrainer):
 
     def _note_metrics(self, batch, mode):
         super()._note_metrics(batch, mode)
-        thoughts = batch.thoughts
+        thoughts = batch.experience.thoughts
         entry = {
             "step": self.state.global_step,
-            "row": self._rows_seen[mode],
             "mode": mode,
+            "text": batch.text.input_ids.tolist(),
             "positions": thoughts.positions.index.tolist(),
             "tokens": (thoughts.token_ids * thoughts.mask).tolist(),
         }
@@ -195,7 +195,7 @@ def differences(ours, oracle, name: str = "") -> list[str]:
 def halves(folder: Path) -> list[str]:
     """What a death left half written, or half deleted, under the name of something whole."""
     found = []
-    for path in (*folder.glob("checkpoint-*"), *folder.glob("passed-*")):
+    for path in (*folder.glob("checkpoint-*"), *folder.glob("_passed-*")):
         try:
             if path.name.startswith("checkpoint-"):
                 check_whole(path)
@@ -211,7 +211,7 @@ def thoughts_of(folder: Path) -> dict[tuple, set[str]]:
     found: dict[tuple, set[str]] = {}
     for line in (folder / "thoughts.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        found.setdefault((entry["step"], entry["mode"], entry["row"]), set()).add(line)
+        found.setdefault((entry["step"], entry["mode"], str(entry["text"])), set()).add(line)
     return found
 
 

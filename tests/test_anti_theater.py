@@ -322,9 +322,8 @@ def judged_trainer(folder, monkeypatch, action, passes_until, **options):
         evaluation=text_data(8),
         anti_theater_steps=1,
         anti_theater_action=action,
-        max_steps=5,
         callbacks=[verdicts, weights],
-        **options,
+        **{"max_steps": 5, **options},
     )
     return trainer, weights.after
 
@@ -362,8 +361,16 @@ def test_rollback_restores_an_adapter_and_its_heads(tmp_path, monkeypatch):
 def test_rollback_keeps_the_last_that_passed_only(tmp_path, monkeypatch):
     trainer, _ = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=3)
     trainer.train()
-    assert sorted(path.name for path in tmp_path.glob("passed-*")) == ["passed-3"]
-    assert (tmp_path / "passed-3" / "quietstar.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.glob("_passed-*")) == ["_passed-3"]
+    assert (tmp_path / "_passed-3" / "quietstar.safetensors").is_file()
+
+
+def test_rollback_keeps_what_a_checkpoint_refers_to(tmp_path, monkeypatch):
+    """Until there is a later checkpoint, so that a run that is killed meanwhile can still roll back."""
+    options = dict(save_strategy="steps", save_steps=3)
+    trainer, _ = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=4, max_steps=6, **options)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("_passed-*")) == ["_passed-3", "_passed-4"]
 
 
 def test_rollback_with_nothing_to_go_back_to_goes_on(tmp_path, monkeypatch):
@@ -376,7 +383,7 @@ def test_rollback_with_nothing_to_go_back_to_goes_on(tmp_path, monkeypatch):
 def test_other_actions_keep_no_model(tmp_path, monkeypatch):
     trainer, _ = judged_trainer(tmp_path, monkeypatch, "warn", passes_until=5)
     trainer.train()
-    assert not list(tmp_path.glob("passed-*"))
+    assert not list(tmp_path.glob("_passed-*"))
 
 
 def test_resumed_run_can_still_roll_back(tmp_path, monkeypatch):
@@ -394,7 +401,7 @@ def test_resumed_run_without_the_kept_model_goes_on(tmp_path, monkeypatch):
     options = dict(save_strategy="steps", save_steps=1)
     trainer, _ = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=2, **options)
     trainer.train()
-    shutil.rmtree(tmp_path / "passed-2")
+    shutil.rmtree(tmp_path / "_passed-2")
     resumed, after = judged_trainer(tmp_path, monkeypatch, "rollback", passes_until=2, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 5 and same(weights_of(resumed), after[5])

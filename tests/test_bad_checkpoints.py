@@ -121,6 +121,16 @@ def test_invalid_json(name, out, trainer):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
 
 
+def test_a_state_of_another_version(out, trainer):
+    """Is refused by what it lacks."""
+    path = out / "checkpoint-2/quietstar_state.json"
+    state = json.loads(path.read_text())
+    del state["memory"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"has no 'memory': another version of trl-quietstar.*model="):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
 def test_edited_json_is_taken(out, trainer):
     """Users change a `trainer_state.json` by hand."""
     path = out / "checkpoint-2/trainer_state.json"

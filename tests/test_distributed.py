@@ -1,5 +1,7 @@
 """Two processes are one: under each engine, what is trained, measured and saved is what one process does."""
 
+import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,9 @@ from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
 from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.checkpoints import check_whole
 from trl_quietstar.distributed import check_engine, check_optimizer_file
+from trl_quietstar.rewards import thought_rewards
 
 from .engines import UNSHARED, Run, has_deepspeed
 from .training import saved_model
@@ -22,6 +26,7 @@ DEEPSPEED = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not ins
 ALL = ["ddp", "fsdp2", *(pytest.param(name, marks=DEEPSPEED) for name in ("zero2", "zero3"))]
 # of a validation; its random and shuffled thoughts, and its intervals, depend on which texts share a batch, and their order
 ESTIMATES = ("divergence", "ablation", "correlation", "nll_none", "nll_real", "nll_filler", "nll_truncated")
+REFERENCE = dict(beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5)
 OPTIONS = {
     "everything": dict(
         max_steps=2,
@@ -48,7 +53,7 @@ OPTIONS = {
     ),
     "replay": dict(thought_path="replay"),
     "lora": dict(peft_config=LoraConfig(target_modules="all-linear", r=4), beta=0.1),
-    "reference": dict(beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5),
+    "reference": REFERENCE,
     "validation": dict(validate=True, max_steps=1),
 }
 
@@ -129,7 +134,8 @@ def test_a_model_given_by_its_path(engine, tmp_path):
 @pytest.mark.parametrize("writer", ["one", "ddp", "fsdp2"])
 def test_checkpoints_are_read_by_other_engines(writer, options, tmp_path):
     """What one engine wrote half-way, another resumes, optimizer included, to where one process ends that never stopped."""
-    changes = dict(peft_config=LoraConfig(target_modules="all-linear", r=4)) if options == "lora" else {}
+    lora = dict(peft_config=LoraConfig(target_modules="all-linear", r=4))
+    changes = dict(lora) if options == "lora" else dict(REFERENCE)
     changes |= dict(max_steps=4, save_strategy="steps", save_steps=2)
     straight = Run("one", tmp_path / "straight", **changes)
     Run(writer, tmp_path / "written", **changes)
@@ -143,11 +149,37 @@ def test_checkpoints_are_read_by_other_engines(writer, options, tmp_path):
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_deepspeed_resumes_its_own_checkpoints(engine, tmp_path):
     """DeepSpeed goes on from its checkpoint as one process would that never stopped."""
-    changes = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    changes = dict(max_steps=4, save_strategy="steps", save_steps=2, **REFERENCE)
     straight = Run("one", tmp_path / "straight", **changes)
     Run(engine, tmp_path / "written", **changes)
     resumed = Run(engine, tmp_path / "resumed", **changes, resume=str(tmp_path / "written" / "checkpoint-2"))
     assert_same(resumed, straight, metrics=False)
+
+
+class SpoiltReward:
+    """NaN on the second of two processes, or on the only one, in the second step."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, text, thoughts, **gains):
+        self.calls += 1
+        rewards = thought_rewards(**gains)
+        return rewards * math.nan if self.calls == 2 and os.environ.get("RANK") != "0" else rewards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ALL)
+def test_a_fault_of_one_process_is_all_processes(engine, tmp_path):
+    """DDP and FSDP2 skip the step, as one process would; DeepSpeed, which has nothing to skip, stops with a checkpoint."""
+    if engine.startswith("zero"):
+        with pytest.raises(AssertionError, match=r"\[1, 1\]"):
+            Run(engine, tmp_path, reward_function=SpoiltReward())
+        check_whole(tmp_path / "checkpoint-1")
+        return
+    run, single = (Run(name, tmp_path / name, reward_function=SpoiltReward()) for name in (engine, "one"))
+    assert [entry["rl/skipped_steps"] for entry in run.history if "loss" in entry] == [0, 1, 1]
+    assert_same(run, single)
 
 
 def test_unsupported_engines_are_refused():

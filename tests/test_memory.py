@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from trl_quietstar import memory as memory_module
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token
+from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token, memory_budget
 
 from .tiny import tiny_model
-from .training import plain_model, tiny_trainer
+from .training import plain_model, saved_model, tiny_trainer
 
 
 def test_what_a_token_keeps():
@@ -50,10 +51,8 @@ def test_the_choice_changes_no_weight(options, tmp_path):
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("free, one_pass", [(1e12, True), (1e5, False)])
-def test_the_estimate_decides(free, one_pass, tmp_path, monkeypatch):
-    """Where memory is short, thoughts are sampled first and scored in groups that fit."""
-    monkeypatch.setattr(trainer_module, "free_bytes", lambda device: free)
+def plans(monkeypatch) -> list:
+    """A list of what is planned from now on."""
     sizes = []
     plan = trainer_module.QuietStarREINFORCETrainer._plan
 
@@ -62,8 +61,38 @@ def test_the_estimate_decides(free, one_pass, tmp_path, monkeypatch):
         return sizes[-1]
 
     monkeypatch.setattr(trainer_module.QuietStarREINFORCETrainer, "_plan", noted)
+    return sizes
+
+
+@pytest.mark.parametrize("free, one_pass", [(1e12, True), (1e5, False)])
+def test_the_estimate_decides(free, one_pass, tmp_path, monkeypatch):
+    """Where memory is short, thoughts are sampled first and scored in groups that fit."""
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: free)
+    sizes = plans(monkeypatch)
     trained(tmp_path)
     assert len(sizes) == 2 and all(size == ((True, None) if one_pass else (False, 1)) for size in sizes)
+
+
+def test_a_run_keeps_its_plan(tmp_path, monkeypatch):
+    """Memory that comes free, in a run or before it is resumed, changes neither what is planned nor a bit of the weights."""
+    path, sizes, free = saved_model(tmp_path / "model"), plans(monkeypatch), iter([1e5, 1e12])
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: next(free))
+    ended = []
+    for resume in (None, str(tmp_path / "0/checkpoint-1")):
+        folder = tmp_path / str(len(ended))
+        trainer = tiny_trainer(folder, path, max_steps=2, save_strategy="steps", save_steps=1)
+        trainer.train(resume_from_checkpoint=resume)
+        ended.append(trainer.model)
+    assert sizes == [(False, 1)] * 3
+    assert all(map(torch.equal, ended[0].parameters(), ended[1].parameters()))
+
+
+def test_what_is_to_come_is_left_free(monkeypatch):
+    """A gradient and two moments of each trainable parameter."""
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 10**9)
+    model = tiny_model("llama")
+    assert memory_budget(model) == 10**9 - 12 * sum(p.numel() for p in model.parameters())
+    assert memory_budget(model.requires_grad_(False)) == 10**9
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,16 @@ def test_a_model_without_lm_head_is_refused():
     assert type(backbone) is LlamaModel and not hasattr(backbone, "quietstar")
 
 
+def test_a_scalar_gate_of_before_loads(tmp_path):
+    """The bias of the mixing head was a scalar once."""
+    model = tiny_model()
+    saved = {name: tensor.clone() for name, tensor in model.quietstar.state_dict().items()}
+    saved["mixing_head.bias"] = torch.tensor(0.25)
+    save_file(saved, tmp_path / "quietstar.safetensors")
+    model.load_heads(tmp_path)
+    assert model.quietstar.mixing_head.bias.tolist() == [0.25]
+
+
 def test_heads_of_another_kind_are_refused(tmp_path):
     """Loading saved heads with another value head is an error that names them."""
     tiny_model(settings=QuietStarSettings(value_head_type="mlp")).save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 """What happens on a schedule beside training: anti-theater validation, and what a failed one does."""
 
-import os
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -10,6 +10,8 @@ from .checkpoints import remove_folder, whole_folder
 
 
 logger = logging.get_logger(__name__)
+
+PASSED = "_passed"  # what the Trainer's uploads to the Hub pass over
 
 
 class CurriculumCallback(TrainerCallback):
@@ -35,8 +37,9 @@ class AntiTheaterCallback(TrainerCallback):
     Validates the thoughts every `anti_theater_steps` optimizer steps and once more at the end of training, on the model
     that training returns. A validation that fails does what `anti_theater_action` says.
 
-    For `"rollback"`, the last model that passed (or its adapter) is kept with its heads in `passed-{step}` of the output
-    directory. A rollback also stops: the same data and settings led from that model to the one that failed.
+    For `"rollback"`, the last model that passed (or its adapter) is kept with its heads in `_passed-{step}` of the output
+    directory (the underscore keeps it out of uploads to the Hub), and so is the one that the last checkpoint refers to. A
+    rollback also stops: the same data and settings led from that model to the one that failed.
 
     Args:
         trainer ([`QuietStarREINFORCETrainer`]):
@@ -46,6 +49,7 @@ class AntiTheaterCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.last_passed: str | None = None  # directory of the model; kept in checkpoints
+        self.saved_passed: str | None = None  # the same when the last checkpoint was written
         self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
         self.last_step = -1
 
@@ -54,6 +58,10 @@ class AntiTheaterCallback(TrainerCallback):
             has_passed = self.last_passed is not None
             if args.anti_theater_action == "stop" or (args.anti_theater_action == "rollback" and has_passed):
                 control.should_training_stop = self.has_stopped = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_passed = self.last_passed
+        self._forget()
 
     def on_train_end(self, args, state, control, **kwargs):
         best_is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -68,7 +76,7 @@ class AntiTheaterCallback(TrainerCallback):
         rolls_back = args.anti_theater_action == "rollback"
         if report.passed:
             if rolls_back:
-                self._keep(os.path.join(args.output_dir, f"passed-{state.global_step}"))
+                self._keep(str(Path(args.output_dir, f"{PASSED}-{state.global_step}")))
             return True
         complaint = _complaint(report, state.global_step)
         if rolls_back and self.last_passed is not None:
@@ -81,13 +89,19 @@ class AntiTheaterCallback(TrainerCallback):
         return False
 
     def _keep(self, directory: str) -> None:
-        """Saves the model, then forgets the one before it."""
-        is_writer = self.trainer.args.should_save
-        with whole_folder(directory, self.trainer.accelerator, is_writer) as folder:
+        """Saves the model as the last one that passed."""
+        with whole_folder(directory, self.trainer.accelerator, self.trainer.args.should_save) as folder:
             self.trainer.save_model(folder, _internal_call=True)
-        if self.last_passed not in (None, directory) and is_writer:
-            remove_folder(self.last_passed)
         self.last_passed = directory
+        self._forget()
+
+    def _forget(self) -> None:
+        """Deletes models that passed and that neither this run nor its last checkpoint would roll back to."""
+        if self.trainer.args.should_save:
+            kept = {Path(folder).name for folder in (self.last_passed, self.saved_passed) if folder is not None}
+            for folder in Path(self.trainer.args.output_dir).glob(f"{PASSED}-*"):
+                if folder.name not in kept:
+                    remove_folder(str(folder))
 
 
 def _complaint(report: AntiTheaterReport, step: int) -> str:

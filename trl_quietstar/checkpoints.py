@@ -45,9 +45,17 @@ from transformers.utils import (
 )
 
 from ._compat import _BaseTrainer
-from .distributed import check_optimizer_file, load_full, load_optimizer, load_sharded, save_optimizer
+from .distributed import (
+    check_optimizer_file,
+    full_state_dict,
+    gathered,
+    load_optimizer,
+    load_sharded,
+    loaded_whole,
+    save_optimizer,
+)
 from .heads import QuietStarSettings
-from .modeling import HEADS_NAME, QuietStarForCausalLM, base_of
+from .modeling import HEADS_NAME, base_of
 
 
 logger = logging.get_logger(__name__)
@@ -487,9 +495,10 @@ class CheckpointTrainer(_BaseTrainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
         if self.args.sync_ref_model:
-            whole = self.accelerator.get_state_dict(self.ref_model)  # which takes all processes
-            if self.args.should_save:
-                self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME), state_dict=whole)
+            with gathered(self.ref_model):
+                whole = full_state_dict(self.ref_model)  # which takes all processes
+                if self.args.should_save:
+                    self.ref_model.save_pretrained(os.path.join(output_dir, REFERENCE_NAME), state_dict=whole)
 
     # Resuming
 
@@ -505,12 +514,18 @@ class CheckpointTrainer(_BaseTrainer):
         if checkpoint is None:
             return
         if Path(checkpoint, STATE_NAME).is_file():
-            self._resumed = json.loads(Path(checkpoint, STATE_NAME).read_text())
-            self._restore_checkpoint_state(self._resumed)
+            state = json.loads(Path(checkpoint, STATE_NAME).read_text())
+            try:
+                self._restore_checkpoint_state(state)
+                self._resumed = {name: state[name] for name in ("loss", "loss_logged_at", "patience_used")}
+            except KeyError as error:
+                raise ValueError(
+                    f"{STATE_NAME!r} in the checkpoint {checkpoint!r} has no {error}: another version of trl-quietstar wrote "
+                    f"it. Resume with that version, or start anew from its weights with `model={checkpoint!r}`."
+                ) from error
         reference = Path(checkpoint, REFERENCE_NAME)
         if self.args.sync_ref_model and reference.is_dir():  # `save_only_model` keeps none
-            saved = QuietStarForCausalLM.from_pretrained(str(reference), dtype=self.ref_model.dtype)
-            load_full(self.ref_model, saved.state_dict())
+            self._read_model(self.ref_model, str(reference))
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Where the Trainer has reset what belongs to a run, and is about to take a step."""
@@ -532,13 +547,21 @@ class CheckpointTrainer(_BaseTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.accelerator.is_fsdp2:
-            load_sharded(self.model, resume_from_checkpoint)
-        elif is_peft_model(self.model) or self.is_deepspeed_enabled:
+        if not self.accelerator.is_fsdp2 and (is_peft_model(self.model) or self.is_deepspeed_enabled):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            base_of(self.model).load_heads(resume_from_checkpoint)
         else:
-            load_weights(self.model, resume_from_checkpoint)
-        base_of(self.model).load_heads(resume_from_checkpoint)
+            self._read_model(self.model, resume_from_checkpoint)
+
+    def _read_model(self, model, directory: str) -> None:
+        """Reads weights and heads of a policy or its reference."""
+        if self.accelerator.is_fsdp2:
+            load_sharded(model, directory)
+            base_of(model).load_heads(directory)
+        else:
+            with gathered(model), loaded_whole(self.args):
+                load_weights(model, directory)
+                base_of(model).load_heads(directory)
 
     def restore_model(self, directory: str) -> None:
         """Takes back the weights of the model, or of its adapter, and of the heads from a checkpoint or `save_model`."""

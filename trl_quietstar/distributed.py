@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, TrainingArguments
@@ -100,7 +100,31 @@ def module_is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 # Checkpoints hold whole tensors under the names that one process gives them, whichever engine wrote them
+
+
+@contextmanager
+def gathered(module: nn.Module):
+    """The parameters of a module that ZeRO-3 has partitioned are whole inside, and what rank 0 makes of them stays."""
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The tensors of a module, whole if FSDP2 has sharded them; for all processes to call."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
 
 
 def load_full(module: nn.Module, state_dict: dict, strict: bool = True) -> None:
@@ -120,6 +144,7 @@ def load_sharded(model: "PreTrainedModel | PeftModel", directory: str) -> None:
 
     Raises:
         `FileNotFoundError`: if there are no weights.
+        `ValueError`: if they are of another model, or stored in other pieces (experts of a mixture).
     """
     pattern = ADAPTER_SAFE_WEIGHTS_NAME if is_peft_model(model) else SAFE_WEIGHTS_NAME.replace(".", "*.")
     tensors: dict[str, torch.Tensor] = {}
@@ -130,6 +155,12 @@ def load_sharded(model: "PreTrainedModel | PeftModel", directory: str) -> None:
     if is_peft_model(model):  # which saves adapters without their name
         names = {name.replace(f".{model.active_adapter}", ""): name for name, _ in model.named_parameters()}
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    own = model.state_dict()
+    wrong = sorted(name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape)
+    if wrong:
+        raise ValueError(
+            f"The weights in {directory!r} do not fit a sharded model: {wrong[0]} and {len(wrong) - 1} more."
+        )
     load_full(model, tensors, strict=False)
 
 

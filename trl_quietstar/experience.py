@@ -1,12 +1,12 @@
 """What sampling and judging a batch's thoughts gave: all that an update needs beside the scores of the current policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from .advantages import thought_advantages
 from .config import QuietStarConfig
-from .geometry import Text, Thoughts, talk_after
+from .geometry import Positions, Text, Thoughts, talk_after
 from .objective import TokenCounts
 from .rewards import RewardFunction, thought_rewards
 from .sampling import SamplingSettings, unfinished
@@ -126,6 +126,32 @@ def experience_of(
         scores.thought_logps.detach(),
         reference.thought_logps if args.beta > 0 else None,
     )
+
+
+def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:
+    """The tensors of a step's batches by name, for a file; [`unflat`] takes them back."""
+    tensors: dict[str, torch.Tensor] = {}
+    for i, experience in enumerate(experiences):
+        own = {field.name: getattr(experience, field.name) for field in fields(experience)}
+        thoughts = own.pop("thoughts")
+        own |= {"index": thoughts.positions.index, "positions": thoughts.positions.mask}
+        own |= {"token_ids": thoughts.token_ids, "mask": thoughts.mask}
+        # clones: a file holds no views
+        tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items() if tensor is not None}
+    return tensors
+
+
+def unflat(tensors: dict[str, torch.Tensor]) -> list[Experience]:
+    """What [`flat`] wrote."""
+    batches: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".")
+        batches.setdefault(int(number), {})[name] = tensor
+    experiences = []
+    for _, own in sorted(batches.items()):
+        positions = Positions(own.pop("index"), own.pop("positions"))
+        experiences.append(Experience(Thoughts(positions, own.pop("token_ids"), own.pop("mask")), **own))
+    return experiences
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from .distributed import own_part
 from .embeddings import embed_tokens
 from .paths import backbone
 
@@ -55,6 +56,15 @@ def free_bytes(device: torch.device) -> int:
     if all(file.is_file() for file in CGROUP) and CGROUP[0].read_text().strip() != "max":
         free = min(free, int(CGROUP[0].read_text()) - int(CGROUP[1].read_text()))
     return free
+
+
+def memory_budget(model: PreTrainedModel) -> int:
+    """
+    Bytes that a training run has for activations, by what is free ahead of its first backward: then gradients are still to
+    come, and AdamW's two moments.
+    """
+    to_come = sum(3 * local.nbytes for local in map(own_part, model.parameters()) if local.requires_grad)
+    return max(free_bytes(model.device) - to_come, 0)
 
 
 def branches_that_fit(per_token: float, rows: int, text_length: int, branches: int, slots: int, free: float) -> int:

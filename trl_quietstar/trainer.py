@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -44,13 +45,13 @@ from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import RepeatedRows, TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
 from .distributed import check_engine, greatest, is_sharded, prepare_reference
-from .experience import Experience, StepPart, experience_of
+from .experience import Experience, StepPart, experience_of, flat, unflat
 from .faults import FaultGuard
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
-from .memory import branches_that_fit, free_bytes, kept_per_token
+from .memory import branches_that_fit, kept_per_token, memory_budget
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
@@ -215,8 +216,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 f"`single_pass=True` needs a model whose attention can branch, that trains no router and whose parameters are "
                 f"not sharded, which {type(base).__name__} is not here; leave it out."
             )
-        # bytes; measured when it is needed, or before parameters are sharded
+        # bytes; the same on all processes, and in a run that resumes. Measured when they are needed, or before parameters are
+        # sharded
         self._kept_per_token: float | None = None
+        self._memory_budget: int | None = None
         if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
             self._kept_per_token = kept_per_token(base)
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
@@ -427,8 +430,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         share = 1 / max(len(batches) * self.accelerator.num_processes, 1)
         rows = [len(text.input_ids) for text in texts]
         parts = [StepPart(self._row_indices(n, sum(rows[:i])), share) for i, n in enumerate(rows)]
-        if self.state.global_step % args.num_iterations == 0 or len(self._experiences) != len(batches):
-            self._experiences = []  # of another sampling, or lost with a process that died between two updates
+        if self.state.global_step % args.num_iterations == 0 or [len(x.rewards) for x in self._experiences] != rows:
+            self._experiences = []  # of another sampling, or of other processes
         if self._experiences:
             parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
         elif len(batches) < 2:
@@ -525,12 +528,14 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if self._kept_per_token is None:
             with self.accelerator.autocast():
                 self._kept_per_token = kept_per_token(base)
+        if self._memory_budget is None:  # that of the process with the least
+            self._memory_budget = -greatest(-memory_budget(base), self.accelerator)
         B, T = text.input_ids.shape
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
         size = (B, T, branches, args.thought_length + self._talk_length(text) + 1)
-        fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
+        fitting = branches_that_fit(self._kept_per_token, *size, self._memory_budget)
         short = fitting < branches
-        if self._sharded:  # every process goes by the one with the least memory
+        if self._sharded:  # every process goes by the one with the longest texts
             short, fitting = bool(greatest(short, self.accelerator)), -greatest(-fitting, self.accelerator)
         return (False, fitting) if short else (self._samples_in_graph, None)
 
@@ -799,6 +804,20 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8", errors="replace") as card:
             card.write(section)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # which each process has of its own, as it has experience
+        if self.state.global_step % self.args.num_iterations:
+            save_file(flat(self._experiences), os.path.join(output_dir, self._experience_name()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        file = None if checkpoint is None else os.path.join(checkpoint, self._experience_name())
+        if file is not None and os.path.isfile(file):
+            self._experiences = unflat(load_file(file, device=str(self.accelerator.device)))
+
+    def _experience_name(self) -> str:
+        return f"quietstar_experience-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.safetensors"
+
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
@@ -814,6 +833,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             "collapse": self._collapse.state(),
             "skipped_steps": [self._guard.skipped, self._guard.in_a_row],
             "failed_validation": self._anti_theater.has_stopped,
+            "memory": [self._kept_per_token, self._memory_budget],
         }
 
     def _restore_checkpoint_state(self, state: dict) -> None:
@@ -825,7 +845,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         last_passed = state["last_passed"]
         if last_passed is not None and os.path.isdir(last_passed):  # a later one may have replaced it
             self._anti_theater.last_passed = last_passed
+        self._anti_theater.saved_passed = self._anti_theater.last_passed
         self._anti_theater.has_stopped = state["failed_validation"]
+        if state["memory"][1] is not None:
+            self._kept_per_token, self._memory_budget = state["memory"]
 
     def _has_ended(self) -> bool:
         stops = self.args.anti_theater_steps is not None and self.args.anti_theater_action != "warn"
