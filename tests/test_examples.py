@@ -1,10 +1,7 @@
 """The example scripts and the notebook run as their docstrings say."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +149,18 @@ def test_ways_of_thinking_are_compared_on_tasks(quickstart, tmp_path, monkeypatc
     for mode in ("always", "adaptive"):
         (outcome,) = found[mode]
         assert outcome["metric"] == "acc" and len(outcome["samples"]) == 4 and 0 < outcome["p"] <= 1
+
+
+def test_the_notebook_runs(material, tmp_path, monkeypatch):
+    """Its code cells, in order, train a model that thinks; no outputs are stored."""
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    for name, value in zip(("MODEL", "DATA", "STEPS"), (*material, "2"), strict=True):
+        monkeypatch.setenv(f"QUIETSTAR_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    exec("\n".join("".join(cell["source"]) for cell in code), names)
+    assert len(names["log"]) == 2 and names["log"].notna().all(axis=None)
+    assert len(names["thoughts"]) > 0 and names["metrics"]["eval_nll_with"] > 0
+    assert names["output"].thoughts[0] and (tmp_path / "out" / "notebook" / "adapter_model.safetensors").is_file()
