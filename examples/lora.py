@@ -48,7 +48,7 @@ def main() -> None:
     adapted = QuietStarForCausalLM.from_pretrained(arguments.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)
     ids = tokenizer("Three plus four is seven.", return_tensors="pt").input_ids
-    with_adapter, _ = adapted.base_model.log_likelihoods(ids)
+    with_adapter, _ = adapted.log_likelihoods(ids)
     merged = adapted.merge_and_unload()
     with_merged, _ = merged.log_likelihoods(ids)
     torch.testing.assert_close(with_merged, with_adapter, rtol=0, atol=1e-2)
