@@ -2,7 +2,7 @@
 
     python examples/lora.py --model HuggingFaceTB/SmolLM2-135M --steps 200 --output out/lora
 
-`out/lora` holds the adapter and the thinking heads, 23 MB here; `out/lora/merged` a whole thinking model, which
+`out/lora` holds the adapter and the thinking heads (23 MB of SmolLM2-135M); `out/lora/merged` a whole thinking model, which
 `AutoModelForCausalLM` loads too. `pip install trl-quietstar[peft]`.
 """
 
