@@ -44,6 +44,19 @@ def test_an_adapter_learns_and_comes_back_with_its_heads(kind, tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
+def test_an_adapter_that_was_saved_goes_on_training(tmp_path):
+    """From its folder the trainer takes up the adapter itself, not the heads alone."""
+    path = saved_model(tmp_path / "base")
+    first = tiny_trainer(tmp_path / "first", model=path, peft_config=CONFIGS["lora"])
+    first.train()
+    first.save_model(tmp_path / "saved")
+    second = tiny_trainer(tmp_path / "second", model=str(tmp_path / "saved"))
+    before = adapter_weights(second.model)
+    assert before and all(torch.equal(value, adapter_weights(first.model)[name]) for name, value in before.items())
+    second.train()
+    assert any(not torch.equal(value, adapter_weights(second.model)[name]) for name, value in before.items())
+
+
 def test_only_the_active_one_of_several_adapters_is_trained(tmp_path):
     """Another adapter on the same model stays as it was, and can be switched to afterwards."""
     model = get_peft_model(plain_model(), CONFIGS["lora"])

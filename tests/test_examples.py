@@ -1,16 +1,57 @@
-"""The example scripts run as their docstrings say."""
+"""The example scripts and the notebook run as their docstrings say."""
 
 import json
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_quietstar import QuietStarForCausalLM
 
 from .tiny import sums
 from .training import saved_model
 
 
-GSM8K = Path(__file__).parent.parent / "examples" / "gsm8k.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> tuple[str, str]:
+    """Paths of a tiny model and of its texts."""
+    folder = tmp_path_factory.mktemp("material")
+    data = folder / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in sums()[:48]))
+    return saved_model(folder / "model"), str(data)
+
+
+def run(monkeypatch, script: str, *flags: str) -> None:
+    """Runs a script as the command line would."""
+    monkeypatch.setattr("sys.argv", [script, *flags])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def log(folder: Path) -> list[dict]:
+    """The entries of a saved log that hold rewards."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "rl/reward" in entry]
+
+
+def metrics(file: Path) -> dict[str, float]:
+    """The measurements among saved metrics."""
+    saved = json.loads(file.read_text())
+    return {name: saved[name] for name in ("eval_reward", "eval_nll_with", "eval_nll_without", "eval_accuracy_with")}
+
+
+@pytest.fixture(scope="module")
+def quickstart(material, tmp_path_factory) -> Path:
+    """What the quickstart leaves."""
+    output = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        model, data = material
+        run(patch, "quickstart.py", "--model", model, "--data", data, "--steps", "2", "--output", str(output))
+    return output
 
 
 def test_thoughts_and_their_control_are_measured_alike(tmp_path, monkeypatch):
@@ -22,8 +63,7 @@ def test_thoughts_and_their_control_are_measured_alike(tmp_path, monkeypatch):
     for arm in ("thoughts", "plain"):
         output = tmp_path / arm
         flags = ["--model", model, "--data", str(tmp_path / "problems.jsonl"), "--output", str(output)]
-        monkeypatch.setattr("sys.argv", ["gsm8k.py", arm, *flags, "--minutes", "0.02", "--held-out", "4"])
-        runpy.run_path(str(GSM8K), run_name="__main__")
+        run(monkeypatch, "gsm8k.py", arm, *flags, "--minutes", "0.02", "--held-out", "4")
         results[arm] = json.loads((output / "results.json").read_text())
     names = ("eval_nll_without", "eval_nll_with", "eval_reward")
     for name in names:
@@ -32,3 +72,95 @@ def test_thoughts_and_their_control_are_measured_alike(tmp_path, monkeypatch):
     for arm in results.values():
         assert arm["steps"] > 1  # the first is warm-up from a rate of 0
         assert arm["after"]["eval_nll_without"] != arm["before"]["eval_nll_without"]
+
+
+def test_the_quickstart_trains_and_saves(quickstart, material):
+    """Weights and heads have moved, and load as a thinking model."""
+    trained, base = (QuietStarForCausalLM.from_pretrained(path) for path in (str(quickstart), material[0]))
+    assert not trained.fresh_thought_embeddings
+    before = base.state_dict()
+    moved = [name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert any("quietstar" in name for name in moved) and any("layers" in name for name in moved)
+    assert all(abs(value) < 20 for value in metrics(quickstart / "eval_results.json").values())
+
+
+def test_training_goes_on_where_it_ended(quickstart, material, tmp_path, monkeypatch):
+    """The saved model evaluates as it did when it was saved, and then moves."""
+    flags = ["--model", str(quickstart), "--data", material[1], "--steps", "2", "--output", str(tmp_path)]
+    run(monkeypatch, "continue_training.py", *flags)
+    before = metrics(tmp_path / "before_results.json")
+    assert before == pytest.approx(metrics(quickstart / "eval_results.json"), rel=1e-4, abs=1e-6)
+    assert metrics(tmp_path / "eval_results.json")["eval_nll_without"] != before["eval_nll_without"]
+
+
+def test_an_adapter_is_trained_saved_and_merged(material, tmp_path, monkeypatch):
+    """The merged model is a plain model that differs from the base, with the heads of the adapter repository beside it."""
+    model, data = material
+    run(monkeypatch, "lora.py", "--model", model, "--data", data, "--steps", "3", "--output", str(tmp_path))
+    merged, base = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "merged", Path(model))
+    )
+    assert merged.keys() == base.keys() and any(not torch.equal(merged[name], base[name]) for name in base)
+    heads = "quietstar.safetensors"
+    assert (tmp_path / heads).read_bytes() == (tmp_path / "merged" / heads).read_bytes()
+
+
+def test_a_reward_of_ones_own_is_what_is_trained_on(material, tmp_path, monkeypatch):
+    """The first reward falls by exactly the cost of the thoughts' tokens; another function gives another reward."""
+    model, data = material
+    first = {}
+    for name, flags in {
+        "free": ["--length-cost", "0"],
+        "costly": ["--length-cost", "0.5"],
+        "last": ["--reward", "last"],
+    }.items():
+        output = tmp_path / name
+        common = ["--model", model, "--data", data, "--steps", "1", "--output", str(output)]
+        run(monkeypatch, "custom_reward.py", *common, *flags)
+        first[name] = log(output)[0]
+    length = first["free"]["rl/thought_length"]
+    assert first["costly"]["rl/reward"] == pytest.approx(first["free"]["rl/reward"] - 0.5 * length, abs=1e-4)
+    assert first["last"]["rl/reward"] not in (first["free"]["rl/reward"], 0)
+    assert first["last"]["rl/thought_length"] == length
+
+
+def test_only_the_last_talk_token_earns(monkeypatch):
+    """The last that counts in each row, holes in the mask or not; nothing where none counts."""
+    reward = runpy.run_path(str(EXAMPLES / "custom_reward.py"))["last_token_gain"]
+    probabilities = torch.tensor([0.1, 0.2, 0.4, 0.8]).expand(1, 3, 2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()[None, :, None]
+    found = reward(logps_with=probabilities.log(), logps_without=torch.full((1, 3, 1, 4), 0.1).log(), mask=mask)
+    torch.testing.assert_close(found, torch.tensor([[[0.7, 0.7], [0.3, 0.3], [0.0, 0.0]]]))
+
+
+def test_ways_of_thinking_are_compared_on_tasks(quickstart, tmp_path, monkeypatch):
+    """Each way has its own log-likelihoods of the same documents, and a p-value against none."""
+    pytest.importorskip("lm_eval", reason="needs `pip install trl-quietstar[eval]`")
+    documents = [{"question": f"{a} + 3 =", "choices": [str(a + 3), str(a + 4)], "label": 0} for a in range(12)]
+    folder = tmp_path / ".demo" / "tasks" / "chain_sum"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(quickstart), "--tasks", "chain_sum_choice", "--include-path", str(EXAMPLES / "tasks")]
+    run(monkeypatch, "evaluate.py", *flags, "--limit", "4", "--output", "found.json")
+    found = json.loads(Path("found.json").read_text())
+    assert set(found) == {"never", "always", "adaptive"}
+    for mode in ("always", "adaptive"):
+        (outcome,) = found[mode]
+        assert outcome["metric"] == "acc" and len(outcome["samples"]) == 4 and 0 < outcome["p"] <= 1
+
+
+def test_the_notebook_runs(material, tmp_path, monkeypatch):
+    """Its code cells, in order, train a model that thinks; no outputs are stored."""
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    for name, value in zip(("MODEL", "DATA", "STEPS"), (*material, "2"), strict=True):
+        monkeypatch.setenv(f"QUIETSTAR_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    exec("\n".join("".join(cell["source"]) for cell in code), names)
+    assert len(names["log"]) == 2 and names["log"].notna().all(axis=None)
+    assert len(names["thoughts"]) > 0 and names["metrics"]["eval_nll_with"] > 0
+    assert names["output"].thoughts[0] and (tmp_path / "out" / "notebook" / "adapter_model.safetensors").is_file()

@@ -7,6 +7,7 @@ Importing this module registers the model with lm-eval (`pip install trl-quietst
 thoughts, log-likelihood tasks score with thoughts, and `think="never"` is lm-eval's own model on the base weights.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ def evaluate_tasks(
         tasks (`list[str]`):
             Names of tasks or groups.
         include_path (`str`, *optional*):
-            Folder with task files of one's own.
+            Folder with task files of one's own, which are read once in a process.
         limit (`int`, *optional*):
             Documents of each task. Defaults to all.
         num_fewshot (`int`, *optional*):
@@ -175,7 +176,7 @@ def evaluate_tasks(
     Raises:
         `ValueError`: if a task is unknown.
     """
-    manager = TaskManager(include_path=include_path)
+    manager = _tasks(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(
@@ -205,6 +206,12 @@ def evaluate_tasks(
             label = metric if name == "none" else f"{metric} ({name})"
             outcomes.append(Outcome(task, label, float(value), stderr, samples))
     return outcomes
+
+
+@functools.cache
+def _tasks(include_path: str | None) -> TaskManager:
+    """lm-eval's index, which takes seconds to build."""
+    return TaskManager(include_path=include_path)
 
 
 def ratio_error(metric: str, pairs: np.ndarray) -> float:

@@ -608,7 +608,7 @@ def _load_adapter(source, adapter_config, settings, hub, kwargs):
         **{name: hub[name] for name in hub if name not in ("revision", "subfolder")},
     )
     with heads_aside(base):
-        model = PeftModel.from_pretrained(base, source, **hub)
+        model = PeftModel.from_pretrained(base, source, is_trainable=True, **hub)  # as any model is that was loaded
     base.load_heads(heads)
     return model
 

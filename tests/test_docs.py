@@ -1,0 +1,119 @@
+"""What the documentation names is there: linked files and headings, modules, metrics, fields, and the recipes' values."""
+
+import importlib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from trl_quietstar import QuietStarConfig
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("examples/*.ipynb")]
+)
+SOURCE = "\n".join(path.read_text() for path in sorted(ROOT.glob("trl_quietstar/*.py")))
+RECIPES = ("quietstar", "fast_quietstar", "rlp", "latro", "iss007")
+# of the machine, the data and the files, not of the method
+NOT_METHOD = {
+    *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
+    *("curriculum", "branch_batch_size", "save_steps", "save_total_limit", "load_best_model_at_end", "eval_strategy"),
+}
+
+
+def prose(page: Path) -> str:
+    """A page's Markdown without its code blocks; of a notebook, its Markdown cells."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Every link to a file of the project has a file, and every anchor a heading."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists() and file.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_method_stands_where_its_page_says():
+    """Each `module.name` of the page is in the package."""
+    modules = "|".join(path.stem for path in ROOT.glob("trl_quietstar/*.py"))
+    names = set(re.findall(rf"`((?:{modules})\.[A-Za-z_][\w.]*)`", prose(ROOT / "docs" / "method.md")))
+    names = {name for name in names if not name.endswith((".py", ".md"))}
+    assert len(names) > 30
+    for name in names:
+        module, *parts = name.split(".")
+        found = importlib.import_module(f"trl_quietstar.{module}")
+        for part in parts:
+            assert hasattr(found, part) or part in getattr(found, "__annotations__", {}), name
+            found = getattr(found, part, None)
+
+
+@pytest.mark.parametrize("page", ["choosing.md", "faq.md", "method.md"])
+def test_fields_and_metrics_are_the_real_ones(page):
+    """Each name in code style with an underscore, and each metric, occurs in the package or is a field of the Trainer."""
+    known = {field.name for field in (*fields(TrainingArguments), *fields(QuietStarConfig))}
+    for code in re.findall(r"`([^`]+)`", prose(ROOT / "docs" / page)):
+        for metric in re.findall(r"\brl/(\w+)", code):
+            metric = metric.removeprefix("anti_theater_")
+            assert f'"{metric}"' in SOURCE or f"rl/{metric}" in SOURCE, code
+        if re.fullmatch(r"[a-z]+(_[a-z]+)+", code):
+            name = re.sub(r"^eval_|_(low|high)$", "", code)  # of an evaluation; the bounds of an interval
+            assert code in known or re.search(rf"\b({code}|{name})\b", SOURCE), code
+
+
+def shown(value) -> str:
+    """A value as the table has it; strings that are read as text, in code style."""
+    if isinstance(value, (bool, type(None))):
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, (int, float)):
+        return f"{value:g}"
+    return value if value.isidentifier() else f"`{value}`"
+
+
+def table_of(recipes: dict[str, dict]) -> list[str]:
+    """The rows of the table: each field that a recipe sets, its values in the order of stages, or the default in italics."""
+    order = [*QuietStarConfig.__annotations__, *(field.name for field in fields(QuietStarConfig))]  # thinking first
+    used = {name for recipe in recipes.values() for name in recipe} - NOT_METHOD
+    stages = {key: recipe.get("curriculum", {}).values() for key, recipe in recipes.items()}
+    used |= {name for changes in stages.values() for stage in changes for name in stage}
+    defaults = {field.name: field.default for field in fields(QuietStarConfig)}
+    rows = []
+    for name in sorted(used, key=order.index):
+        cells = []
+        for key, recipe in recipes.items():
+            values = [recipe[name]] if name in recipe else []
+            values += [stage[name] for stage in stages[key] if name in stage]
+            if values and name not in recipe and name not in next(iter(stages[key])):
+                values.insert(0, defaults[name])
+            values = [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+            cells.append(", then ".join(map(shown, values)) if values else f"*{shown(defaults[name])}*")
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_hyperparameters_has_the_recipes_values():
+    """Row by row, defaults included; a field that a recipe sets is never left out."""
+    recipes = {name: yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text()) for name in RECIPES}
+    wanted = table_of(recipes)
+    page = (ROOT / "docs" / "hyperparameters.md").read_text()
+    written = [line for line in page.splitlines() if line.startswith("| `")]
+    assert written == wanted, "The table of docs/hyperparameters.md should be:\n" + "\n".join(wanted)
