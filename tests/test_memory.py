@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token
+from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token, suits_one_pass
 
 from .tiny import tiny_model
 from .training import plain_model, tiny_trainer
@@ -64,6 +64,23 @@ def test_the_estimate_decides(free, one_pass, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module.QuietStarREINFORCETrainer, "_plan", noted)
     trained(tmp_path)
     assert len(sizes) == 2 and all(size == ((True, None) if one_pass else (False, 1)) for size in sizes)
+
+
+def test_long_thoughts_take_two_passes():
+    """Copies of keys and values, 2 · 2 · 32 · 4 bytes a slot for half of the slots, must not exceed what a slot keeps, and fit."""
+    model = tiny_model("llama", num_key_value_heads=4)
+    size = dict(rows=1, text_length=0, branches=2)
+    for slots, free, expected in [(20, 1e12, True), (21, 1e12, False), (20, 2 * 20 * 2 * 5120 / 0.6 * 0.99, False)]:
+        assert suits_one_pass(model, 5120, **size, slots=slots, free=free) is expected
+
+
+def test_thoughts_of_the_length_of_a_text_are_sampled_first(tmp_path, monkeypatch):
+    """Left alone, the trainer does not keep the graph of sampling where thoughts are long."""
+    monkeypatch.setattr(trainer_module, "free_bytes", lambda device: 1e12)
+    for length, one_pass in ((3, True), (60, False)):
+        trainer = tiny_trainer(tmp_path, thought_length=length)
+        text = trainer._text(next(iter(trainer.get_train_dataloader())))
+        assert trainer._plan(text, "train") == (one_pass, None)
 
 
 @pytest.mark.parametrize(

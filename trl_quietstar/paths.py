@@ -260,9 +260,9 @@ class BranchReader:
         slots, new = mask.shape[2], positions[:, :, self.length :]
         Q = new.shape[2]
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
-        itself = torch.eye(slots, dtype=torch.bool, device=mask.device)[-Q:]
+        itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
         heads = self.model.config.get_text_config().num_attention_heads
-        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1])
+        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1] + slots)
         return BranchReading(
             memory=self.memory,
             own=self.own,

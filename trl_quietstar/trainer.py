@@ -49,7 +49,7 @@ from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_af
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
-from .memory import branches_that_fit, free_bytes, kept_per_token
+from .memory import branches_that_fit, free_bytes, kept_per_token, suits_one_pass
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
@@ -533,11 +533,14 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         B, T = text.input_ids.shape
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
         size = (B, T, branches, args.thought_length + self._talk_length(text) + 1)
-        fitting = branches_that_fit(self._kept_per_token, *size, free_bytes(text.input_ids.device))
+        free = free_bytes(text.input_ids.device)
+        fitting = branches_that_fit(self._kept_per_token, *size, free)
         short = fitting < branches
         if self._sharded:  # every process goes by the one with the least memory
             short, fitting = bool(greatest(short, self.accelerator)), -greatest(-fitting, self.accelerator)
-        return (False, fitting) if short else (self._samples_in_graph, None)
+        if short:
+            return False, fitting
+        return self._samples_in_graph and suits_one_pass(base, self._kept_per_token, *size, free), None
 
     def _sampler(self, part: StepPart, mode: str) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""
