@@ -182,7 +182,25 @@ class SharedPrefix:
             branch_hidden, calls = _run(run, group, batch_size is not None)
             hidden.append(branch_hidden)
             routings += [Routing(logits, group.mask.flatten()) for logits in calls]
-        return Encoded(reader.text_hidden, torch.cat(hidden, dim=1), routings)
+        return Encoded(reader.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), reader.text_hidden), routings)
+
+
+class _AfterText(torch.autograd.Function):
+    """
+    The branches' hidden states, whose backward reaches the text's too, with zeros.
+
+    Sharded layers gather their weights when a gradient comes to their output. Where no loss is on the text itself, its last
+    layer would get gradients through keys and values alone, and find its weights away.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, text_hidden):
+        ctx.text_shape = text_hidden.shape
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros(ctx.text_shape)
 
 
 class BranchReader:
