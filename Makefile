@@ -81,6 +81,7 @@ bench: demo-data
 	$(OFFLINE) $(BIN)/python -m benchmarks.generation --output out/generation.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.speed --output out/speed.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.replay --output out/replay.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.long_thoughts --output out/long_thoughts.json
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, early_stopping, generation, gradient_variance, learning, measuring, replay, speed
+from benchmarks import (
+    ablations,
+    early_stopping,
+    generation,
+    gradient_variance,
+    learning,
+    long_thoughts,
+    measuring,
+    replay,
+    speed,
+)
 from trl_quietstar.controls import CONTROLS
 
 from .tiny import sums
@@ -242,3 +252,15 @@ def test_replay_reads_fewer_tokens_from_the_cache(monkeypatch, tmp_path):
         again, cached = row[task]["again"], row[task]["cached"]
         assert cached["tokens"] < again["tokens"] and min(again["seconds"], cached["seconds"]) > 0
     assert row["generate"]["cached"]["tokens"] == 12 + 1 + 2 * (2 + 2)
+
+
+def test_long_thoughts_are_measured(monkeypatch, tmp_path):
+    """A step of each way and length, its time and its memory."""
+    monkeypatch.setattr(long_thoughts, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr("sys.argv", ["long_thoughts", "--lengths", "2", "4", "--output", str(tmp_path / "out.json")])
+    long_thoughts.main()
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    assert [(step["way"], step["thought_length"]) for step in steps] == [
+        (way, length) for way in long_thoughts.WAYS for length in (2, 4)
+    ]
+    assert all(step["seconds"] > 0 and step["peak_mb"] >= 0 for step in steps)

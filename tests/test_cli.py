@@ -10,16 +10,12 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.cli import DataArguments, console, load_data, main
 
 from .tiny import sums
 from .training import DEFAULTS, saved_model
-
-
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
 def write_lines(path: Path, texts: list[str]) -> str:
@@ -456,24 +452,3 @@ def test_help_lists_every_option(command, capsys):
     printed = capsys.readouterr().out
     for option in ("--thought_length", "--reward_type", "--dataset_name", "--lora_r", "--learning_rate"):
         assert option in printed
-
-
-# Recipes
-
-
-def test_there_are_recipes():
-    """The next test has something to read."""
-    assert RECIPES
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_hold_known_keys_and_good_values(path, monkeypatch, tmp_path):
-    """Every recipe in the repository parses into the dataclasses, and each of its values arrives."""
-    monkeypatch.chdir(tmp_path)
-    parsed = TrlParser((DataArguments, QuietStarConfig, ModelConfig)).parse_args_and_config(["--config", str(path)])
-    values = {name: value for part in parsed for name, value in vars(part).items()}
-    for name, value in yaml.safe_load(path.read_text()).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            assert values[name] == value, name
-        else:
-            assert name in values or name == "env", name

@@ -55,6 +55,13 @@ OPTIONS = {
     "lora": dict(peft_config=LoraConfig(target_modules="all-linear", r=4), beta=0.1),
     "reference": REFERENCE,
     "validation": dict(validate=True, max_steps=1),
+    # no loss on the text: as in RLP, its last layer gets gradients through keys and values alone
+    "policy": dict(
+        reward_prediction="thought",
+        advantage_baseline="leave_one_out",
+        branch_batch_size=2,
+        **dict.fromkeys(("nll_coefficient", "reader_nll_coefficient", "base_nll_coefficient"), 0.0),
+    ),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 
 from trl_quietstar import memory as memory_module
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token, memory_budget
+from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token, memory_budget, suits_one_pass
 
 from .tiny import tiny_model
 from .training import plain_model, saved_model, tiny_trainer
@@ -93,6 +93,23 @@ def test_what_is_to_come_is_left_free(monkeypatch):
     model = tiny_model("llama")
     assert memory_budget(model) == 10**9 - 12 * sum(p.numel() for p in model.parameters())
     assert memory_budget(model.requires_grad_(False)) == 10**9
+
+
+def test_long_thoughts_take_two_passes():
+    """Copies of keys and values, 2 · 2 · 32 · 4 bytes a slot for half of the slots, must not exceed what a slot keeps, and fit."""
+    model = tiny_model("llama", num_key_value_heads=4)
+    size = dict(rows=1, text_length=0, branches=2)
+    for slots, free, expected in [(20, 1e12, True), (21, 1e12, False), (20, 2 * 20 * 2 * 5120 / 0.6 * 0.99, False)]:
+        assert suits_one_pass(model, 5120, **size, slots=slots, free=free) is expected
+
+
+def test_thoughts_of_the_length_of_a_text_are_sampled_first(tmp_path, monkeypatch):
+    """Left alone, the trainer does not keep the graph of sampling where thoughts are long."""
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 1e12)
+    for length, one_pass in ((3, True), (60, False)):
+        trainer = tiny_trainer(tmp_path, thought_length=length)
+        text = trainer._text(next(iter(trainer.get_train_dataloader())))
+        assert trainer._plan(text, "train") == (one_pass, None)
 
 
 @pytest.mark.parametrize(

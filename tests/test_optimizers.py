@@ -1,23 +1,19 @@
 """Muon beside AdamW, and Grokfast: which parameter goes where, and that a step is the one written out by hand."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from trl_quietstar.cli import main
 from trl_quietstar.modeling import base_of
 from trl_quietstar.optimizers import CombinedOptimizer, check_optimizers, hidden_weights
 
 from .conformance import tiny_model as any_model
-from .test_cli import write_lines
-from .tiny import sums, tiny_model
-from .training import DEFAULTS, plain_model, saved_model, tiny_args, tiny_trainer
+from .tiny import tiny_model
+from .training import plain_model, saved_model, tiny_args, tiny_trainer
 
 
 LAMBDA, ALPHA = 0.5, 0.9
@@ -262,27 +258,6 @@ def test_muon_trains_an_adapter_on_a_quantized_model(tmp_path):
     trainer.train()
     assert before and muon_names(trainer.model) >= before.keys()
     assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
-
-
-def test_the_original_s_recipe_trains(tmp_path):
-    """Its optimizer, on a tiny model and data of a few lines."""
-    pytest.importorskip("pytorch_optimizer")
-    recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes/iss007.yaml").read_text())
-    for name in ("dataset_config", "column_mapping"):
-        del recipe[name]
-    recipe |= {name: DEFAULTS[name] for name in ("use_cpu", "report_to", "disable_tqdm", "thought_length")}
-    recipe |= {
-        "model_name_or_path": saved_model(tmp_path / "model"),
-        "dataset_name": write_lines(tmp_path / "data/train.jsonl", sums()[:40]),
-        "eval_dataset_name": write_lines(tmp_path / "data/test.jsonl", sums()[300:304]),
-        "output_dir": str(tmp_path / "out"), "max_steps": 2, "eval_steps": 1, "save_steps": 1,
-    }  # fmt: skip
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    assert main(["train", "--config", str(path)]) == 0
-    saved = torch.load(tmp_path / "out/checkpoint-2/optimizer.pt")
-    assert [group["initial_lr"] for group in saved["param_groups"]] == [5e-4] * 5
-    assert "grokfast" in saved["state"]
 
 
 # Refused

@@ -234,9 +234,9 @@ class _Chunks:
         return scores
 
 
-def chunk_size(rows: int, T: int) -> int:
-    """Branches of a chunk, for `rows` rows of scores a branch over T text tokens."""
-    return max(min(CHUNK_ELEMENTS // (rows * T), CHUNK_BRANCHES), 1)
+def chunk_size(rows: int, keys: int) -> int:
+    """Branches of a chunk, for `rows` rows of scores a branch over so many keys, of the text and its own."""
+    return max(min(CHUNK_ELEMENTS // (rows * keys), CHUNK_BRANCHES), 1)
 
 
 def enable(model: PreTrainedModel) -> bool:

@@ -84,3 +84,26 @@ def branches_that_fit(per_token: float, rows: int, text_length: int, branches: i
     """
     tokens = SHARE * free / max(per_token, 1.0) / rows - text_length
     return min(max(int(tokens // slots), 1), branches)
+
+
+def suits_one_pass(
+    model: PreTrainedModel, per_token: float, rows: int, text_length: int, branches: int, slots: int, free: float
+) -> bool:
+    """
+    Whether thoughts are short enough to be sampled in the graph of training, which keeps at each slot of a branch the keys and
+    values of all slots before it: no more of these than of all else, and all of it fits.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        per_token (`float`), rows (`int`), text_length (`int`), branches (`int`), slots (`int`), free (`float`):
+            As in [`branches_that_fit`].
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pair = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    regrown = rows * branches * slots**2 / 2 * pair
+    if regrown > rows * branches * slots * per_token:
+        return False
+    return branches_that_fit(per_token, rows, text_length, branches, slots, free - regrown / SHARE) == branches

@@ -182,7 +182,25 @@ class SharedPrefix:
             branch_hidden, calls = _run(run, group, batch_size is not None)
             hidden.append(branch_hidden)
             routings += [Routing(logits, group.mask.flatten()) for logits in calls]
-        return Encoded(reader.text_hidden, torch.cat(hidden, dim=1), routings)
+        return Encoded(reader.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), reader.text_hidden), routings)
+
+
+class _AfterText(torch.autograd.Function):
+    """
+    The branches' hidden states, whose backward reaches the text's too, with zeros.
+
+    Sharded layers gather their weights when a gradient comes to their output. Where no loss is on the text itself, its last
+    layer would get gradients through keys and values alone, and find its weights away.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, text_hidden):
+        ctx.text_shape = text_hidden.shape
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros(ctx.text_shape)
 
 
 class BranchReader:
@@ -260,9 +278,9 @@ class BranchReader:
         slots, new = mask.shape[2], positions[:, :, self.length :]
         Q = new.shape[2]
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
-        itself = torch.eye(slots, dtype=torch.bool, device=mask.device)[-Q:]
+        itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
         heads = self.model.config.get_text_config().num_attention_heads
-        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1])
+        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1] + slots)
         return BranchReading(
             memory=self.memory,
             own=self.own,

@@ -51,7 +51,7 @@ from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_af
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
-from .memory import branches_that_fit, kept_per_token, memory_budget
+from .memory import branches_that_fit, kept_per_token, memory_budget, suits_one_pass
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
@@ -537,7 +537,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         short = fitting < branches
         if self._sharded:  # every process goes by the one with the longest texts
             short, fitting = bool(greatest(short, self.accelerator)), -greatest(-fitting, self.accelerator)
-        return (False, fitting) if short else (self._samples_in_graph, None)
+        if short:
+            return False, fitting
+        return self._samples_in_graph and suits_one_pass(base, self._kept_per_token, *size, self._memory_budget), None
 
     def _sampler(self, part: StepPart, mode: str) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""

@@ -1,0 +1,155 @@
+"""Every recipe: its keys and values, the table that explains them, and its one command at a size that takes seconds."""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import ModelConfig, TrlParser
+
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar.cli import DataArguments, main
+
+from .tiny import sums
+from .training import saved_model
+
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+EXPLAINED = [path for path in RECIPES if path.stem != "demo"]  # docs/results.md explains that one
+# what to run, where it goes and what is seen of it, and not how it is trained
+NO_METHOD = {"model_name_or_path", "output_dir", "max_eval_samples", "eval_strategy", "load_best_model_at_end"}
+NO_METHOD |= {
+    "dataset_name",
+    "dataset_config",
+    "dataset_streaming",
+    "column_mapping",
+    "max_length",
+    "branch_batch_size",
+}
+NO_METHOD |= {"logging_steps", "log_thoughts", "eval_steps", "save_steps", "save_total_limit", "save_strategy"}
+PARTS = (DataArguments, QuietStarConfig, ModelConfig)
+ROW = re.compile(r"^\|[^|]*\| `(\w+)` \| `([^|]*)` \|[^|]*\|$", re.MULTILINE)
+
+# Small enough for a test; the rest of a recipe is its own
+SMALLER = {
+    "thought_length": 3,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "max_length": 64,
+}
+STAGES = {"0": {"thought_length": 3, "talk_length": 2}, "1": {"nll_coefficient": 0.0, "distillation_coefficient": 1.0}}
+SMALLER_STILL = {
+    "fast_quietstar": {"curriculum": json.dumps(STAGES)},
+    "iss007": {"eval_steps": 1, "save_steps": 1},
+    "lora": {"eval_steps": 1, "anti_theater_steps": 2},
+    "qlora": {"eval_steps": 1},
+    "sft_control": {"eval_steps": 1, "thought_length": 1},
+    "rlp": {"thought_stop_string": "1"},
+    "latro": {"thought_stop_string": "1"},
+}
+NEEDS = {"iss007": "pytorch_optimizer", "qlora": "bitsandbytes"}
+
+
+def of_name(path: Path) -> str:
+    return path.stem
+
+
+def parsed(path: Path) -> dict:
+    """All fields under a recipe."""
+    parts = TrlParser(PARTS).parse_args_and_config(["--config", str(path)])
+    return {name: value for part in parts for name, value in vars(part).items()}
+
+
+def table(path: Path) -> dict:
+    """Fields and values of the table beside a recipe."""
+    return {name: yaml.safe_load(value) for name, value in ROW.findall(path.with_suffix(".md").read_text())}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=of_name)
+def test_recipes_hold_known_keys_and_good_values(path, monkeypatch, tmp_path):
+    """Every recipe parses into the dataclasses, and each of its numbers arrives."""
+    monkeypatch.chdir(tmp_path)
+    values = parsed(path)
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert values[name] == value, name
+        else:
+            assert name in values or name == "env", name
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=of_name)
+def test_the_table_is_the_recipe(path, monkeypatch, tmp_path):
+    """Each value of the table is the recipe's, or the default where it has none; each of the method's in the recipe is in the
+    table."""
+    monkeypatch.chdir(tmp_path)
+    recipe, values, rows = yaml.safe_load(path.read_text()), parsed(path), table(path)
+    assert len(rows) > 10 and len(ROW.findall(path.with_suffix(".md").read_text())) == len(rows)
+    for name, value in rows.items():
+        assert (recipe[name] if name in recipe else values[name]) == value, name
+    assert set(recipe) - set(rows) <= NO_METHOD
+
+
+def test_no_row_of_a_table_is_missed():
+    """All rows below a table's head have a field and a value, or they would not be compared."""
+    for path in EXPLAINED:
+        head = "| paper's hyperparameter | field | value | source |\n| --- | --- | --- | --- |\n"
+        rows = path.with_suffix(".md").read_text().split(head)[1].split("\n\n")[0].splitlines()
+        assert all(ROW.match(row) for row in rows), path
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=of_name)
+def test_links_of_a_page_lead_somewhere(path):
+    """Files that a page refers to exist, and its one command names the recipe."""
+    page = path.with_suffix(".md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page):
+        assert (FOLDER / target).exists(), target
+    assert f"train --config recipes/{path.name}\n" in page
+    assert f"python -m benchmarks.learning --recipe recipes/{path.name}`" in page
+    assert f"train --config recipes/{path.name}\n" in path.read_text()
+
+
+def data_file(folder: Path, columns: list[str]) -> str:
+    """JSON lines of texts, or of their two parts in the columns that a recipe renames."""
+    rows = [{"text": text} for text in sums()[:24]]
+    if columns:
+        rows = [dict(zip(columns, text.split("is", 1), strict=True)) for text in sums()[:24]]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=of_name)
+def test_a_recipe_trains(path, tmp_path):
+    """Its one command, with flags that make it small, and its own data columns: every number logged is finite, gradients
+    are not 0, and what was saved loads."""
+    if path.stem in NEEDS and importlib.util.find_spec(NEEDS[path.stem]) is None:
+        pytest.skip(f"needs {NEEDS[path.stem]}")
+    recipe = yaml.safe_load(path.read_text())
+    model, out = saved_model(tmp_path / "model"), tmp_path / "out"
+    data = data_file(tmp_path, list(recipe.get("column_mapping", ())))
+    flags = {**SMALLER, **SMALLER_STILL.get(path.stem, {}), "model_name_or_path": model, "dataset_name": data}
+    flags |= {"output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    if "eval_strategy" in recipe:
+        flags |= {"eval_dataset_name": data, "max_eval_samples": 2}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert main(["train", "--config", str(path), *argv]) == 0
+    state = json.loads((out / "checkpoint-2/trainer_state.json").read_text())
+    numbers = [x for entry in state["log_history"] for x in entry.values() if isinstance(x, (int, float))]
+    assert state["global_step"] == 2 and all(math.isfinite(x) for x in numbers)
+    norms = [entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry]
+    assert len(norms) == 2 and max(norms) > 0
+    thoughts = [entry["rl/num_thoughts"] for entry in state["log_history"] if "rl/num_thoughts" in entry]
+    assert all(number == 0 for number in thoughts) == (recipe["thought_positions"] == "none")
+    QuietStarForCausalLM.from_pretrained(out)
+    if "muon_learning_rate" in recipe:
+        saved = torch.load(out / "checkpoint-2/optimizer.pt")
+        assert [group["initial_lr"] for group in saved["param_groups"]] == [5e-4] * 5
+        assert "grokfast" in saved["state"]
