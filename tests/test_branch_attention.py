@@ -11,7 +11,7 @@ from trl_quietstar.sampling import ThoughtSampler
 from trl_quietstar.scoring import ScoreRequest, score
 
 from .conformance import tiny_model as family_model
-from .test_exactness import FIELDS, assert_same, assert_same_gradients, run
+from .test_exactness import FIELDS, assert_paths_agree, assert_same, assert_same_gradients, run
 from .tiny import FAMILIES, exact_model, generators, mixed_text, sampling
 
 
@@ -123,10 +123,21 @@ def test_sampling_in_the_graph_changes_nothing(name):
     assert_same_gradients(our_gradients, gradients)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "gpt_oss", "cohere", "granite", "deepseek_v3"])
-def test_other_families_too(name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_long_thoughts_attend_in_parts(name, monkeypatch):
+    """However few of a branch's slots attend at once, scores and gradients are those of replay."""
+    monkeypatch.setattr(branch_attention, "CHUNK_SLOTS", 3)
+    assert_paths_agree(exact_model(name))
+
+
+OTHERS = ["gemma3_text", "gemma2", "gpt_oss", "cohere", "granite", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name, slots", [*((name, 256) for name in OTHERS), ("gemma2", 3), ("gpt_oss", 3)])
+def test_other_families_too(name, slots, monkeypatch):
     """Windows, soft-caps, sinks, logit scales, scaled embeddings, latent keys: in one pass as by replay, gradients
-    included."""
+    included; and where slots attend in parts."""
+    monkeypatch.setattr(branch_attention, "CHUNK_SLOTS", slots)
     model, text = family_model(name).float(), mixed_text(300)
     model.config.output_router_logits = False
 

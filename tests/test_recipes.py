@@ -22,16 +22,11 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 EXPLAINED = [path for path in RECIPES if path.stem != "demo"]  # docs/results.md explains that one
 # what to run, where it goes and what is seen of it, and not how it is trained
-NO_METHOD = {"model_name_or_path", "output_dir", "max_eval_samples", "eval_strategy", "load_best_model_at_end"}
-NO_METHOD |= {
-    "dataset_name",
-    "dataset_config",
-    "dataset_streaming",
-    "column_mapping",
-    "max_length",
-    "branch_batch_size",
+NO_METHOD = {
+    *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
+    *("eval_strategy", "eval_steps", "max_eval_samples", "load_best_model_at_end", "logging_steps", "log_thoughts"),
+    *("save_steps", "save_total_limit", "branch_batch_size"),
 }
-NO_METHOD |= {"logging_steps", "log_thoughts", "eval_steps", "save_steps", "save_total_limit", "save_strategy"}
 PARTS = (DataArguments, QuietStarConfig, ModelConfig)
 ROW = re.compile(r"^\|[^|]*\| `(\w+)` \| `([^|]*)` \|[^|]*\|$", re.MULTILINE)
 

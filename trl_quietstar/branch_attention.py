@@ -19,6 +19,9 @@ PREFIX = "quietstar_"  # of the implementation's name, before the one it stands 
 EAGER = "eager_attention_forward"  # which each family has of its own
 CHUNK_ELEMENTS = 2**20  # attention scores held at once
 CHUNK_BRANCHES = 64  # branches of a chunk: a shorter one skips more text that none of its branches sees
+CHUNK_SLOTS = (
+    256  # new slots of a branch that attend at once, so that memory grows with a long thought and not with its square
+)
 
 
 @dataclass
@@ -102,19 +105,31 @@ class BranchReading:
         if window is not None:
             slots = slots & (self.positions[:, :, -Q:, None] - self.positions[:, :, None] < window)
             first = torch.maximum(first, self.ahead - window + 1)
-        groups = query.shape[1] // key.shape[1]
-        q = query.unflatten(2, (N, Q)).unflatten(1, (-1, groups)).transpose(2, 3).flatten(3, 4)
-        out = _Attend.apply(
-            q * (query.shape[-1] ** -0.5 if scaling is None else scaling),
-            text_key.to(query.dtype),
-            text_value.to(query.dtype),
-            key,
-            value,
-            kwargs.get("s_aux"),
-            (first, self.last, slots, self.spans, self.chunk, kwargs.get("softcap")),
-        )
-        out = out.unflatten(3, (groups, Q)).permute(0, 2, 4, 1, 3, 5)
-        return out.reshape(B, N * Q, query.shape[1], -1), None
+        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        query = query.unflatten(2, (N, Q)).unflatten(1, (key.shape[1], -1))  # (B, heads, groups, N, Q, D)
+        parts = []
+        for start in range(0, Q, CHUNK_SLOTS):
+            new = slice(start, min(start + CHUNK_SLOTS, Q))
+            own = slice(slots.shape[3] - Q + new.stop)  # no slot sees later ones
+            out = _Attend.apply(
+                query[..., new, :].transpose(2, 3).flatten(3, 4),
+                text_key.to(query.dtype),
+                text_value.to(query.dtype),
+                key[:, :, :, own],
+                value[:, :, :, own],
+                kwargs.get("s_aux"),
+                (
+                    first if window is None else first[..., new],
+                    self.last,
+                    slots[:, :, new, own],
+                    self.spans,
+                    self.chunk,
+                    kwargs.get("softcap"),
+                ),
+            )
+            parts.append(out.unflatten(3, (query.shape[2], -1)))
+        out = torch.cat(parts, dim=4).permute(0, 2, 4, 1, 3, 5)
+        return out.reshape(B, N * Q, query.shape[1] * query.shape[2], -1), None
 
     def _joined(self, module: torch.nn.Module, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Keys and values of all slots. Without a graph, room for twice as many is made when it runs out, so that long

@@ -280,7 +280,8 @@ class BranchReader:
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
         itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
         heads = self.model.config.get_text_config().num_attention_heads
-        chunk = branch_attention.chunk_size(len(anchors) * heads * Q, self.text.input_ids.shape[1] + slots)
+        rows = len(anchors) * heads * min(Q, branch_attention.CHUNK_SLOTS)
+        chunk = branch_attention.chunk_size(rows, self.text.input_ids.shape[1] + slots)
         return BranchReading(
             memory=self.memory,
             own=self.own,
