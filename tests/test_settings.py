@@ -216,13 +216,18 @@ def test_the_policy_may_have_a_temperature_of_its_own(tmp_path):
 
 def test_no_thoughts_is_plain_training(tmp_path):
     """With `thought_positions="none"` the loss is the text's likelihood, and only the model's own weights learn."""
-    trainer = tiny_trainer(tmp_path, thought_positions="none", max_steps=2, weight_decay=0.0)
+    held_out = text_data(4, 300)
+    trainer = tiny_trainer(tmp_path, thought_positions="none", max_steps=2, weight_decay=0.0, evaluation=held_out)
     heads = {name: p.clone() for name, p in trainer.model.quietstar.named_parameters()}
     trainer.train()
     for entry in logged(trainer):
         assert entry["rl/num_thoughts"] == 0
         assert entry["loss"] == pytest.approx(entry["rl/total_loss"])
+        assert entry["loss"] == pytest.approx(entry["rl/nll_without"], rel=1e-6)
     assert all(torch.equal(p, heads[name]) for name, p in trainer.model.quietstar.named_parameters())
+    metrics = trainer.evaluate()
+    assert metrics["eval_nll_without"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert "eval_nll_with" not in metrics and "eval_reward" not in metrics
 
 
 def test_thinking_teaches_the_plain_prediction():

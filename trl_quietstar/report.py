@@ -198,7 +198,8 @@ def print_evaluation(metrics: dict[str, float]) -> None:
     """Prints metrics as `evaluate` gives them."""
     table = Table("held-out", "", title="Evaluation")
     for label, key in EVALUATION_ROWS.items():
-        table.add_row(label, f"{metrics[key]:.4f}")
+        if key in metrics:  # a model that does not think has those without thoughts
+            table.add_row(label, f"{metrics[key]:.4f}")
     Console().print(table)
 
 
@@ -216,7 +217,8 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
     for name in ("held-out", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "held-out" else "right")
     for label, key in EVALUATION_ROWS.items():
-        table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
+        if key in before:
+            table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     Console().print(table)
 
 

@@ -614,6 +614,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         metrics = batch_metrics(batch)
         if not self.args.uses_value_head:
             metrics["value_loss"] = metrics["_residual"] = None
+        if self.args.thought_positions == "none":  # no talk to take them on: of all text
+            predicted = batch.text.predicted()
+            metrics["nll_without"] = (-batch.scores.text_logps, predicted)
+            metrics["accuracy_without"] = (batch.scores.text_correct, predicted)
         if self.args.num_iterations > 1:
             low, high = self.args.clip_range
             ratio = torch.exp(batch.scores.thought_logps - batch.experience.sampled_logps)
@@ -721,9 +725,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._rows_seen, self._metrics["eval"] = 0, MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = {name: self._metrics["eval"].mean(name) or 0.0 for name in EVAL_METRICS}
+        means = {name: self._metrics["eval"].mean(name) for name in EVAL_METRICS}
+        thinks = self.args.thought_positions != "none"
+        means = {name: mean or 0.0 for name, mean in means.items() if thinks or mean is not None}
         if self._guard.take_evaluation_faults():  # a mean of the other batches would pass for one of all
-            means = dict.fromkeys(("loss", *EVAL_METRICS), float("nan"))
+            means = dict.fromkeys(("loss", *means), float("nan"))
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         output.metrics.update(self._collapse.evaluation(output.metrics, metric_key_prefix, self.state.global_step))
         return output
@@ -796,7 +802,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
-        evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        evaluations = [entry for entry in self.state.log_history if "eval_nll_without" in entry]
         section = card_section(
             self.args.hub_model_id or model_name,
             is_peft_model(self.model),
