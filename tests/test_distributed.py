@@ -164,7 +164,7 @@ class SpoiltReward:
 
     def __call__(self, text, thoughts, **gains):
         self.calls += 1
-        rewards = thought_rewards(**gains)
+        rewards = thought_rewards(**gains, reward_type="log_likelihood")
         return rewards * math.nan if self.calls == 2 and os.environ.get("RANK") != "0" else rewards
 
 
@@ -179,7 +179,7 @@ def test_a_fault_of_one_process_is_all_processes(engine, tmp_path):
         return
     run, single = (Run(name, tmp_path / name, reward_function=SpoiltReward()) for name in (engine, "one"))
     assert [entry["rl/skipped_steps"] for entry in run.history if "loss" in entry] == [0, 1, 1]
-    assert_same(run, single)
+    assert_same(run, single, metrics=False)  # the loss of a step with a NaN is none
 
 
 def test_unsupported_engines_are_refused():
