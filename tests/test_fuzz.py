@@ -114,7 +114,7 @@ SMALL = {
     "anti_theater_steps": st.none(),
     "early_stopping_patience": st.none(),
     "num_train_epochs": st.just(1.0),
-    "max_steps": st.just(1),
+    "max_steps": st.sampled_from([1, 1, 2]),  # two, for a second update on a batch
     "logging_steps": st.just(1),
     "eval_steps": st.just(1),
     "learning_rate": st.sampled_from([0, 1e-6, 1e-2, 1]),

@@ -159,7 +159,8 @@ def load_sharded(model: "PreTrainedModel | PeftModel", directory: str) -> None:
     wrong = sorted(name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape)
     if wrong:
         raise ValueError(
-            f"The weights in {directory!r} do not fit a sharded model: {wrong[0]} and {len(wrong) - 1} more."
+            f"The weights in {directory!r} do not fit a model sharded by FSDP2: {len(wrong)} differ in name or shape, as "
+            f"{wrong[0]!r}. It is another model, or a mixture whose experts are stored one by one: resume that under DDP."
         )
     load_full(model, tensors, strict=False)
 

@@ -281,9 +281,8 @@ class QuietStarMixin:
         if not path.is_file():
             raise FileNotFoundError(f"There is no {str(path)!r}: the heads are not there.")
         try:
-            tensors = {
-                name: x.view(-1) if x.ndim == 0 else x for name, x in load_file(path).items()
-            }  # a gate of before
+            # the bias of the mixing head was a scalar once
+            tensors = {name: x.view(-1) if x.ndim == 0 else x for name, x in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(
                 f"{str(path)!r} is damaged: it cannot be read as safetensors ({error}). Copy it again."
