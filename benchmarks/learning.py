@@ -9,7 +9,8 @@ The language is `d1 d2 d3 d4 = a`, `a` being the digits' sum modulo 10. A quarte
 the rest writes `= > s1 s2 s3 s4 < a` with the running sum in letters (a right chain) or random letters. Right chains are
 60% of those at first and 10% in the last 30% of pretraining, so the pretrained 2-layer Llama reads a right chain without
 fail but writes one in about a tenth of its tries only, and answers at chance without. In the task `rare` right chains are
-2% at the end of pretraining; in `hard`, moreover, eight digits are summed.
+2% at the end of pretraining; in `hard`, moreover, eight digits are summed; in `short` three, which a model can also learn to
+do at once, in about a thousand steps of plain training.
 
 Quiet-STaR then thinks after `=`, with the start and end embeddings copied from `>` and `<`, 32 problems and 256 thoughts a
 step, beside as many texts of the pretraining mix, without which the skill would be forgotten. Everything else is
@@ -59,7 +60,13 @@ SCALE = {
     *("max_steps", "num_train_epochs", "learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("thought_positions", "difficulty_threshold", "min_thought_interval"),
     *("thought_length", "talk_length", "num_thoughts", "thought_start_text", "thought_end_text"),
-    *("save_steps", "save_total_limit", "eval_strategy", "eval_steps", "load_best_model_at_end"),
+    *(
+        "min_thought_length",
+        "thought_stop_string",
+        "unfinished_thought_penalty",
+    ),  # thoughts are all of one length here
+    *("save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_thoughts"),
+    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold", "anti_theater_steps"),
 }
 SABOTAGES = ("random_thoughts", "flipped_reward", "no_thought_needed")
@@ -74,7 +81,7 @@ class Task:
     needs_thought: bool = True  # otherwise the answer is the last digit
 
 
-TASKS = {"easy": Task(), "rare": Task(4, (0.6, 0.02)), "hard": Task(8, (0.6, 0.02))}
+TASKS = {"easy": Task(), "rare": Task(4, (0.6, 0.02)), "hard": Task(8, (0.6, 0.02)), "short": Task(3)}
 
 
 def draw_problems(task: Task, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -231,7 +238,8 @@ def interval(values: torch.Tensor) -> list[float]:
 
 
 class Until90(TrainerCallback):
-    """Notes the step, and the seconds of training, after which accuracy with thoughts first reaches 90%."""
+    """Notes the step, and the seconds of training, after which accuracy with thoughts first reaches 90%. Seconds are those
+    of the processor, which neighbours on the machine change little."""
 
     def __init__(self, task: Task, every: int = 20):
         self.task, self.every, self.steps, self.seconds = task, every, None, None
@@ -240,21 +248,21 @@ class Until90(TrainerCallback):
         self.trainer: QuietStarREINFORCETrainer | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
-            now = time.perf_counter()
+            now = time.process_time()
             accuracy, without = accuracies(self.trainer, self.task, 200)
             self.trainer.model.train()
             self.curve.append([state.global_step, accuracy])
             self.curve_without.append([state.global_step, without])
             if self.steps is None and accuracy >= 0.9:
                 self.steps, self.seconds = state.global_step, now - self.start - self.measuring
-            self.measuring += time.perf_counter() - now
+            self.measuring += time.process_time() - now
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.total = time.perf_counter() - self.start - self.measuring
+        self.total = time.process_time() - self.start - self.measuring
 
 
 class RandomThoughts(QuietStarREINFORCETrainer):
@@ -303,11 +311,10 @@ def recipe_options(path: Path, task: Task, steps: int) -> dict:
     The method of a recipe at this benchmark's scale.
 
     Taken over is every field of [`QuietStarConfig`] that the recipe sets, but for those of `SCALE`: rewards, baselines,
-    predictions, coefficients, temperatures, penalties, clipping, iterations, reference, optimizers with their decay. What
-    `SCALE` names is the benchmark's, as are model and data, which say themselves where to think. Three fields are method
-    and scale at once, and are translated:
+    predictions, coefficients, temperatures, clipping, iterations, reference, optimizers with their decay. What `SCALE` names
+    is the benchmark's, as are model and data, which say themselves where to think. Two fields are method and scale at
+    once, and are translated:
 
-    - `thought_stop_string` becomes the end token, for which thoughts get one token more than the task needs;
     - `muon_learning_rate` becomes `MUON_LEARNING_RATE`;
     - the stages of a `curriculum` begin at the same shares of the run, with the longest thoughts as long as the task
       needs, and the others in proportion.
@@ -321,8 +328,6 @@ def recipe_options(path: Path, task: Task, steps: int) -> dict:
     recipe = yaml.safe_load(path.read_text())
     known = {field.name for field in fields(QuietStarConfig)}
     options = {name: value for name, value in recipe.items() if name in known - SCALE}
-    if "thought_stop_string" in options:
-        options |= {"thought_stop_string": VOCABULARY[END], "thought_length": task.terms + 1}
     if "muon_learning_rate" in options:
         options["muon_learning_rate"] = MUON_LEARNING_RATE
     if "curriculum" in options:
@@ -332,7 +337,7 @@ def recipe_options(path: Path, task: Task, steps: int) -> dict:
         for start, changes in stages.items():
             scaled = {name: value for name, value in changes.items() if name not in SCALE}
             if "thought_length" in changes:
-                scaled["thought_length"] = max(1, round(changes["thought_length"] * task.terms / longest))
+                scaled["thought_length"] = max(1, changes["thought_length"] * task.terms // longest)
             options["curriculum"][str(round(int(start) * steps / recipe["max_steps"]))] = scaled
     return options
 
@@ -352,7 +357,7 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
             reward_function=flipped if sabotage == "flipped_reward" else None,
         )
         before = evaluate(trainer, task)
-        until = Until90(task, every=max(20, steps // 50))
+        until = Until90(task, every=20 * max(1, steps // 500))
         until.trainer = trainer
         trainer.add_callback(until)
         trainer.train()
@@ -375,7 +380,7 @@ def print_run(result: dict) -> None:
     before, after = result["before"], result["after"]
     print(
         f"seed {result['seed']}: 90% after {result['steps_to_90']} steps; {result['sampled_batches']} batches of thoughts, "
-        f"{result['seconds']:.0f} s of training in all"
+        f"{result['seconds']:.0f} s of the processor in training"
     )
     print("  condition   accuracy before → after [95% interval]     NLL before → after")
     for name, accuracy in before["accuracy"].items():
