@@ -20,7 +20,7 @@ from .learning import (
     HELD_OUT,
     TASKS,
     Task,
-    accuracy_with,
+    accuracies,
     benchmark_parser,
     configuration,
     held_out_data,
@@ -56,7 +56,7 @@ def run(task: Task, model: PreTrainedModel, seed: int, patience: int | None) -> 
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        accuracy = accuracy_with(trainer, task, HELD_OUT)
+        accuracy, _ = accuracies(trainer, task, HELD_OUT)
     return {
         "patience": patience,
         "steps": trainer.state.global_step,

@@ -3,17 +3,21 @@
     python -m benchmarks.learning --seeds 0 1 2 --output out/learning.json
     python -m benchmarks.learning --task hard --steps 1000
     python -m benchmarks.learning --sabotage flipped_reward
+    python -m benchmarks.learning --recipe recipes/rlp.yaml --set learning_rate=1e-3
 
 The language is `d1 d2 d3 d4 = a`, `a` being the digits' sum modulo 10. A quarter of the pretraining text answers directly;
 the rest writes `= > s1 s2 s3 s4 < a` with the running sum in letters (a right chain) or random letters. Right chains are
 60% of those at first and 10% in the last 30% of pretraining, so the pretrained 2-layer Llama reads a right chain without
 fail but writes one in about a tenth of its tries only, and answers at chance without. In the task `rare` right chains are
-2% at the end of pretraining; in `hard`, moreover, eight digits are summed.
+2% at the end of pretraining; in `hard`, moreover, eight digits are summed; in `short` three, which a model can also learn to
+do at once, in about a thousand steps of plain training.
 
 Quiet-STaR then thinks after `=`, with the start and end embeddings copied from `>` and `<`, 32 problems and 256 thoughts a
 step, beside as many texts of the pretraining mix, without which the skill would be forgotten. Everything else is
 `QuietStarConfig`'s default, but for the learning rates of a model this small. Thoughts have to be discovered: nothing but
 the likelihood of `a` says what a good one is.
+
+With `--recipe` the method is that of a recipe and the scale that of this benchmark: see [`recipe_options`].
 
 Answers are compared among the ten digits, so that no condition loses for predicting `>`. Intervals are 95%, by bootstrap
 over problems. A sabotaged run must be reported as theater.
@@ -24,11 +28,12 @@ import copy
 import json
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
@@ -48,6 +53,22 @@ THOUGHTS = 8
 PROBLEMS = 32
 HELD_OUT = 500
 IGNORED = -100
+MUON_LEARNING_RATE = 1e-3
+# fields of a recipe that say how large its run is, what on, and what is looked at meanwhile; the rest is its method
+SCALE = {
+    *("output_dir", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "branch_batch_size"),
+    *("max_steps", "num_train_epochs", "learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("thought_positions", "difficulty_threshold", "min_thought_interval"),
+    *("thought_length", "talk_length", "num_thoughts", "thought_start_text", "thought_end_text"),
+    *(
+        "min_thought_length",
+        "thought_stop_string",
+        "unfinished_thought_penalty",
+    ),  # thoughts are all of one length here
+    *("save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_thoughts"),
+    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold", "anti_theater_steps"),
+}
 SABOTAGES = ("random_thoughts", "flipped_reward", "no_thought_needed")
 
 
@@ -60,7 +81,7 @@ class Task:
     needs_thought: bool = True  # otherwise the answer is the last digit
 
 
-TASKS = {"easy": Task(), "rare": Task(4, (0.6, 0.02)), "hard": Task(8, (0.6, 0.02))}
+TASKS = {"easy": Task(), "rare": Task(4, (0.6, 0.02)), "hard": Task(8, (0.6, 0.02)), "short": Task(3)}
 
 
 def draw_problems(task: Task, count: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -192,19 +213,22 @@ def evaluate(trainer: QuietStarREINFORCETrainer, task: Task) -> dict:
         for metric, values in (("accuracy", correct), ("nll", nll)):
             results[metric][key] = values.mean().item()
             results[f"{metric}_interval"][key] = interval(values)
-    letters = FIRST_LETTER + sums[:, None, None]
-    results["right_chains"] = (thoughts.token_ids == letters).all(-1).double().mean().item()
+    results["right_chains"] = None  # in thoughts too short to hold one
+    if thoughts.token_ids.shape[-1] >= task.terms:
+        letters = FIRST_LETTER + sums[:, None, None]
+        results["right_chains"] = (thoughts.token_ids[..., : task.terms] == letters).all(-1).double().mean().item()
     report = trainer.validate_thoughts()
     results["anti_theater_passed"] = report.passed
     results["anti_theater"] = report.metrics()
     return results
 
 
-def accuracy_with(trainer: QuietStarREINFORCETrainer, task: Task, count: int) -> float:
-    """Accuracy of held-out answers with thoughts alone, which costs a fraction of [`evaluate`]."""
+def accuracies(trainer: QuietStarREINFORCETrainer, task: Task, count: int) -> tuple[float, float]:
+    """Accuracy of held-out answers with thoughts and without, which costs a fraction of [`evaluate`]."""
     logps, _ = answer_logps(trainer, task, count, ("real",))
     _, _, answers = draw_problems(task, count, torch.Generator().manual_seed(7))
-    return (logps["real"].argmax(-1) == answers[:, None]).double().mean().item()
+    correct = {name: (x.argmax(-1) == answers[:, None]).double().mean().item() for name, x in logps.items()}
+    return correct["real"], correct["none"]
 
 
 def interval(values: torch.Tensor) -> list[float]:
@@ -214,20 +238,31 @@ def interval(values: torch.Tensor) -> list[float]:
 
 
 class Until90(TrainerCallback):
-    """Notes the step and the time at which accuracy with thoughts first reaches 90%."""
+    """Notes the step, and the seconds of training, after which accuracy with thoughts first reaches 90%. Seconds are those
+    of the processor, which neighbours on the machine change little."""
 
     def __init__(self, task: Task, every: int = 20):
         self.task, self.every, self.steps, self.seconds = task, every, None, None
-        self.start, self.curve = time.perf_counter(), []
+        self.curve, self.curve_without = [], []
+        self.measuring = 0.0  # seconds that were not training
         self.trainer: QuietStarREINFORCETrainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
-            accuracy = accuracy_with(self.trainer, self.task, 200)
+            now = time.process_time()
+            accuracy, without = accuracies(self.trainer, self.task, 200)
             self.trainer.model.train()
             self.curve.append([state.global_step, accuracy])
+            self.curve_without.append([state.global_step, without])
             if self.steps is None and accuracy >= 0.9:
-                self.steps, self.seconds = state.global_step, time.perf_counter() - self.start
+                self.steps, self.seconds = state.global_step, now - self.start - self.measuring
+            self.measuring += time.process_time() - now
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.total = time.process_time() - self.start - self.measuring
 
 
 class RandomThoughts(QuietStarREINFORCETrainer):
@@ -271,6 +306,42 @@ def configuration(task: Task, directory: str, seed: int, steps: int, **options) 
     return QuietStarConfig(directory, **{**settings, **options})
 
 
+def recipe_options(path: Path, task: Task, steps: int) -> dict:
+    """
+    The method of a recipe at this benchmark's scale.
+
+    Taken over is every field of [`QuietStarConfig`] that the recipe sets, but for those of `SCALE`: rewards, baselines,
+    predictions, coefficients, temperatures, clipping, iterations, reference, optimizers with their decay. What `SCALE` names
+    is the benchmark's, as are model and data, which say themselves where to think. Two fields are method and scale at
+    once, and are translated:
+
+    - `muon_learning_rate` becomes `MUON_LEARNING_RATE`;
+    - the stages of a `curriculum` begin at the same shares of the run, with the longest thoughts as long as the task
+      needs, and the others in proportion.
+
+    Args:
+        path (`Path`):
+            A recipe, as `trl-quietstar train --config` reads it.
+        task ([`Task`]), steps (`int`):
+            What it is to be scaled to.
+    """
+    recipe = yaml.safe_load(path.read_text())
+    known = {field.name for field in fields(QuietStarConfig)}
+    options = {name: value for name, value in recipe.items() if name in known - SCALE}
+    if "muon_learning_rate" in options:
+        options["muon_learning_rate"] = MUON_LEARNING_RATE
+    if "curriculum" in options:
+        stages = options["curriculum"]
+        longest = max(changes.get("thought_length", 0) for changes in stages.values())
+        options["curriculum"] = {}
+        for start, changes in stages.items():
+            scaled = {name: value for name, value in changes.items() if name not in SCALE}
+            if "thought_length" in changes:
+                scaled["thought_length"] = max(1, changes["thought_length"] * task.terms // longest)
+            options["curriculum"][str(round(int(start) * steps / recipe["max_steps"]))] = scaled
+    return options
+
+
 def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict, sabotage: str | None = None) -> dict:
     """Trains a copy of a pretrained model to think, and measures before and after."""
     trainer_class: type[QuietStarREINFORCETrainer] = QuietStarREINFORCETrainer
@@ -286,12 +357,10 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
             reward_function=flipped if sabotage == "flipped_reward" else None,
         )
         before = evaluate(trainer, task)
-        until = Until90(task)
+        until = Until90(task, every=20 * max(1, steps // 500))
         until.trainer = trainer
         trainer.add_callback(until)
-        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
         after = evaluate(trainer, task)
     return {
         "seed": seed,
@@ -299,15 +368,20 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
         "after": after,
         "steps_to_90": until.steps,
         "seconds_to_90": until.seconds,
-        "seconds": seconds,
+        "seconds": until.total,
+        "sampled_batches": -(-steps // trainer.args.num_iterations),
         "curve": until.curve,
+        "curve_without": until.curve_without,
     }
 
 
 def print_run(result: dict) -> None:
     """A line for each condition."""
     before, after = result["before"], result["after"]
-    print(f"seed {result['seed']}: 90% after {result['steps_to_90']} steps, {result['seconds']:.0f} s in all")
+    print(
+        f"seed {result['seed']}: 90% after {result['steps_to_90']} steps; {result['sampled_batches']} batches of thoughts, "
+        f"{result['seconds']:.0f} s of the processor in training"
+    )
     print("  condition   accuracy before → after [95% interval]     NLL before → after")
     for name, accuracy in before["accuracy"].items():
         low, high = after["accuracy_interval"][name]
@@ -315,17 +389,21 @@ def print_run(result: dict) -> None:
             f"  {name:<10} {accuracy:>10.3f} → {after['accuracy'][name]:.3f} [{low:.3f}, {high:.3f}]"
             f" {before['nll'][name]:>15.3f} → {after['nll'][name]:.3f}"
         )
-    print(f"  right chains {before['right_chains']:.3f} → {after['right_chains']:.3f}")
+    print(f"  right chains {_number(before['right_chains'])} → {_number(after['right_chains'])}")
     for when, measured in (("before", before), ("after", after)):
         theater = measured["anti_theater"]
         values = ", ".join(
-            f"{name} {'undefined' if theater[name] is None else format(theater[name], '.3f')}"
+            f"{name} {_number(theater[name])}"
             for name in ("divergence", "ablation", "correlation", "content_gain", "content_gain_low")
         )
         print(
             f"  anti-theater {when}: {'passed' if measured['anti_theater_passed'] else 'failed'} ({values})",
             flush=True,
         )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def parse(value: str):
@@ -352,12 +430,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--task", choices=TASKS, default="easy")
     parser.add_argument("--sabotage", choices=SABOTAGES)
+    parser.add_argument("--recipe", type=Path, help="a recipe whose method is taken, at this benchmark's scale")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of QuietStarConfig")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     if arguments.sabotage == "no_thought_needed":
         task = Task(task.terms, task.right_chains, needs_thought=False)
-    options = {name: parse(value) for name, value in (option.split("=", 1) for option in arguments.set)}
+    options = recipe_options(arguments.recipe, task, arguments.steps) if arguments.recipe else {}
+    options |= {name: parse(value) for name, value in (option.split("=", 1) for option in arguments.set)}
     results = []
     for seed in arguments.seeds:
         model = pretrain(task, seed, arguments.pretraining_steps)
@@ -365,6 +445,7 @@ def main() -> None:
         print_run(results[-1])
     if arguments.output:
         settings = {name: getattr(arguments, name) for name in ("task", "steps", "sabotage", "pretraining_steps")}
+        settings["recipe"] = arguments.recipe and str(arguments.recipe)
         arguments.output.write_text(json.dumps({**settings, "options": options, "seeds": results}, indent=2))
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run and say what they promise to, at a size that proves nothing else."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from .tiny import sums
 from .training import saved_model
 
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 CONDITIONS = {"none", "with", *CONTROLS} - {"real"}
 
 
@@ -48,6 +50,39 @@ def test_learning_reports_every_number(flags, argv, tmp_path, monkeypatch):
                 low, high = measured["accuracy_interval"][name]
                 assert 0 <= low <= value <= high <= 1
             assert measured["anti_theater_passed"] is False
+
+
+def test_learning_takes_the_method_of_a_recipe(argv, tmp_path, monkeypatch):
+    """A curriculum's stages are scaled, further settings win, and its last stage is reached and measured."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    recipe = ("--recipe", str(RECIPES / "fast_quietstar.yaml"), "--set", "policy_temperature=3.0")
+    argv("--seeds", "0", "--steps", "5", "--output", str(tmp_path / "out.json"), *recipe)
+    learning.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    options, (run,) = result["options"], result["seeds"]
+    assert result["recipe"].endswith("fast_quietstar.yaml") and options["policy_temperature"] == 3
+    lengths = [changes.get("thought_length") for changes in options["curriculum"].values()]
+    assert lengths == [4, 3, 2, None] and list(options["curriculum"]) == ["0", "1", "2", "3"]
+    assert run["sampled_batches"] == 5 and run["seconds"] > 0
+    assert run["before"]["right_chains"] is not None and run["after"]["right_chains"] is None
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_has_a_method(path):
+    """Nothing of a recipe's scale comes along, and what does is a configuration of this benchmark."""
+    options = learning.recipe_options(path, learning.Task(), 300)
+    assert not learning.SCALE & set(options)
+    args = learning.configuration(learning.Task(), "out", 0, 300, **options)
+    assert args.max_steps == 300 and args.thought_length == 4 and args.talk_length == 1
+    assert args.muon_learning_rate in (None, learning.MUON_LEARNING_RATE)
+
+
+def test_plain_training_is_measured_too(monkeypatch):
+    """The control has no thoughts in training, and accuracies all the same."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    task = learning.Task()
+    result = learning.run(task, learning.pretrain(task, 0, 2), 0, 1, {"thought_positions": "none"})
+    assert set(result["after"]["accuracy"]) == CONDITIONS and not result["after"]["anti_theater_passed"]
 
 
 def test_the_language_is_what_it_says():
