@@ -22,7 +22,16 @@ RECIPES = ("quietstar", "fast_quietstar", "rlp", "latro", "iss007")
 # of the machine, the data and the files, not of the method
 NOT_METHOD = {
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
-    *("curriculum", "branch_batch_size", "save_steps", "save_total_limit", "load_best_model_at_end", "eval_strategy"),
+    *(
+        "max_eval_samples",
+        "logging_steps",
+        "curriculum",
+        "branch_batch_size",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "eval_strategy",
+    ),
 }
 
 
