@@ -101,3 +101,11 @@ def test_a_thought_ends_at_the_token_that_completes_the_string(kind, tmp_path):
     assert ended.count(True) == 1
     upto = tokenizer.decode(ids[: ended.index(True) + 1])
     assert "us" in upto and "6" not in upto
+
+
+def test_a_stop_string_needs_a_tokenizer_that_decodes():
+    """One that drops what it does not know cannot look for strings, and is refused by name."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match="thought_stop_string.*'b'.*min_thought_length"):
+        thought_end(PreTrainedTokenizerFast(tokenizer_object=backend), "b")

@@ -114,8 +114,17 @@ def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> 
 
     Returns:
         `Callable` from thoughts so far, of shape `(rows, length)`, to a bool of shape `(rows,)`.
+
+    Raises:
+        `ValueError`: if the string cannot be told from the tokenizer's tokens.
     """
-    criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
+    try:
+        criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
+    except ValueError as error:  # it puts letters before each token and looks for them in what is decoded
+        raise ValueError(
+            f"`thought_stop_string` is {stop_string!r}, but this tokenizer does not decode what it was given, so that no "
+            "string can be looked for; leave it out and set `min_thought_length`, at which the EOS token ends a thought."
+        ) from error
     eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
     def ends(token_ids: torch.Tensor) -> torch.Tensor:
