@@ -341,7 +341,23 @@ def test_stages_are_checked_before_the_first(stages, message, tmp_path):
         tiny_args(tmp_path, curriculum=stages, advantage_baseline="leave_one_out")
 
 
-def test_the_longest_stage_must_fit(tmp_path):
-    """A later stage with thoughts that the model has no positions for is refused at the start."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(curriculum={"3": {"thought_length": 126}}),
+        dict(thought_length=126, curriculum={"3": {"thought_length": 2}}),
+    ],
+    ids=["a later one", "before the first"],
+)
+def test_the_longest_stage_must_fit(options, tmp_path):
+    """Thoughts that the model has no positions for are refused at the start, in a stage or before the first."""
     with pytest.raises(ValueError, match="thought_length.*126"):
-        tiny_trainer(tmp_path, curriculum={"3": {"thought_length": 126}})
+        tiny_trainer(tmp_path, **options)
+
+
+def test_a_curriculum_stays_as_it_was_given(tmp_path):
+    """Values in words are read, and what the user passed is left alone."""
+    stages = {"2": {"talk_length": "1", "thought_positions": "0.5"}}
+    args = tiny_args(tmp_path, curriculum=stages)
+    assert args.enter_stage(2) and (args.talk_length, args.thought_positions) == (1, 0.5)
+    assert stages == {"2": {"talk_length": "1", "thought_positions": "0.5"}}

@@ -19,9 +19,7 @@ PREFIX = "quietstar_"  # of the implementation's name, before the one it stands 
 EAGER = "eager_attention_forward"  # which each family has of its own
 CHUNK_ELEMENTS = 2**20  # attention scores held at once
 CHUNK_BRANCHES = 64  # branches of a chunk: a shorter one skips more text that none of its branches sees
-CHUNK_SLOTS = (
-    256  # new slots of a branch that attend at once, so that memory grows with a long thought and not with its square
-)
+CHUNK_SLOTS = 256  # new slots of a branch that attend at once: memory grows with a thought and not with its square
 
 
 @dataclass

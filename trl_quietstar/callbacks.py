@@ -1,4 +1,5 @@
-"""What happens on a schedule beside training: anti-theater validation, and what a failed one does."""
+"""What happens beside a training step: a curriculum's stages, anti-theater validation and what a failed one does, and an
+end to epochs without a step."""
 
 from pathlib import Path
 

@@ -503,7 +503,7 @@ class QuietStarConfig(_BaseConfig):
         if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
             raise ValueError(f"`curriculum` is {stages!r}; give a mapping from steps to mappings of fields to values.")
         try:
-            self._stages = sorted((int(step), changes) for step, changes in stages.items())
+            self._stages = sorted(((int(step), dict(changes)) for step, changes in stages.items()), key=lambda x: x[0])
         except ValueError:
             raise ValueError(f"`curriculum` has the steps {list(stages)}; a stage begins at a whole number.") from None
         if self._stages and self._stages[0][0] < 0:
@@ -513,14 +513,17 @@ class QuietStarConfig(_BaseConfig):
             raise ValueError(
                 f"`curriculum` changes {', '.join(unknown)}; a stage may change {', '.join(STAGE_FIELDS)} only."
             )
+        for _, changes in self._stages:
+            for name, parse in (("thought_positions", _parse_positions), ("talk_length", _parse_talk_length)):
+                if name in changes:
+                    changes[name] = parse(changes[name])
         self._before_stages = {name: getattr(self, name) for name in STAGE_FIELDS}
         for step, _ in self._stages:
             self.enter_stage(step)
             self._check_types(STAGE_FIELDS)
             self._check_options()
-        self.longest_thought = max(
-            [self.thought_length] + [self._at(step)["thought_length"] for step, _ in self._stages]
-        )
+        steps = (0, *(step for step, _ in self._stages))
+        self.longest_thought = max(self._at(step)["thought_length"] for step in steps)
         self.enter_stage(0)
 
     def _at(self, step: int) -> dict:
@@ -533,8 +536,6 @@ class QuietStarConfig(_BaseConfig):
     def enter_stage(self, step: int) -> bool:
         """Sets the fields of the curriculum to what they are at an optimizer step; whether any changed."""
         values = self._at(step)
-        values["thought_positions"] = _parse_positions(values["thought_positions"])
-        values["talk_length"] = _parse_talk_length(values["talk_length"])
         changed = any(getattr(self, name) != value for name, value in values.items())
         vars(self).update(values)
         return changed

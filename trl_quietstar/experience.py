@@ -48,6 +48,10 @@ class Experience:
         """Mask of shape `(B, J, G)`: thoughts that were written."""
         return self.thoughts.positions.mask[..., None].expand_as(self.rewards)
 
+    def counts(self, text: Text) -> TokenCounts:
+        """What the objective's means are taken over in this batch, whose text is given."""
+        return TokenCounts.of(self.thoughts.mask, self.talk_mask, text.predicted())
+
 
 @torch.no_grad()
 def experience_of(
@@ -157,7 +161,7 @@ def unflat(tensors: dict[str, torch.Tensor]) -> list[Experience]:
 @dataclass(frozen=True)
 class StepPart:
     """
-    A batch's place in its optimizer step, which comes with its inputs.
+    A batch's place in its optimizer step.
 
     Parameters:
         rows (`list[int]`):

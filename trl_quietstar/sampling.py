@@ -331,9 +331,8 @@ class ThoughtSampler:
                 sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws, self.greatest)
             )
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
-        longest = self.greatest(
-            max(int(mask.sum(-1).max()), 1)
-        )  # where all thoughts ended early, no slot is kept for more
+        # where all thoughts ended early, no slot is kept for more
+        longest = self.greatest(max(int(mask.sum(-1).max()), 1))
         return Thoughts(positions, token_ids[..., :longest], mask[..., :longest])
 
     def sample_in_graph(

@@ -345,8 +345,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             (experience,) = self._finish_advantages([experience], reduce)
             if mode == "train" and args.num_iterations > 1:
                 self._experiences.append(experience)
-        own = TokenCounts.of(experience.thoughts.mask, experience.talk_mask, text.predicted())
-        counts = part.counts or TokenCounts.total([own], reduce)
+        counts = part.counts or TokenCounts.total([experience.counts(text)], reduce)
         loss, terms = quietstar_loss(
             scores.thought_logps,
             scores.thought_entropies,
@@ -446,12 +445,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
 
     def _counts(self, text: Text, part: StepPart) -> TokenCounts:
         """Tokens of a batch, some of which are known before its thoughts are."""
-        thoughts = part.experience.thoughts if part.experience else part.thoughts
-        if thoughts is None:
+        if part.experience is not None:
+            return part.experience.counts(text)
+        if part.thoughts is None:
             positions = self._sampler(part, "train").positions(text)
             mask = positions.mask[..., None, None].expand(-1, -1, self.args.num_thoughts, self.args.thought_length)
         else:
-            positions, mask = thoughts.positions, thoughts.mask
+            positions, mask = part.thoughts.positions, part.thoughts.mask
         talk_mask = talk_after(text, positions, self._talk_length(text)).target_mask[:, :, None]
         return TokenCounts.of(mask, talk_mask, text.predicted())
 
