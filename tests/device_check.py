@@ -1,0 +1,380 @@
+"""Does the package run on a GPU, how often does the host wait for it, and how many kernels does it launch? Without one.
+
+    python -m tests.device_check                                   # all scenarios but the launches of large models
+    python -m tests.device_check train/default generate --lines    # the waits and kernels of each line
+    python -m tests.device_check train --float64 refused           # as on Apple's MPS
+    python -m tests.device_check launches/llama-1b --lines         # of one layer more, and of all 16
+    python -m tests.device_check --output figures.json
+
+It runs on a faked device (`fake_device`), whose numbers are those of the CPU. Figures are of a steady step of training, without
+logging; of a generated token; or of a call. In `launches` floating-point numbers are not computed, only their shapes, and hidden
+sizes are small, on which no count depends: two runs, of one layer and of two, tell what 16 launch.
+
+The exit code is 1 if a scenario fails.
+"""
+
+from .fake_device import DEVICE, Device, install  # isort: skip  # before PyTorch
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
+)
+os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", CUDA_VISIBLE_DEVICES="0")
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from trl_quietstar import QuietStarForCausalLM, lm_head  # noqa: E402
+from trl_quietstar.cli import main as command  # noqa: E402
+from trl_quietstar.harness import QuietStarLM  # noqa: E402
+
+from .test_generation import padded, prompts, thinking_model  # noqa: E402
+from .tiny import byte_tokenizer  # noqa: E402
+from .training import plain_model, saved_model, text_data, tiny_trainer  # noqa: E402
+
+
+LAUNCHES = "launches/"
+COMMON = dict(use_cpu=False, dataloader_pin_memory=False, max_steps=2, logging_steps=1000)
+SMALL = dict(thought_positions="all", num_thoughts=2)
+STAGES = {
+    "0": {"thought_length": 3},
+    "1": {"thought_length": 2, "distillation_coefficient": 1.0},
+    "2": {"thought_positions": "none"},
+}
+RUNS: dict[str, dict] = {
+    "default": {},
+    "logging": dict(logging_steps=1),
+    "thought": dict(reward_prediction="thought"),
+    "difficulty": dict(thought_positions="difficulty", difficulty_threshold=0.1),
+    "random": dict(thought_positions=3),
+    "fraction": dict(thought_positions=0.3),
+    "prompt_end": dict(thought_positions="prompt_end", talk_length="completion", completions=True),
+    "packing": dict(packing=True, max_length=48),
+    "groups": dict(branch_batch_size=4),
+    "single_pass": dict(single_pass=True),
+    "two_passes": dict(single_pass=False),
+    "checkpointing": dict(gradient_checkpointing=True),
+    "kl": dict(beta=0.1, sync_ref_model=True, ref_model_sync_steps=1),
+    "reference": dict(no_thought_model="reference", max_length=None),
+    "lora": dict(peft_config=True, beta=0.1),
+    "stop": dict(thought_stop_string="1", min_thought_length=2, unfinished_thought_penalty=0.1),
+    "warpers": dict(top_k=5, top_p=0.9, min_p=0.01, temperature=0.7),
+    "accumulation": dict(gradient_accumulation_steps=2, thought_stop_string="1", normalize_advantages=True),
+    "iterations": dict(num_iterations=2),
+    "curriculum": dict(curriculum=STAGES, max_steps=3),
+    "baselines": dict(advantage_baseline="both", value_head_type="transformer", positive_advantages_only=True),
+    "replay": dict(thought_path="replay"),
+    "optimizers": dict(muon_learning_rate=1e-3, grokfast_lambda=0.1),
+    "fp16": dict(fp16=True),
+    "gpt2": dict(model="gpt2"),
+    "windows": dict(model="mistral-window"),
+    "mixture": dict(model="mixtral", router_aux_loss_coef=0.01),
+    "log_thoughts": dict(log_thoughts=True),
+    "full_determinism": dict(full_determinism=True),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """
+    What was counted.
+
+    Parameters:
+        waits, kernels (`Counter`):
+            By line, and of waits by operation.
+        unit (`str`):
+            Of what: `"step"`, `"token"` or `"call"`.
+    """
+
+    waits: Counter
+    kernels: Counter
+    unit: str = "call"
+
+    @classmethod
+    def now(cls, unit: str = "call") -> "Counts":
+        """Since the last reset."""
+        return cls(Counter(Device.waits), Counter(Device.kernels), unit)
+
+    def plus(self, other: "Counts", factor: float = 1) -> "Counts":
+        """With as much of another; those of no difference are left out."""
+        pairs = ((self.waits, other.waits), (self.kernels, other.kernels))
+        sums = ({key: a[key] + factor * b[key] for key in a | b} for a, b in pairs)
+        return Counts(*(Counter({key: n for key, n in x.items() if n}) for x in sums), self.unit)
+
+    def times(self, factor: float) -> "Counts":
+        """Of so many."""
+        return Counts(Counter(), Counter(), self.unit).plus(self, factor)
+
+
+class LastStep(transformers.TrainerCallback):
+    """Counts from the end of the last step but one to the end of the last."""
+
+    counts: Counts
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            Device.reset()
+        elif state.global_step == state.max_steps:
+            self.counts = Counts.now("step")
+
+
+def train(name: str | None = None, model=None, peft_config: bool = False, completions: bool = False, **options):
+    """A scenario: two steps, whose second is counted."""
+
+    def act(folder: Path) -> Counts:
+        made = plain_model(model) if isinstance(model, str) else model
+        own = {"peft_config": peft.LoraConfig(target_modules="all-linear", lora_dropout=0.1)} if peft_config else {}
+        own |= {"data": completed()} if completions else {}
+        last = LastStep()
+        trainer = tiny_trainer(folder, made, callbacks=[last], **{**COMMON, **SMALL, **own, **options})
+        trainer.train()
+        assert trainer.accelerator.device.type == "cuda" and trainer.args.bf16 == (not options.get("fp16"))
+        return last.counts
+
+    return act
+
+
+def completed() -> Dataset:
+    pairs = [(f"{a} plus 1 is", f" {a + 1} .") for a in range(32)]
+    return Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+
+
+def launches(layers: int, shape: dict, texts: int, length: int, **options):
+    """A scenario: a step of a Llama of so many layers, from one of one and one of two."""
+
+    def step(folder: Path, layers: int) -> Counts:
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**shape, num_hidden_layers=layers, eos_token_id=0, max_position_embeddings=1024)
+        )
+        ids = torch.randint(1, shape["vocab_size"], (texts, length), generator=torch.Generator().manual_seed(0))
+        data = Dataset.from_dict(
+            {"input_ids": [*ids[:, :16].tolist(), *ids.tolist()]}
+        )  # the first step is not counted
+        own = dict(per_device_train_batch_size=texts, max_length=length, model=model, **options)
+        own["train_sampling_strategy"] = "sequential"
+        last = LastStep()
+        trainer = tiny_trainer(folder, data=data, callbacks=[last], **{**COMMON, **own})
+        Device.hollow = True  # after the start-up check
+        try:
+            trainer.train()
+        finally:
+            Device.hollow = False
+            lm_head._scratch.clear()  # tiles that are kept would be hollow in the next start-up check
+        return last.counts
+
+    def act(folder: Path) -> Counts:
+        one, two = (step(folder / str(count), count) for count in (1, 2))
+        return one.plus(two.plus(one, -1), layers - 1)
+
+    return act
+
+
+LLAMA_1B = dict(
+    vocab_size=128_256, hidden_size=64, intermediate_size=64, num_attention_heads=32, num_key_value_heads=8
+)
+SMALL_LLAMA = dict(
+    vocab_size=32_000, hidden_size=16, intermediate_size=16, num_attention_heads=8, num_key_value_heads=4
+)
+OF_1B = dict(
+    layers=16,
+    shape=LLAMA_1B,
+    texts=8,
+    length=512,
+    thought_positions=64,
+    num_thoughts=4,
+    thought_length=16,
+    talk_length=8,
+)
+OF_ALL = dict(
+    layers=2, shape=SMALL_LLAMA, texts=1, length=256, thought_positions="all", thought_length=7, talk_length=4
+)
+OF_ALL |= dict(num_thoughts=1)
+
+
+def evaluate(folder: Path) -> Counts:
+    evaluation = text_data(6, 90)
+    trainer = tiny_trainer(folder, evaluation=evaluation, report_thoughts=True, **{**COMMON, **SMALL})
+    trainer.train()
+    Device.reset()
+    trainer.evaluate()
+    return Counts.now()
+
+
+def validate(folder: Path) -> Counts:
+    trainer = tiny_trainer(folder, evaluation=text_data(6, 90), **{**COMMON, **SMALL})
+    trainer.train()
+    Device.reset()
+    trainer.validate_thoughts()
+    return Counts.now()
+
+
+def resume(folder: Path) -> Counts:
+    options = {**COMMON, **SMALL, **dict(save_strategy="steps", save_steps=1, num_iterations=2)}
+    tiny_trainer(folder, **{**options, "max_steps": 3}).train()
+    last = LastStep()
+    trainer = tiny_trainer(folder, callbacks=[last], **{**options, "max_steps": 5})
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    return last.counts
+
+
+def generate(name: str = "llama", **options):
+    """A scenario: a token, from the difference of two runs."""
+
+    def run(model, inputs: dict, count: int) -> Counts:
+        own = dict(options)
+        if own.pop("stream", False):
+            inputs = {key: value[1:] for key, value in inputs.items()}
+            streams = [transformers.TextStreamer(byte_tokenizer()) for _ in range(2)]
+            own |= {"streamer": streams[0], "thought_streamer": streams[1]}
+        if own.pop("stops", False):
+            own |= {"stop_strings": ["no such"], "tokenizer": byte_tokenizer()}
+        Device.reset()
+        own |= {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
+        model.generate(**inputs, **{"do_sample": False, **own})
+        return Counts.now("token")
+
+    def act(folder: Path) -> Counts:
+        model = thinking_model(name).to(DEVICE)
+        model.branches_in_cache  # noqa: B018  # the start-up check
+        inputs = {key: value.to(DEVICE) for key, value in padded(prompts(5, 9)).items()}
+        few, more = (run(model, inputs, count) for count in (3, 9))
+        return more.plus(few, -1).times(1 / 6)
+
+    return act
+
+
+def score(**options):
+    def act(folder: Path) -> Counts:
+        model = thinking_model().to(DEVICE)
+        model.thought_path  # noqa: B018
+        inputs = {key: value.to(DEVICE) for key, value in padded(prompts(5, 9)).items()}
+        Device.reset()
+        model.log_likelihoods(**inputs, **options)
+        return Counts.now()
+
+    return act
+
+
+def inspect(folder: Path) -> Counts:
+    (folder / "text.txt").write_text("3 plus 4 is 7 .")
+    flags = ("--thought_length", "3", "--thought_positions", "all")
+    files = ("--model", saved_model(folder / "model"), "--text", str(folder / "text.txt"))
+    Device.reset()
+    assert command(["inspect", *files, "--output", str(folder / "page.html"), *flags]) == 0
+    return Counts.now()
+
+
+def harness(folder: Path) -> Counts:
+    model = QuietStarForCausalLM.from_pretrained(saved_model(folder / "plain"))
+    model.save_pretrained(folder / "thinker")
+    byte_tokenizer().save_pretrained(folder / "thinker")
+    lm = QuietStarLM(str(folder / "thinker"), batch_size=2)
+    assert lm.device.type == "cuda"
+    Device.reset()
+    lm._loglikelihood_tokens([(("a", "b"), [1, 2, 3], [4, 5]), (("c", "d"), [1, 2], [6])], disable_tqdm=True)
+    ids = torch.tensor([[1, 2, 3]], device=DEVICE)
+    lm._model_generate(ids, 8, ["."], attention_mask=torch.ones_like(ids), do_sample=False)
+    return Counts.now()
+
+
+SCENARIOS = {
+    **{f"train/{name}": train(**options) for name, options in RUNS.items()},
+    "evaluate": evaluate,
+    "validate": validate,
+    "resume": resume,
+    "generate/greedy": generate(),
+    "generate/sample": generate(do_sample=True, return_thoughts=True),
+    "generate/adaptive": generate(think="adaptive", think_every=3, thinking_threshold=0.1),
+    "generate/stream": generate(stream=True),
+    "generate/stops": generate(stops=True),
+    "generate/replay": generate("mamba"),
+    "score": score(),
+    "score/adaptive": score(think="adaptive", thinking_threshold=0.1),
+    "inspect": inspect,
+    "lm-eval": harness,
+    "launches/llama-1b": launches(**OF_1B, single_pass=True),
+    "launches/llama-1b-two-passes": launches(**OF_1B, single_pass=False),
+    "launches/llama-1b-groups": launches(**OF_1B, branch_batch_size=82),
+    "launches/all-positions": launches(**OF_ALL),
+}
+
+
+def run(act, trace: bool) -> tuple[Counts | None, str | None]:
+    """What a scenario counted, or why it failed."""
+    Device.reset()
+    torch.manual_seed(0)
+    counts = error = None
+    with tempfile.TemporaryDirectory() as folder, Device(), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            counts = act(Path(folder))
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {str(raised)[:800]}"
+            if trace:
+                traceback.print_exc()
+    torch.use_deterministic_algorithms(False)
+    return counts, error or "; ".join(Device.mixed) or None
+
+
+def show_lines(counts: Counts) -> None:
+    for (where, what), times in counts.waits.most_common():
+        print(f"    {times:9.1f} waits   {where:28} {what}")
+    for where, times in counts.kernels.most_common(40):
+        print(f"    {times:9.1f} kernels {where}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="scenarios, or beginnings of their names")
+    parser.add_argument("--lines", action="store_true", help="waits and kernels by line")
+    parser.add_argument("--trace", action="store_true", help="tracebacks of failures")
+    parser.add_argument("--float64", choices=("taken", "refused"), default="taken", help="by the device")
+    parser.add_argument("--output", type=Path, help="for the figures, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    install()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    Device.refuses_float64 = options.float64 == "refused"
+    wanted = options.names or [name for name in SCENARIOS if not name.startswith(LAUNCHES)]
+    figures, start = {}, time.perf_counter()
+    for name, act in SCENARIOS.items():
+        if not any(name.startswith(beginning) for beginning in wanted):
+            continue
+        began = time.perf_counter()
+        counts, error = run(act, options.trace)
+        figures[name] = {"error": error}
+        line = f"{name:28} {time.perf_counter() - began:5.1f} s"
+        if counts is not None:
+            waits, kernels = sum(counts.waits.values()), sum(counts.kernels.values())
+            figures[name] |= {"waits": waits, "kernels": kernels, "unit": counts.unit}
+            line += f" {waits:7.1f} waits {kernels:9,.0f} kernels a {counts.unit}"
+        print(line if error is None else f"{line}\n    {error}", flush=True)
+        if options.lines and counts is not None:
+            show_lines(counts)
+        if options.output:
+            options.output.write_text(json.dumps(figures, indent=2))
+    failed = [name for name, found in figures.items() if found["error"]]
+    print(
+        f"{len(failed)} of {len(figures)} failed, {time.perf_counter() - start:.0f} s: {', '.join(failed) or 'none'}"
+    )
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

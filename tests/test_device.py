@@ -1,0 +1,63 @@
+"""What runs on a GPU, by a faked one: nothing fails there, the host seldom waits, and few kernels are launched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_COMPILER = "the hooks of the faked device are compiled with `g++`, which this machine does not have"
+# most waits of the host for the device, in a steady step, or a generated token for two rows
+WAITS = {"train/default": 69, "train/single_pass": 69, "train/groups": 81, "generate/greedy": 19}
+# most kernels of the same, and of a step of the shapes that docs/results.md counts
+KERNELS = {"train/default": 3_945, "generate/greedy": 900, "launches/all-positions": 17_920}
+QUICK = (
+    "train/default",
+    "train/single_pass",
+    "train/groups",
+    "train/lora",
+    "generate/greedy",
+    "score",
+    "launches/all",
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason=WITHOUT_COMPILER)
+
+
+def figures(folder: Path, *arguments: str) -> dict[str, dict]:
+    """What the scenarios came to, in a process of their own: the faked device comes before PyTorch."""
+    file = folder / "figures.json"
+    command = [sys.executable, "-m", "tests.device_check", *arguments, "--output", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert file.exists(), found.stderr[-3000:]
+    return json.loads(file.read_text())
+
+
+def check(found: dict[str, dict]) -> None:
+    """Nothing fails, and no figure is above its limit."""
+    assert {name: x["error"] for name, x in found.items() if x["error"]} == {}
+    for kind, limits in (("waits", WAITS), ("kernels", KERNELS)):
+        measured = {name: x[kind] for name, x in found.items() if name in limits}
+        assert all(value <= limits[name] for name, value in measured.items()), f"{kind}: {measured}, limits {limits}"
+
+
+def test_what_users_do_most(tmp_path):
+    check(figures(tmp_path, *QUICK))
+
+
+@pytest.mark.slow
+def test_everything(tmp_path):
+    found = figures(tmp_path)
+    assert {"train/default", "evaluate", "generate/greedy", "score", "inspect", "lm-eval"} <= found.keys()
+    check(found)
+
+
+@pytest.mark.slow
+def test_large_models(tmp_path):
+    check(figures(tmp_path, "launches"))
