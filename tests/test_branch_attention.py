@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_quietstar import branch_attention
-from trl_quietstar.branch_attention import _Attend
+from trl_quietstar.branch_attention import _Attend, _Layout
 from trl_quietstar.paths import Replay, SharedPrefix
 from trl_quietstar.sampling import ThoughtSampler
 from trl_quietstar.scoring import ScoreRequest, score
@@ -66,8 +66,8 @@ def test_it_is_a_softmax_over_text_and_own_slots(kind, chunk):
     spans = [
         (int(a.min()), int(max(a.min(), b.max()))) for a, b in zip(lows.split(chunk), highs.split(chunk), strict=True)
     ]
-    layout = (first, last, slots, [(min(low, T - 1), high) for low, high in spans], chunk, options.get("softcap"))
-    ours = _Attend.apply(*tensors, sinks, layout)
+    layout = _Layout(first, last, slots, [(min(low, T - 1), high) for low, high in spans], chunk)
+    ours = _Attend.apply(*tensors, sinks, layout, options.get("softcap"))
     oracle = dense(*tensors, sinks, first, last, slots, options.get("softcap"))
     torch.testing.assert_close(ours, oracle)
     wanted = [*tensors, *([sinks] if sinks is not None else [])]
@@ -156,3 +156,24 @@ def test_other_families_too(name, slots, monkeypatch):
     for field in FIELDS:
         assert_same(ours[field].double(), oracle[field].double(), field, 1e-4)
     assert_same_gradients(our_gradients, gradients, 1e-3)
+
+
+def test_chunks_fill_the_device():
+    """A CPU's fit its cache; another device gets as much as keeps it busy, whatever the number of branches."""
+    sizes = [branch_attention.chunk_size(64, 1024, torch.device(kind)) for kind in ("cpu", "cuda")]
+    assert sizes == [16, 1024] and branch_attention.chunk_size(2, 8, torch.device("cpu")) == 64
+
+
+def test_masks_are_made_once_for_all_layers(monkeypatch):
+    """And once more for layers with a window."""
+    made = []
+    unseen = branch_attention._Layout.unseen.func
+    monkeypatch.setattr(branch_attention._Layout, "unseen", property(lambda self: made.append(self) or unseen(self)))
+    for name, kinds in (("llama", 1), ("gemma2", 2)):
+        model, made[:] = family_model(name), []
+        with torch.no_grad():
+            thoughts = ThoughtSampler(sampling(), generators(mixed_text(300)), 0.7).sample(
+                model, mixed_text(300), SharedPrefix()
+            )
+        steps = thoughts.mask.shape[3]
+        assert (len(set(map(id, made))), len(made)) == (kinds * steps, 2 * steps)

@@ -1,9 +1,11 @@
 """Token statistics tile by tile against the whole vocabulary at once, forward and backward."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_quietstar import lm_head
 from trl_quietstar.lm_head import prediction_statistics, token_statistics
@@ -129,3 +131,69 @@ def test_a_token_is_drawn_where_the_cumulative_probability_passes_u(size):
     cumulative = probs.cumsum(-1)
     expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
     assert (drawn[3:] == expected[3:]).all()
+
+
+def statistics_of(seed: int) -> torch.Tensor:
+    """Log-probabilities of rows whose number and values depend on the seed."""
+    model, generator = model_with("softcap"), torch.Generator().manual_seed(seed)
+    hidden = torch.randn(50 + seed, H, generator=generator, dtype=torch.float64)
+    targets = torch.arange(50 + seed) % V
+    return token_statistics(model, hidden, targets, torch.ones_like(targets, dtype=torch.bool)).logps
+
+
+def test_threads_write_into_tiles_of_their_own():
+    """As many at once as alone."""
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        expected = [statistics_of(seed) for seed in range(16)]
+        for found, alone in zip(pool.map(torch.no_grad()(statistics_of), range(16)), expected, strict=True):
+            assert torch.equal(found, alone)
+
+
+def test_a_tile_of_inference_mode_is_written_to_outside_of_it():
+    """Whichever comes first, in a thread that has no tiles yet."""
+
+    def first_in_inference_mode():
+        with torch.inference_mode():
+            inside = statistics_of(900)
+        return inside.clone(), statistics_of(900)
+
+    with ThreadPoolExecutor(1) as pool:
+        inside, outside = pool.submit(first_in_inference_mode).result()
+    assert torch.equal(inside, outside)
+
+
+class _Casts(TorchDispatchMode):
+    """Shapes of the tensors that were cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_head_is_cast_once_and_not_tile_by_tile():
+    """Under autocast: once forward, once backward; the gradient is that of float32 as far as bf16 goes."""
+    head, hidden = torch.nn.Linear(H, V, bias=False), torch.randn(9, H, requires_grad=True)
+    config = SimpleNamespace(model_type="test")
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+    targets, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    grads = []
+    for enabled in (True, False):
+        with _Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logps = token_statistics(model, hidden, targets, mask).logps
+            grads.append(torch.autograd.grad(logps.sum(), [hidden, head.weight]))
+        assert casts.shapes.count((V, H)) == (2 if enabled else 0)
+        assert not any(len(shape) == 2 and shape[0] <= 8 and shape[1] == H for shape in casts.shapes)
+    for low, full in zip(*grads, strict=True):
+        torch.testing.assert_close(low, full, rtol=0.05, atol=0.05)
+
+
+def test_tiles_fill_the_device():
+    """A CPU's fit its cache; another device gets as much as keeps it busy."""
+    sizes = [lm_head._tile_elements(torch.device(kind)) for kind in ("cpu", "cuda", "mps")]
+    assert sizes == [lm_head.TILE_ELEMENTS, lm_head.GPU_TILE_ELEMENTS, lm_head.GPU_TILE_ELEMENTS]

@@ -6,6 +6,7 @@ dispatches its attention through Transformers' `AttentionInterface`, as an imple
 did ([`enable`]) until a forward brings a [`TextReading`] or a [`BranchReading`].
 """
 
+import functools
 import sys
 from dataclasses import dataclass, field
 
@@ -17,8 +18,9 @@ from .softcap import cap_, slope, times_
 
 PREFIX = "quietstar_"  # of the implementation's name, before the one it stands in for
 EAGER = "eager_attention_forward"  # which each family has of its own
-CHUNK_ELEMENTS = 2**20  # attention scores held at once
-CHUNK_BRANCHES = 64  # branches of a chunk: a shorter one skips more text that none of its branches sees
+CHUNK_ELEMENTS = 2**20  # attention scores held at once on a CPU, so that they stay in its cache
+CHUNK_BRANCHES = 64  # branches of a chunk there: a shorter one skips more text that none of its branches sees
+GPU_CHUNK_ELEMENTS = 2**26  # the same on any other device, which needs that much to be busy (256 MB in float32)
 CHUNK_SLOTS = 256  # new slots of a branch that attend at once: memory grows with a thought and not with its square
 
 
@@ -75,6 +77,8 @@ class BranchReading:
             How many positions a new slot is ahead of text index 0; for the same.
         keep (`bool`):
             Whether more slots will follow.
+        layouts (`dict`):
+            A [`_Layout`] for each sliding window and first new slot, which layers share.
     """
 
     memory: TextMemory
@@ -87,6 +91,7 @@ class BranchReading:
     positions: torch.Tensor
     ahead: torch.Tensor
     keep: bool
+    layouts: dict[tuple[int | None, int], "_Layout"] = field(default_factory=dict)
 
     def attend(self, attention, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         if dropout:
@@ -99,35 +104,40 @@ class BranchReading:
         if module in self.own or self.keep:
             key, value = self._joined(module, (key, value))
         window = kwargs.get("sliding_window")
-        slots, first = self.slots, self.first[..., None]
-        if window is not None:
-            slots = slots & (self.positions[:, :, -Q:, None] - self.positions[:, :, None] < window)
-            first = torch.maximum(first, self.ahead - window + 1)
         query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         query = query.unflatten(2, (N, Q)).unflatten(1, (key.shape[1], -1))  # (B, heads, groups, N, Q, D)
         parts = []
         for start in range(0, Q, CHUNK_SLOTS):
-            new = slice(start, min(start + CHUNK_SLOTS, Q))
-            own = slice(slots.shape[3] - Q + new.stop)  # no slot sees later ones
+            layout = self._layout(window, start)
+            new = slice(start, start + layout.slots.shape[2])
+            own = slice(layout.slots.shape[3])
             out = _Attend.apply(
-                query[..., new, :].transpose(2, 3).flatten(3, 4),
+                query[..., new, :].transpose(2, 3).flatten(3, 4).contiguous(),
                 text_key.to(query.dtype),
                 text_value.to(query.dtype),
                 key[:, :, :, own],
                 value[:, :, :, own],
                 kwargs.get("s_aux"),
-                (
-                    first if window is None else first[..., new],
-                    self.last,
-                    slots[:, :, new, own],
-                    self.spans,
-                    self.chunk,
-                    kwargs.get("softcap"),
-                ),
+                layout,
+                kwargs.get("softcap"),
             )
             parts.append(out.unflatten(3, (query.shape[2], -1)))
         out = torch.cat(parts, dim=4).permute(0, 2, 4, 1, 3, 5)
         return out.reshape(B, N * Q, query.shape[1] * query.shape[2], -1), None
+
+    def _layout(self, window: int | None, start: int) -> "_Layout":
+        """Of the new slots from `start` on, as many as attend at once, under a sliding window or none."""
+        if (window, start) not in self.layouts:
+            Q, slots = self.slots.shape[2:]
+            new = slice(start, min(start + CHUNK_SLOTS, Q))
+            own = slice(slots - Q + new.stop)  # no slot sees later ones
+            seen, first = self.slots[:, :, new, own], self.first[..., None]
+            if window is not None:
+                positions = self.positions[..., own]
+                ahead = positions[..., new.start - new.stop :, None] - positions[:, :, None]
+                seen, first = seen & (ahead < window), torch.maximum(first, self.ahead[..., new] - window + 1)
+            self.layouts[window, start] = _Layout(first, self.last, seen, self.spans, self.chunk)
+        return self.layouts[window, start]
 
     def _joined(self, module: torch.nn.Module, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Keys and values of all slots. Without a graph, room for twice as many is made when it runs out, so that long
@@ -149,6 +159,34 @@ class BranchReading:
         return tuple(buffer[:, :, :, :length] for buffer in kept)
 
 
+class _Layout:
+    """
+    The chunks of branches, and what each does not see; made once for all layers.
+
+    Args:
+        first (`torch.Tensor` of shape `(B, N, Q or 1)`), last (of shape `(B, N)`), slots (of shape `(B, N, Q, s)`, bool), spans,
+        chunk:
+            As in [`BranchReading`]; `first` by new slot under a sliding window.
+    """
+
+    def __init__(self, first, last, slots, spans: list[tuple[int, int]], chunk: int):
+        self.first, self.last, self.slots, self.chunk = first, last, slots, chunk
+        self.chunks = [
+            (slice(i * chunk, (i + 1) * chunk), slice(least, greatest + 1))
+            for i, (least, greatest) in enumerate(spans)
+        ]
+
+    @functools.cached_property
+    def unseen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Masks of each chunk: over the text, `(B, 1, n, 1, Q or 1, K)`, and over own slots, `(B, 1, n, 1, Q, s)`."""
+        index = torch.arange(max(span.stop for _, span in self.chunks), device=self.last.device)
+        first, last, own = self.first[:, None, :, None, :, None], self.last[:, None, :, None, None, None], ~self.slots
+        return [
+            ((index[span] < first[:, :, at]) | (index[span] > last[:, :, at]), own[:, None, at, None])
+            for at, span in self.chunks
+        ]
+
+
 class _Attend(torch.autograd.Function):
     """
     Softmax attention of every branch over its text and its own slots, chunk by chunk of branches; the backward computes
@@ -159,38 +197,38 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout):
-        chunks = _Chunks(query, text_key, own_key, sinks, layout)
-        out = query.new_empty(*query.shape[:-1], text_value.shape[-1])
-        log_z = query.new_empty(query.shape[:-1], dtype=chunks.dtype)
-        for at, span in chunks:
-            scores, own_scores = chunks.scores(at, span)
+    def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout, softcap):
+        chunks = _Chunks(query, text_key, own_key, sinks, layout, softcap)
+        outs, log_zs = [], []
+        for at, span, unseen in chunks:
+            scores, own_scores = chunks.scores(at, span, unseen)
             top = torch.maximum(scores.amax(-1), own_scores.amax(-1))
             if sinks is not None:
                 top = torch.maximum(top, chunks.sinks.expand_as(top))
             weights, own_weights = (x.sub_(top[..., None]).exp_() for x in (scores, own_scores))
-            total = weights.sum(-1) + own_weights.sum(-1)
+            total = weights.sum(-1).add_(own_weights.sum(-1))
             if sinks is not None:
                 total += (chunks.sinks - top).exp()
-            seen = weights.to(query.dtype).flatten(2, 3) @ text_value[:, :, span]
             own = own_weights.to(query.dtype) @ own_value[:, :, at]
-            out[:, :, at] = (seen.view_as(own) + own) / total[..., None]
-            log_z[:, :, at] = top + total.log()
+            seen = (weights.to(query.dtype).flatten(2, 3) @ text_value[:, :, span]).view_as(own)
+            outs.append((seen.add_(own) / total[..., None]).to(query.dtype))
+            log_zs.append(total.log().add_(top))
+        out, log_z = _joined(outs), _joined(log_zs)
         ctx.save_for_backward(query, text_key, text_value, own_key, own_value, sinks, out, log_z)
-        ctx.layout = layout
+        ctx.layout, ctx.softcap = layout, softcap
         return out
 
     @staticmethod
     def backward(ctx, grad):
         query, text_key, text_value, own_key, own_value, sinks, out, log_z = ctx.saved_tensors
-        chunks = _Chunks(query, text_key, own_key, sinks, ctx.layout)
+        chunks = _Chunks(query, text_key, own_key, sinks, ctx.layout, ctx.softcap)
         grad = grad.contiguous()
         shared = (grad * out).sum(-1, dtype=chunks.dtype)[..., None]
-        d_query, d_own_key, d_own_value = (torch.empty_like(x) for x in (query, own_key, own_value))
+        d_query, d_own_key, d_own_value = [], [], []
         d_text_key, d_text_value = (torch.zeros_like(x, dtype=chunks.dtype) for x in (text_key, text_value))
-        for at, span in chunks:
+        for at, span, unseen in chunks:
             q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
-            scores, own_scores = chunks.scores(at, span)
+            scores, own_scores = chunks.scores(at, span, unseen)
             slopes = [slope(x, chunks.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
             d_scores = (g @ text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
@@ -202,53 +240,56 @@ class _Attend(torch.autograd.Function):
             flat = d_scores.flatten(2, 3)
             d_text_key[:, :, span] += flat.mT @ q
             d_text_value[:, :, span] += weights.to(query.dtype).flatten(2, 3).mT @ g
-            d_own_key[:, :, at] = d_own_scores.mT @ query[:, :, at]
-            d_own_value[:, :, at] = own_weights.to(query.dtype).mT @ grad[:, :, at]
-            d_query[:, :, at] = (flat @ text_key[:, :, span]).view_as(query[:, :, at]) + d_own_scores @ own_key[
-                :, :, at
-            ]
+            d_own_key.append(d_own_scores.mT @ query[:, :, at])
+            d_own_value.append(own_weights.to(query.dtype).mT @ grad[:, :, at])
+            by_text = (flat @ text_key[:, :, span]).view_as(query[:, :, at])
+            d_query.append(by_text.add_(d_own_scores @ own_key[:, :, at]))
         d_sinks = None
         if sinks is not None:
             share = (chunks.sinks - log_z).exp() * -shared[..., 0]  # (B, heads, N, R)
             d_sinks = share.unflatten(3, (-1, chunks.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
         d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
-        return d_query, *d_text, d_own_key, d_own_value, d_sinks, None
+        return _joined(d_query), *d_text, _joined(d_own_key), _joined(d_own_value), d_sinks, None, None
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the chunks gave, `(B, heads, n, ...)`, as one tensor of all branches."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class _Chunks:
-    """The chunks of branches, each as a slice of N and the slice of T that it sees, and their masked scores."""
+    """The chunks of branches, each as a slice of N, the slice of T that it sees, and masks; and their masked scores."""
 
-    def __init__(self, query, text_key, own_key, sinks, layout):
+    def __init__(self, query, text_key, own_key, sinks, layout: _Layout, softcap: float | None):
         self.query, self.text_key, self.own_key = query, text_key, own_key
-        self.first, self.last, self.slots, self.spans, self.chunk, self.softcap = layout
-        self.Q = self.slots.shape[2]
+        self.layout, self.softcap, self.Q = layout, softcap, layout.slots.shape[2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.index = torch.arange(text_key.shape[2], device=query.device)
         if sinks is not None:  # of query heads: (1, heads, 1, R)
             rows = sinks.to(self.dtype).view(query.shape[1], -1, 1).expand(-1, -1, self.Q)
             self.sinks = rows.flatten(1, 2)[None, :, None]
 
     def __iter__(self):
-        for i, (least, greatest) in enumerate(self.spans):
-            yield slice(i * self.chunk, (i + 1) * self.chunk), slice(least, greatest + 1)
+        return ((at, span, unseen) for (at, span), unseen in zip(self.layout.chunks, self.layout.unseen, strict=True))
 
-    def scores(self, at: slice, span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(
+        self, at: slice, span: slice, unseen: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores over the text, `(B, heads, n, R, K)`, and over a branch's own slots, `(B, heads, n, R, s)`."""
         q = self.query[:, :, at]
         over_text = (q.flatten(2, 3) @ self.text_key[:, :, span].mT).view(*q.shape[:-1], -1)
-        index = self.index[span]
-        seen = (index >= self.first[:, at, :, None]) & (index <= self.last[:, at, None, None])
-        return self._masked(over_text, seen), self._masked(q @ self.own_key[:, :, at].mT, self.slots[:, at])
+        return self._masked(over_text, unseen[0]), self._masked(q @ self.own_key[:, :, at].mT, unseen[1])
 
-    def _masked(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `seen`, `(B, n, Q or 1, K)`, is False."""
+    def _masked(self, scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `unseen` says so."""
         scores = cap_(scores.to(self.dtype), self.softcap)
-        scores.unflatten(3, (-1, self.Q)).masked_fill_(~seen[:, None, :, None], -torch.inf)
+        scores.unflatten(3, (-1, self.Q)).masked_fill_(unseen, -torch.inf)
         return scores
 
 
-def chunk_size(rows: int, keys: int) -> int:
+def chunk_size(rows: int, keys: int, device: torch.device) -> int:
     """Branches of a chunk, for `rows` rows of scores a branch over so many keys, of the text and its own."""
+    if device.type != "cpu":
+        return max(GPU_CHUNK_ELEMENTS // (rows * keys), 1)
     return max(min(CHUNK_ELEMENTS // (rows * keys), CHUNK_BRANCHES), 1)
 
 

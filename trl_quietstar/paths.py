@@ -281,7 +281,7 @@ class BranchReader:
         itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
         heads = self.model.config.get_text_config().num_attention_heads
         rows = len(anchors) * heads * min(Q, branch_attention.CHUNK_SLOTS)
-        chunk = branch_attention.chunk_size(rows, self.text.input_ids.shape[1] + slots)
+        chunk = branch_attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, mask.device)
         return BranchReading(
             memory=self.memory,
             own=self.own,

@@ -20,7 +20,7 @@ from transformers.generation import (
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from .heads import QuietStarSettings, ThinkingModel
-from .lm_head import Drawn, logits_in_scratch, normalized_entropy, row_chunk, scratch
+from .lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
 from .paths import BranchReader, Path, Reader
 
 
@@ -420,13 +420,12 @@ def draw_tokens(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
     """Token ids of shape `(B, N)` for hidden states of shape `(B, N, H)` and uniform numbers of shape `(B, N)`."""
-    warpers, size = settings.warpers(), row_chunk(model)
+    warpers, u = settings.warpers(), draws.flatten()
     tokens = []
-    for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
-        logits = logits_in_scratch(model, rows)
+    for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
         if settings.do_sample:
             warped = warpers(None, logits)  # type: ignore[arg-type]  # none reads the ids so far
-            tokens.append(_invert(warped.sub_(warped.amax(-1, keepdim=True)).exp_(), u))
+            tokens.append(_invert(warped.sub_(warped.amax(-1, keepdim=True)).exp_(), u[rows]))
         else:
             tokens.append(logits.argmax(-1))
     return torch.cat(tokens).view(draws.shape)
@@ -437,10 +436,10 @@ def draw_with_statistics(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> Drawn:
     """The same tokens, and what the policy at the sampling temperature says of them, from one set of logits."""
-    shapers, size = replace(settings, temperature=1.0).warpers(), row_chunk(model)
+    shapers, u = replace(settings, temperature=1.0).warpers(), draws.flatten()
     parts = []
-    for rows, u in zip(hidden.flatten(0, 1).split(size), draws.flatten().split(size), strict=True):
-        logits = logits_in_scratch(model, rows).div_(settings.temperature)
+    for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
+        logits.div_(settings.temperature)
         top = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(top)
         mass = torch.exp(
@@ -450,7 +449,7 @@ def draw_with_statistics(
         if not settings.do_sample:
             token_ids = shifted.argmax(-1)
         else:
-            token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u)  # type: ignore[arg-type]
+            token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u[rows])  # type: ignore[arg-type]
         logps = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
         entropies = total.log() - shifted.mul_(mass).sum(-1) / total
         parts.append((token_ids, logps, entropies, top[:, 0] + total.log()))
