@@ -1,5 +1,6 @@
 """Bad rows and options: each in its line of docs/bad_input.md, refused by name, value and fix, or treated as said there."""
 
+import copy
 import logging
 import re
 from dataclasses import fields
@@ -12,6 +13,7 @@ from datasets import Features as DataFeatures
 
 from trl_quietstar import QuietStarConfig
 from trl_quietstar.config import CHOICES, LIMITS
+from trl_quietstar.data import prepare_texts
 
 from .tiny import byte_tokenizer, sums
 from .training import logged, plain_model, tiny_args, tiny_trainer
@@ -98,22 +100,102 @@ BAD_ROWS = {
         {"messages": ["a"]},
         "'role' and 'content'",
     ),
+    "labels of their own": (
+        ids(labels=[5, 6, 7]),
+        ids(labels=[5, 9, -100]),
+        "the label 9 beside the id 6, at token 1; labels only say which of `input_ids` are predicted",
+    ),
+    "shifted labels": (ids(labels=[5, 6, 7]), ids(labels=[6, 7, -100]), "the label 6 beside the id 5, at token 0"),
+    "ids that are switches": (ids(), {"input_ids": [True, False]}, "True (`bool`) in 'input_ids'; whole numbers"),
+    "positions of packed texts": (
+        ids(position_ids=[0, 1, 2]),
+        ids(position_ids=[0, 1, 0]),
+        "'position_ids' that do not count its tokens from 0; leave them out, and give `seq_lengths`",
+    ),
+    "messages in JSON": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": '[{"role": "user", "content": "a"}]'},
+        "(`str`) in 'messages'; give a list of at least one message, read from JSON with `json.loads`",
+    ),
+    "conversations in JSON": (
+        {"conversations": [{"from": "user", "value": "a"}]},
+        {"conversations": "[]"},
+        "'[]' (`str`) in 'conversations'; give a list of at least one message, read from JSON",
+    ),
+    "a string where the others have messages": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "completion": "b"},
+        "'a' (`str`) in 'prompt'; give a list of at least one message",
+    ),
+    "messages where the others have a string": (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+        "(`list`) in 'prompt'; give a string",
+    ),
+    "a string after messages": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+        "'b' (`str`) in 'completion'; give a list of at least one message",
+    ),
+    "a picture in a message": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]},
+        "{'type': 'image'} (`dict`) in 'messages content'; give parts such as",
+    ),
+    "parts that the template does not read": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        "parts of a message that the chat template writes as [{'type': 'text', 'text': 'a'}] (`list`); give the content",
+    ),
+    "a lone surrogate in a part": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]},
+        "half of a surrogate pair in 'messages content'",
+    ),
+    "a call that the template leaves out": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]},
+        "a tool call without content, which the chat template leaves out; take a template that writes calls",
+    ),
 }
+
+
+def prepared(data, folder: Path, **options) -> list[dict]:
+    """Rows as the trainer has them, without a model."""
+    args = tiny_args(folder, **{"max_length": 60, **options})
+    return list(prepare_texts(data, byte_tokenizer(), args, "train", 300))
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_in_a_stream(name, tmp_path):
-    """Met in the middle of training, it is refused by its number, with column, value and fix."""
+    """Refused when it comes by its number, with column, value and fix; the good ones before it pass."""
     good, bad, words = BAD_ROWS[name]
+    assert len(prepared(stream([good, good]), tmp_path)) == 2
+    with pytest.raises(ValueError, match="^Row 2 of the train dataset has ") as error:
+        prepared(stream([good, good, bad, good]), tmp_path)
+    assert words in str(error.value)
+
+
+def test_a_bad_row_in_the_middle_of_training(tmp_path):
+    """The rows before it are trained on."""
+    good, bad, words = BAD_ROWS["a number for text"]
     trainer = tiny_trainer(
         tmp_path, data=stream([good, good, bad, good]), per_device_train_batch_size=1, max_length=60
     )
     with pytest.raises(ValueError, match="^Row 2 of the train dataset has ") as error:
         trainer.train()
-    assert words in str(error.value)
+    assert words in str(error.value) and trainer.state.global_step > 0
 
 
-TYPED = ["None for text", "float ids", "negative ids", "too few labels", "lengths that do not add up", "no messages"]
+TYPED = [
+    "None for text",
+    "float ids",
+    "negative ids",
+    "too few labels",
+    "lengths that do not add up",
+    "no messages",
+    "labels of their own",
+]
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -122,7 +204,7 @@ def test_a_bad_row_in_a_dataset(name, tmp_path):
     good, bad, words = BAD_ROWS[name]
     rows = [good, bad] if name != "float ids" else [bad]
     with pytest.raises(ValueError, match=rf"^Row {len(rows) - 1} of the train dataset has ") as error:
-        tiny_trainer(tmp_path, data=Dataset.from_list(rows))
+        prepared(Dataset.from_list(rows), tmp_path)
     assert words in str(error.value)
 
 
@@ -161,7 +243,7 @@ def test_a_hundred_thousand_tokens(tmp_path):
     """Cut to `max_length`; without one, refused by the model's positions before any step."""
     data = Dataset.from_dict({"text": ["3 plus 4 is 7 . " * 20_000]})
     assert len(tiny_trainer(tmp_path, data=data, max_length=60).train_dataset[0]["input_ids"]) == 60
-    with pytest.raises(ValueError, match=r"A text of \d{5,} tokens .* lower `max_length` to 124"):
+    with pytest.raises(ValueError, match=r"A text of \d{5,} tokens .* set `max_length` to 124"):
         tiny_trainer(tmp_path, data=data, max_length=None)
 
 
@@ -174,6 +256,9 @@ def test_a_hundred_thousand_tokens(tmp_path):
         (ids(seq_lengths=[3]), dict(packing=True), "packed already; set `packing=False`"),
         ({"text": "a b"}, dict(completion_only_loss=True), "`completion_only_loss=True` needs 'prompt'"),
         ({"text": "a b"}, dict(assistant_only_loss=True), "`assistant_only_loss=True` needs messages"),
+        ({"text": "a b", "image": "a.png"}, {}, "has the column 'image', and only text is trained on; remove it with"),
+        ({"prompt": "a", "completion": "b", "images": ["a.png"]}, {}, "has the column 'images'"),
+        (ids(pixel_values=[[0.5]]), {}, "has the column 'pixel_values'"),
     ],
     ids=str,
 )
@@ -248,6 +333,70 @@ def test_a_stream_needs_an_end(tmp_path):
     short = tiny_trainer(tmp_path, data=stream(GOOD[:1]), gradient_accumulation_steps=2, max_length=60)
     with pytest.raises(ValueError, match=r"too few rows for an optimizer step of `gradient_accumulation_steps` \(2\)"):
         short.train()
+
+
+def test_a_stream_without_a_usable_row(tmp_path):
+    """One that goes on for ever is given up after so many rows, whether the rows or `max_length` leave nothing."""
+    for rows in ({"text": ""}, {"prompt": "a " * 40, "completion": "b"}, ids(thought_mask=[0, 0, 0])):
+        data = IterableDataset.from_generator(endless, gen_kwargs={"row": rows})
+        with pytest.raises(ValueError, match="5,000 rows of the train .* look at what the stream|No text of the"):
+            prepared(data, tmp_path, max_length=30)
+
+
+def test_the_rest_of_a_stream_may_be_unusable(tmp_path):
+    """After rows that can be trained on, too: reading on ends with an error, and not never."""
+    data = IterableDataset.from_generator(endless, gen_kwargs={"row": {"text": ""}, "first": GOOD})
+    with pytest.raises(ValueError, match="5,000 rows of the train dataset, one after the other, are left out"):
+        prepared(data, tmp_path)
+
+
+def endless(row: dict, first: list[dict] = ()):
+    yield from first
+    while True:
+        yield dict(row)
+
+
+def test_the_words_for_too_long_a_text_are_the_users(tmp_path):
+    """A stream's default `max_length`, and the longest thought of a curriculum, are called what they are."""
+    with pytest.raises(
+        ValueError, match=r"may have `max_length` \(256, its default\) tokens, .*lower `max_length` to 124"
+    ):
+        tiny_trainer(tmp_path, data=stream(GOOD))
+    with pytest.raises(ValueError, match=r"may have `max_length` \(126\) tokens, and with `thought_length` 3 "):
+        tiny_trainer(tmp_path, data=stream(GOOD), max_length=126)
+    options = dict(curriculum={"1": {"thought_length": 125}}, max_length=None)
+    with pytest.raises(
+        ValueError, match=r"with the `thought_length` 125 of a stage of `curriculum` .* set `max_length` to 2"
+    ):
+        tiny_trainer(tmp_path, data=Dataset.from_list(GOOD), **options)
+
+
+def test_messages_without_content_are_read_as_trl_reads_them(tmp_path):
+    """A call without content, with the key or without it, and parts of text reach a template that writes them."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content or [] %}{{ part.text }}{% endfor %}"
+        "{% endif %}{% endfor %}"
+    )
+    calls = [{"type": "function", "function": {"name": "add"}}]
+    spoken = {"role": "user", "content": [{"type": "text", "text": "3 plus 4"}]}
+    tokenizer = byte_tokenizer(chat_template=template)
+    for last in (
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ):
+        args = tiny_args(tmp_path, max_length=60)
+        (row,) = prepare_texts(stream([{"messages": [spoken, last]}]), tokenizer, args, "train", 300)
+        assert tokenizer.decode(row["input_ids"]) == "user: 3 plus 4assistant: add"
+
+
+def test_rows_in_memory_are_left_as_they_are(tmp_path):
+    """A stream over a list gives the same objects again and again: they are neither renamed nor lengthened."""
+    rows = [{"conversations": [{"from": "user", "value": "a"}]}, {"prompt": "a", "completion": "b"}, {"text": "a b"}]
+    for row in rows:
+        before = copy.deepcopy(row)
+        once, twice = (prepared(stream([row]), tmp_path) for _ in range(2))
+        assert row == before and [x["input_ids"] for x in once] == [x["input_ids"] for x in twice]
 
 
 def test_a_full_batch_of_too_few_rows(tmp_path):

@@ -301,8 +301,12 @@ def test_an_adapter_generates():
 def test_a_table_of_positions_ends():
     """GPT-2 has 128 positions here: told before anything is run, with the longest text that fits."""
     model = thinking_model("gpt2")
-    with pytest.raises(ValueError, match="needs 129 positions, and the model has 128; lower `max_length` to 124"):
+    with pytest.raises(
+        ValueError, match="A prompt of 5 tokens and `max_new_tokens` 120 .* lower `max_new_tokens` to 119"
+    ):
         model.generate(prompts(5)[0][None], max_new_tokens=120)
+    with pytest.raises(ValueError, match="needs 130 positions, and the model has 128; lower `max_length` to 124"):
+        model.generate(prompts(5)[0][None], max_length=126)
     assert generated(model, padded(prompts(100)), new=24).shape[1] == 24
 
 

@@ -2,22 +2,32 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler, pad
 
 from ._compat import DataCollatorForLanguageModeling, prepare_dataset
 from .config import QuietStarConfig
 from .paths import position_offset
+from .rewards import ARGUMENTS, RewardFunction, column_parameters
 from .rows import RowCheck, columns_read, has_position, has_prediction
 
 
 logger = logging.get_logger(__name__)
+
+# the columns that batches are made of
+OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
+# those that say something of tokens, and mean nothing to a reward function that is given the tokens already
+TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+# rows of a stream, one after the other, without anything to train on: more of them are taken for all there is
+MOST_UNUSABLE = 5_000
 
 
 class TextCollator(DataCollatorForLanguageModeling):
@@ -27,24 +37,52 @@ class TextCollator(DataCollatorForLanguageModeling):
     Args:
         pad_token_id (`int`):
             Any valid id.
+        with_columns (`bool`):
+            Whether the batch holds the other columns too, under `columns`, as lists of one value for each row.
     """
 
-    def __init__(self, pad_token_id: int):
+    def __init__(self, pad_token_id: int, with_columns: bool = False):
         super().__init__(pad_token_id, return_position_ids=True)
+        self.with_columns = with_columns
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
         if "thought_mask" in examples[0]:
             batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
+        if self.with_columns:
+            others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+            batch["columns"] = {name: [example[name] for example in examples] for name in others}
         return batch
 
 
 class RepeatedRows(RepeatSampler):
-    """TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again."""
+    """
+    TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again.
+
+    Args:
+        args, kwargs:
+            As for [`~trl.trainer.utils.RepeatSampler`].
+        lengths (`list[int]`, *optional*):
+            Of the rows, so that those of a batch are about as long, in the order of Transformers' `group_by_length`.
+    """
+
+    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lengths = lengths
+        if lengths is not None:  # the parent then counts the places in an order made here
+            self.shuffle, self.order = False, torch.Generator().manual_seed(self.seed or 0)
+
+    def __iter__(self):
+        if self.lengths is None:
+            return super().__iter__()
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=self.order)
+        return (order[place] for place in super().__iter__())
 
     def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+        if self.lengths is not None:
+            self.order.manual_seed((self.seed or 0) + epoch)
+        elif self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 def prepare_texts(
@@ -54,6 +92,7 @@ def prepare_texts(
     name: str,
     vocab_size: int,
     packing: bool = False,
+    reward_function: RewardFunction | None = None,
 ) -> Dataset | IterableDataset:
     """
     Checks each row, then tokenizes, cuts and masks as `SFTTrainer` does, and drops texts with no token to predict.
@@ -73,9 +112,11 @@ def prepare_texts(
             Of the model: ids lie below it.
         packing (`bool`):
             Whether to pack.
+        reward_function (`Callable`, *optional*):
+            The columns it takes are kept.
 
     Returns:
-        The dataset with `input_ids`, `labels` and, when packed, `seq_lengths`.
+        The dataset with `input_ids`, `labels` and, when packed, `seq_lengths`; and the columns that [`kept_columns`] names.
 
     Raises:
         `TypeError`: if it is not a dataset.
@@ -89,15 +130,31 @@ def prepare_texts(
             f"The {name} dataset has a transform, which would run in preparation; apply it with `.map(...)`."
         )
     dataset = dataset.with_format(None)  # plain lists, not tensors
-    first = next(iter(dataset), None)
+    is_stream = isinstance(dataset, IterableDataset)
+    first = next(iter(dataset), None) if is_stream or len(dataset) == 0 else {}
     if first is None:
         raise ValueError(f"The {name} dataset is empty; give at least one text.")
-    kind, columns = columns_read(list(first), args.dataset_text_field, name)
-    completion_only = _check_masks(first, kind, columns, tokenizer, args, name, packing)
-    workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-    check = RowCheck(name, kind, columns, tokenizer, vocab_size, args.assistant_only_loss and kind != "input_ids")
-    dataset = dataset.filter(check, with_indices=True, **workers).select_columns(columns)
-    given = len(dataset) if isinstance(dataset, Dataset) else None
+    names = list(first) if is_stream else dataset.column_names
+    kind, columns = columns_read(names, args.dataset_text_field, name)
+    if is_stream:  # which may give the same objects again, and TRL changes rows in place
+        dataset = dataset.map(copy.deepcopy if kind == "conversations" else dict)
+    kept = kept_columns(names, reward_function, args, name, packing)
+    if not is_stream:  # others are not even decoded
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
+        first = dataset[0]
+    conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
+    completion_only = _check_masks(names, kind, columns, conversation, tokenizer, args, name, packing)
+    workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
+    run = _Run(name) if is_stream else None
+    assistant_only = args.assistant_only_loss and kind != "input_ids"
+    check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation)
+    dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
+    if kept:
+        dataset = dataset.map(_set_aside, fn_kwargs={"columns": list(kept)}, **workers)
+    aside = [ASIDE + column for column in kept]
+    read = [column for column in columns if column not in ("attention_mask", "position_ids")]  # checked, and done with
+    dataset = dataset.select_columns([*read, *aside])
+    given = None if is_stream else len(dataset)
 
     options = copy.copy(args)
     options.shuffle_dataset = args.shuffle_dataset and not packing
@@ -105,15 +162,78 @@ def prepare_texts(
     masked, packed = "thought_mask" in columns, "seq_lengths" in columns
     if masked or packed:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
-    dataset = dataset.filter(_Usable(name, vocab_size, has_prediction, warns=given is None), **workers)
-    if next((True for row in dataset if has_position(row)), None) is None:
+    dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
+    looked_at = islice(dataset, MOST_UNUSABLE if is_stream else None)
+    if not any(has_position(row) for row in looked_at):
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
             "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."
         )
     if given is not None and len(dataset) < given:
         logger.warning(f"{given - len(dataset):,} of {given:,} rows of the {name} dataset {DROPPED}.")
-    return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name) if packing else dataset
+    if packing:
+        return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
+    own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *columns)]
+    return _put_back(dataset.select_columns([*own, *aside]), kept) if kept else dataset
+
+
+def kept_columns(
+    columns: list[str], reward_function: RewardFunction | None, args: QuietStarConfig, name: str, packing: bool
+) -> list[str]:
+    """
+    Columns that stay beside what is made of them: those that a reward function names, and all with
+    `remove_unused_columns=False`.
+
+    Args:
+        columns (`list[str]`):
+            Those there are.
+        reward_function (`Callable`, *optional*):
+            Of the trainer.
+        args ([`QuietStarConfig`]):
+            Of the trainer.
+        name (`str`):
+            Of the dataset, for messages.
+        packing (`bool`):
+            Whether rows are joined, which leaves columns without a row.
+
+    Raises:
+        `ValueError`: if a column that is needed is missing, has a name that means something else, or is lost in packing.
+    """
+    named, takes_any = ({}, False) if reward_function is None else column_parameters(reward_function)
+    others = [column for column in columns if column not in TOKEN_COLUMNS]
+    for parameter, needed in named.items():
+        if parameter in TOKEN_COLUMNS:
+            raise ValueError(f"`reward_function` takes {parameter!r}, which it finds in `text`; take `text` for it.")
+        if needed and parameter not in others:
+            raise ValueError(
+                f"`reward_function` takes {parameter!r}, which is no column of the {name} dataset ({', '.join(columns)}), "
+                f"and none of its own arguments ({', '.join(ARGUMENTS)}); add the column, or give the parameter a default."
+            )
+    kept = [column for column in others if column in named or not args.remove_unused_columns]
+    taken = [column for column in kept if column in named or takes_any]
+    clashing = [column for column in taken if column in ARGUMENTS and column not in (args.dataset_text_field, "text")]
+    if clashing:
+        raise ValueError(
+            f"The column {clashing[0]!r} of the {name} dataset has the name of an argument of `reward_function`; rename it, "
+            "or set `remove_unused_columns=True`."
+        )
+    if packing and taken:
+        raise ValueError(
+            f"`packing=True` joins rows, and `reward_function` takes their columns ({', '.join(taken)}); set `packing=False`."
+        )
+    return [] if packing else kept
+
+
+ASIDE = "kept "  # before a name: no library then takes the column for one that it knows
+
+
+def _set_aside(row: dict, columns: list[str]) -> dict:
+    """Copies of columns, under names that pass through preparation."""
+    return {ASIDE + column: row.get(column) for column in columns}
+
+
+def _put_back(dataset: Dataset | IterableDataset, columns: Collection[str]) -> Dataset | IterableDataset:
+    return dataset.rename_columns({ASIDE + column: column for column in columns})
 
 
 DROPPED = (
@@ -123,13 +243,41 @@ DROPPED = (
 
 
 @dataclass
+class _Run:
+    """Rows of a stream since the last one that can be trained on."""
+
+    name: str
+    length: int = 0
+
+    def add(self) -> None:
+        self.length += 1
+        if self.length > MOST_UNUSABLE:
+            raise ValueError(
+                f"{MOST_UNUSABLE:,} rows of the {self.name} dataset, one after the other, {DROPPED}; look at what the stream "
+                "gives."
+            )
+
+
+@dataclass
+class _Counted:
+    """A check of rows, which of a stream are counted."""
+
+    check: RowCheck
+    run: _Run | None
+
+    def __call__(self, row: dict, index: int) -> bool:
+        if self.run is not None:
+            self.run.add()
+        return self.check(row, index)
+
+
+@dataclass
 class _Usable:
     """Lets a tokenized row pass that has something to predict; of a stream, warns at the first that has not."""
 
     name: str
     vocab_size: int
-    wanted: Callable[[dict], bool]
-    warns: bool
+    run: _Run | None = None
 
     def __call__(self, row: dict) -> bool:
         if max(row["input_ids"], default=0) >= self.vocab_size:
@@ -137,18 +285,22 @@ class _Usable:
                 f"The tokenizer gives the id {max(row['input_ids'])} in the {self.name} dataset, and the model's vocabulary "
                 f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
             )
-        usable = self.wanted(row)
-        if self.warns and not usable:
+        usable = has_prediction(row)
+        if usable and self.run is not None:
+            self.run.length = 0
+        if self.run is not None and not usable:
             logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
         return usable
 
 
-def _check_masks(first: dict, kind: str, columns: list[str], tokenizer, args, name: str, packing: bool) -> bool:
+def _check_masks(
+    names: list[str], kind: str, columns: list[str], conversation: bool, tokenizer, args, name: str, packing: bool
+) -> bool:
     """Whether the loss is confined to completions; refuses options that the data cannot follow."""
     completion_only = args.completion_only_loss
     if completion_only is None:
         completion_only = kind == "prompt" or "completion_mask" in columns
-    if "thought_mask" in first and (packing or kind != "input_ids"):
+    if "thought_mask" in names and (packing or kind != "input_ids"):
         raise ValueError(
             f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
         )
@@ -159,7 +311,6 @@ def _check_masks(first: dict, kind: str, columns: list[str], tokenizer, args, na
             f"`completion_only_loss=True` needs 'prompt' and 'completion', or a `completion_mask` or `labels` beside "
             f"`input_ids`; the {name} dataset has {columns}."
         )
-    conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
     if conversation and tokenizer.chat_template is None:
         raise ValueError(
             f"The {name} dataset holds messages, and the tokenizer has no chat template; set `tokenizer.chat_template`."
@@ -199,21 +350,66 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return None if limit is None or limit < 0 else limit - position_offset(config)
 
 
-def check_length(longest: int, thought_length: int, limit: int | None) -> None:
+def check_length(
+    longest: int,
+    thought_length: int,
+    limit: int | None,
+    text: str | None = None,
+    thoughts: str | None = None,
+    advice: str = "lower `max_length` to",
+    before: int = 0,
+) -> None:
     """
     Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
 
     A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
 
+    Args:
+        longest, thought_length (`int`), limit (`int`, *optional*):
+            Tokens, and positions.
+        text, thoughts (`str`, *optional*):
+            What the message calls them.
+        advice (`str`):
+            What to change to the number of tokens that fit.
+        before (`int`):
+            Tokens that this number does not count.
+
     Raises:
         `ValueError`: if it does not fit.
     """
-    if limit is not None and longest + thought_length + 1 > limit:
-        raise ValueError(
-            f"A text of {longest} tokens with `thought_length` {thought_length} and its start and end needs "
-            f"{longest + thought_length + 1} positions, and the model has {limit}; lower `max_length` to "
-            f"{limit - thought_length - 1}."
-        )
+    if limit is None or longest + thought_length + 1 <= limit:
+        return
+    fitting = limit - thought_length - 1 - before
+    raise ValueError(
+        f"{text or f'A text of {longest} tokens'} with {thoughts or f'`thought_length` {thought_length}'} and its start "
+        f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
+        + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
+    )
+
+
+def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, is_stream: bool = False) -> None:
+    """
+    [`check_length`] of the longest text to train on, in the words of the options that the user gave.
+
+    Args:
+        longest (`int`):
+            Its tokens.
+        args ([`QuietStarConfig`]), config ([`~transformers.PreTrainedConfig`]):
+            Of the trainer, and of the model.
+        is_stream (`bool`):
+            Whether `longest` is `args.max_length`, since no text has been seen.
+
+    Raises:
+        `ValueError`: if it does not fit.
+    """
+    text = thoughts = None
+    if is_stream:
+        default = ", its default" if args.max_length == QuietStarConfig.max_length else ""
+        text = f"A text of a stream may have `max_length` ({args.max_length}{default}) tokens, and"
+    if args.longest_thought != args.thought_length:
+        thoughts = f"the `thought_length` {args.longest_thought} of a stage of `curriculum`"
+    advice = "set `max_length` to" if args.max_length is None else "lower `max_length` to"
+    check_length(longest, args.longest_thought, max_positions(config), text, thoughts, advice)
 
 
 def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> None:

@@ -8,7 +8,7 @@ from .advantages import thought_advantages
 from .config import QuietStarConfig
 from .geometry import Positions, Text, Thoughts, talk_after
 from .objective import TokenCounts
-from .rewards import RewardFunction, thought_rewards
+from .rewards import RewardFunction, columns_taken, thought_rewards
 from .sampling import SamplingSettings, unfinished
 from .scoring import Scores, at_talk
 
@@ -61,6 +61,7 @@ def experience_of(
     args: QuietStarConfig,
     sampling: SamplingSettings,
     reward_function: RewardFunction | None = None,
+    columns: dict[str, list] | None = None,
 ) -> Experience:
     """
     Rewards and advantages of scored thoughts. Advantages are not standardized yet: that takes all batches of a step.
@@ -78,6 +79,8 @@ def experience_of(
             How the thoughts were sampled; for the penalty on unfinished ones.
         reward_function (`Callable`, *optional*):
             In place of `args.reward_type`.
+        columns (`dict`, *optional*):
+            Columns of the data, one value for each row, for the reward function.
 
     Raises:
         `ValueError`: if a reward function gives anything but one number for each thought.
@@ -98,7 +101,8 @@ def experience_of(
     if reward_function is None:
         rewards = thought_rewards(**gains, reward_type=args.reward_type)
     else:
-        rewards = reward_function(**gains, text=text, thoughts=thoughts)
+        taken = columns_taken(reward_function, columns or {})
+        rewards = reward_function(**gains, text=text, thoughts=thoughts, **taken)
         wanted = tuple(thoughts.mask.shape[:3])
         if not isinstance(rewards, torch.Tensor) or rewards.shape != wanted:
             given = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__

@@ -357,7 +357,7 @@ def think_and_speak(
     _check_request(generation_config, input_ids, attention_mask, synced_gpus, model_kwargs)
     config, pad = generation_config, generation_config._pad_token_tensor
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check_positions(model, config.max_length)
+    _check_positions(model, config, input_ids.shape[1])
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
     mind = Mind(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -412,8 +412,12 @@ def _check_request(config: GenerationConfig, input_ids, attention_mask, synced_g
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
 
 
-def _check_positions(model: ThinkingModel, max_length: int) -> None:
+def _check_positions(model: ThinkingModel, config: GenerationConfig, prompt_length: int) -> None:
     """Rotary positions go on beyond those that a model was trained for; a table of positions ends."""
     if getattr(model.config.get_text_config(), "rope_parameters", None) is None:
         thought_length = model.quietstar_settings.thought_length
-        check_length(max_length, thought_length, max_positions(model.config))  # type: ignore[arg-type]
+        limit, text, advice, before = max_positions(model.config), None, "lower `max_length` to", 0
+        if config.max_new_tokens is not None:
+            text = f"A prompt of {prompt_length} tokens and `max_new_tokens` {config.max_new_tokens}"
+            advice, before = "lower `max_new_tokens` to", prompt_length
+        check_length(config.max_length, thought_length, limit, text, None, advice, before)  # type: ignore[arg-type]

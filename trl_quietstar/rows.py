@@ -22,12 +22,22 @@ KINDS = {
 }
 # what it may hold beside; any other column is left alone
 EXTRAS = {
-    "input_ids": ("labels", "completion_mask", "assistant_masks", "thought_mask", "seq_lengths", "attention_mask"),
+    "input_ids": (
+        "labels",
+        "completion_mask",
+        "assistant_masks",
+        "thought_mask",
+        "seq_lengths",
+        "attention_mask",
+        "position_ids",
+    ),
     "prompt": ("tools", "chat_template_kwargs"),
     "messages": ("tools", "chat_template_kwargs"),
     "conversations": ("tools", "chat_template_kwargs"),
 }
 MASKS = ("completion_mask", "assistant_masks", "thought_mask", "attention_mask")
+# what a text refers to and a causal LM cannot see: without it, the text would be another one
+PICTURES = ("image", "images", "pixel_values", "video", "videos")
 
 
 def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, list[str]]:
@@ -46,8 +56,15 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
         `tuple[str, list[str]]`: A key of `KINDS` or `"text"`, and the columns.
 
     Raises:
-        `ValueError`: if there is no kind of data, or more than one (token ids alone may stand beside their text).
+        `ValueError`: if there is no kind of data, or more than one (token ids alone may stand beside their text), or if
+            there are images or videos.
     """
+    for column in PICTURES:
+        if column in columns:
+            raise ValueError(
+                f"The {name} dataset has the column {column!r}, and only text is trained on; remove it with "
+                f"`dataset.remove_columns({column!r})` if the text stands alone."
+            )
     kinds = {kind: needed for kind, needed in KINDS.items() if set(needed) <= set(columns)}
     if text_field in columns and text_field not in [column for needed in kinds.values() for column in needed]:
         kinds["text"] = (text_field,)
@@ -87,6 +104,8 @@ class RowCheck:
             Of the model: ids lie below it.
         assistant_only (`bool`):
             Whether each conversation needs tokens of the assistant.
+        is_conversation (`bool`):
+            Whether the first row holds messages, so that all rows must.
 
     Raises:
         `ValueError`: naming the row, the column, the value and the fix.
@@ -98,6 +117,7 @@ class RowCheck:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     assistant_only: bool = False
+    is_conversation: bool = False
 
     def __call__(self, row: dict, index: int) -> bool:
         for column in self.columns:
@@ -105,12 +125,12 @@ class RowCheck:
                 self._refuse(index, f"nothing in {column!r}", "give it a value, or leave the row out")
         if self.kind == "input_ids":
             self._check_tokens(row, index)
-        elif self.kind == "text" or isinstance(row[self.columns[0]], str):
+        elif self.is_conversation:
+            self._check_conversation(row, index)
+        else:
             for column in self.columns:
                 if column not in EXTRAS.get(self.kind, ()):
                     self._check_string(index, column, row[column])
-        else:
-            self._check_conversation(row, index)
         return True
 
     def _refuse(self, index: int, found: str, fix: str) -> None:
@@ -119,7 +139,7 @@ class RowCheck:
     def _check_string(self, index: int, column: str, value) -> None:
         if not isinstance(value, str):
             self._refuse(index, f"{_shown(value)} in {column!r}", "give a string")
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if has_half_pair(value):
             fix = "give text that is Unicode, with `.encode('utf-8', 'replace').decode()` for one"
             self._refuse(index, f"half of a surrogate pair in {column!r}", fix)
 
@@ -140,51 +160,111 @@ class RowCheck:
                     found = f"`seq_lengths` that add up to {sum(values)}, and {len(ids)} `input_ids`"
                     self._refuse(index, found, "make them equal")
                 continue
+            elif column == "position_ids":
+                self._check_integers(index, column, values, 0, len(ids) - 1, "the row's tokens")
             if len(values) != len(ids):
                 self._refuse(index, f"{len(values)} `{column}` and {len(ids)} `input_ids`", "give one for each token")
         if not all(row.get("attention_mask") or [1]):
             self._refuse(index, "zeros in 'attention_mask'", "leave out the padding; it is added to each batch")
+        for place, (token, label) in enumerate(zip(ids, row.get("labels") or (), strict=False)):
+            if label not in (-100, token):
+                found = f"the label {label} beside the id {token}, at token {place}"
+                fix = "labels only say which of `input_ids` are predicted: give the same id there, or -100"
+                self._refuse(index, found, fix)
+        if list(row.get("position_ids") or ()) not in ([], list(range(len(ids)))):
+            fix = "leave them out, and give `seq_lengths` where a row is packed of several texts"
+            self._refuse(index, "'position_ids' that do not count its tokens from 0", fix)
 
     def _check_integers(self, index, column: str, values, least: int, greatest: int, what: str, also=None) -> None:
         if not isinstance(values, list):
             self._refuse(index, f"{_shown(values)} in {column!r}", "give a list of whole numbers")
         for value in values:
-            if not isinstance(value, Integral) or not (least <= value <= greatest or value == also):
+            is_whole = isinstance(value, Integral) and (what == "a mask" or not isinstance(value, bool))
+            if not is_whole or not (least <= value <= greatest or value == also):
                 fix = f"whole numbers from {least} to {greatest} are {what}"
                 self._refuse(index, f"{_shown(value)} in {column!r}", fix)
 
     def _check_conversation(self, row: dict, index: int) -> None:
         needed = KINDS[self.kind]
         parts = [self._messages(index, column, row[column]) for column in needed]
+        messages = sum(parts, [])
         try:
             tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
             options = dict(tools=tools, **row.get("chat_template_kwargs", {}))
             if self.kind == "prompt":
-                self.tokenizer.apply_chat_template(parts[0], add_generation_prompt=True, tokenize=False, **options)
-            if self.assistant_only:
-                options.update(return_assistant_tokens_mask=True, return_dict=True)
-            rendered: Any = self.tokenizer.apply_chat_template(sum(parts, []), tokenize=self.assistant_only, **options)
+                self._render(parts[0], add_generation_prompt=True, **options)
+            rendered = self._render(messages, **options)
+            masks = {"return_assistant_tokens_mask": True, "return_dict": True, "tokenize": True}
+            tokens: Any = self._render(messages, **masks, **options) if self.assistant_only else None
         except Exception as error:  # a template is a program of its own, and may fail in any way
             words = f"{needed[0]!r} that the chat template refuses ({type(error).__name__}: {error})"
             raise ValueError(
                 f"Row {index} of the {self.name} dataset has {words}; change the one or the other."
             ) from error
-        if self.assistant_only and 1 not in rendered["assistant_masks"]:
+        self._check_rendered(index, messages, rendered, options)
+        if self.assistant_only and 1 not in tokens["assistant_masks"]:
             self._refuse(index, "no token of the assistant", "leave it out, or set `assistant_only_loss=False`")
 
+    def _render(self, messages: list[dict], tokenize: bool = False, **options):
+        return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+
+    def _check_rendered(self, index: int, messages: list[dict], rendered: str, options: dict) -> None:
+        """Refuses what a chat template takes without an error, and writes as something else."""
+        self._check_string(index, KINDS[self.kind][0], rendered)
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list) and content and str(content) in rendered:
+                fix = "give the content as a string, or take a template that reads parts"
+                self._refuse(index, f"parts of a message that the chat template writes as {_shown(content)}", fix)
+        silent = [message for message in messages if message.get("tool_calls") and not message.get("content")]
+        if silent and rendered == self._without_calls(messages, options):
+            fix = "take a template that writes calls, or leave the row out"
+            self._refuse(index, "a tool call without content, which the chat template leaves out", fix)
+
+    def _without_calls(self, messages: list[dict], options: dict) -> str | None:
+        """What the chat template makes of messages without their calls, if anything."""
+        try:
+            return self._render([{**message, "tool_calls": None} for message in messages], **options)
+        except Exception:  # it misses them
+            return None
+
     def _messages(self, index: int, column: str, messages) -> list[dict]:
-        """A column's messages, with `role` and `content`."""
+        """A column's messages, with `role` and, but for a tool call, `content`."""
         if not isinstance(messages, list) or not messages:
-            self._refuse(index, f"{_shown(messages)} in {column!r}", "give a list of at least one message")
+            fix = "give a list of at least one message" + (
+                ", read from JSON with `json.loads`" if isinstance(messages, str) else ""
+            )
+            self._refuse(index, f"{_shown(messages)} in {column!r}", fix)
         role, content = ("from", "value") if column == "conversations" else ("role", "content")
         for message in messages:
-            if not isinstance(message, Mapping) or role not in message or content not in message:
+            calls = isinstance(message, Mapping) and column != "conversations" and message.get("tool_calls")
+            if not isinstance(message, Mapping) or role not in message or not (content in message or calls):
                 fix = f"give a dictionary with {role!r} and {content!r}"
                 self._refuse(index, f"{_shown(message)} in {column!r}", fix)
             self._check_string(index, f"{column} {role}", message[role])
-            if not (isinstance(message[content], list) or message.get("tool_calls")):  # parts of a message; a call
+            if isinstance(message.get(content), list):
+                self._check_parts(index, f"{column} {content}", message[content])
+            elif message.get(content) is not None or not calls:
                 self._check_string(index, f"{column} {content}", message[content])
-        return [{**message, "role": message[role], "content": message[content]} for message in messages]
+        names = {role: "role", content: "content"}
+        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+
+    def _check_parts(self, index: int, where: str, parts: list) -> None:
+        """The parts of a message, which must be of text."""
+        for part in parts:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                fix = "give parts such as {'type': 'text', 'text': '...'}; only text is trained on"
+                self._refuse(index, f"{_shown(part)} in {where!r}", fix)
+            self._check_string(index, where, part.get("text"))
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _shown(value) -> str:

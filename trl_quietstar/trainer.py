@@ -33,6 +33,7 @@ from transformers import (
     is_trackio_available,
     is_wandb_available,
 )
+from transformers.trainer_utils import PredictionOutput
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
@@ -43,7 +44,7 @@ from .callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallba
 from .checkpoints import CheckpointTrainer
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
-from .data import RepeatedRows, TextCollator, check_amount, check_length, longest_text, max_positions, prepare_texts
+from .data import OWN_COLUMNS, RepeatedRows, TextCollator, check_amount, check_longest, longest_text, prepare_texts
 from .distributed import check_engine, greatest, is_sharded, prepare_reference
 from .experience import Experience, StepPart, experience_of, flat, unflat
 from .faults import FaultGuard
@@ -58,7 +59,7 @@ from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar
 from .optimizers import check_optimizers, combine
 from .paths import Replay, SharedPrefix
 from .report import card_name, card_section, print_thoughts, thought_table
-from .rewards import RewardFunction, coherence
+from .rewards import RewardFunction, coherence, column_parameters, has_columns
 from .routing import has_router_loss, use_router_loss
 from .sampling import ThoughtSampler, thought_sampling
 from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
@@ -118,7 +119,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         reward_function (`Callable`, *optional*):
             Your own reward, in place of `args.reward_type`. Called with the named arguments of
             [`~rewards.thought_rewards`] (`logps_with` and so on, `mask`) and `text` and `thoughts`; returns one number for
-            each thought, `(B, J, G)`.
+            each thought, `(B, J, G)`. Any other parameter is a column of the data, a list of one value for each row; with
+            `args.remove_unused_columns=False` a function that takes `**kwargs` gets all columns.
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, in place of those that `args` describes.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -178,15 +180,19 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if args.reward_prediction == "thought":
             base.quietstar.mixing_head.requires_grad_(False)
         pad_id = pad_token_id(processing_class)  # which may have been added to the tokenizer alone
+        self.reward_function = reward_function
+        prepared = functools.partial(_prepared, processing_class, args, base.config, reward_function)
         super().__init__(
             model=model,
             args=args,
-            data_collator=TextCollator(pad_id if pad_id < base.config.get_text_config().vocab_size else 0),
-            train_dataset=_prepared(train_dataset, "train", processing_class, args, base.config, trains=True),
+            data_collator=TextCollator(
+                pad_id if pad_id < base.config.get_text_config().vocab_size else 0, reward_function is not None
+            ),
+            train_dataset=prepared(train_dataset, "train", trains=True),
             eval_dataset=(
-                {name: _prepared(x, name, processing_class, args, base.config) for name, x in eval_dataset.items()}
+                {name: prepared(x, name) for name, x in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
-                else _prepared(eval_dataset, "eval", processing_class, args, base.config)
+                else prepared(eval_dataset, "eval")
             ),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -199,6 +205,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             )
         check_optimizers(args, optimizers, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         check_engine(self.accelerator)
+        self._check_streams()
         self._sharded = is_sharded(self.accelerator)
         if args.anti_theater_action == "rollback" and self._sharded and self.is_deepspeed_enabled:
             raise ValueError(
@@ -223,7 +230,6 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
             self._kept_per_token = kept_per_token(base)
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
-        self.reward_function = reward_function
         self.adopt_settings()
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._recent_rewards: deque[float] = deque(maxlen=100)
@@ -236,6 +242,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._window_start = time.perf_counter()
         self._samples: dict[str, list] = {}
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
+
+    def _check_streams(self) -> None:
+        """A stream that one process reads for all is dealt out as tensors, and columns are none."""
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        streams = [x for x in (self.train_dataset, *evaluation.values()) if isinstance(x, IterableDataset)]
+        if self.accelerator.num_processes == 1 or self.accelerator.dispatch_batches is False or not streams:
+            return
+        if self.reward_function is not None and has_columns(self.reward_function, self.args):
+            raise ValueError(
+                "`reward_function` takes columns of a stream, which one process reads for all; set "
+                "`accelerator_config={'dispatch_batches': False}`, or load the data whole."
+            )
 
     def _add_callbacks(self) -> None:
         args = self.args
@@ -320,7 +338,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return self.optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "seq_lengths", "thought_mask"]
+        named = {} if self.reward_function is None else column_parameters(self.reward_function)[0]
+        self._signature_columns = [*OWN_COLUMNS, *named]
 
     # One step
 
@@ -341,7 +360,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         )
         experience, reduce = part.experience, self._reduce if mode == "train" else _alone
         if experience is None:
-            experience = self._experience(text, scores)
+            experience = self._experience(text, scores, inputs)
             (experience,) = self._finish_advantages([experience], reduce)
             if mode == "train" and args.num_iterations > 1:
                 self._experiences.append(experience)
@@ -387,10 +406,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return at_talk(scores.text_logps, scores.thoughts, scores.talk_logps.shape[-1])
 
     def _text(self, inputs: dict) -> Text:
-        text = Text.from_batch(**{name: x for name, x in inputs.items() if name != "part"})
+        text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in ("part", "columns")})
         if self.args.max_length is None:
-            longest = int(text.position_ids.max()) + 1
-            check_length(longest, self.args.longest_thought, max_positions(base_of(self.model).config))
+            check_longest(int(text.position_ids.max()) + 1, self.args, base_of(self.model).config)
         return text
 
     # The batches of a step
@@ -407,6 +425,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             repeat_count=args.num_iterations,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
+            lengths=(
+                [len(ids) for ids in dataset["input_ids"]]
+                if args.train_sampling_strategy == "group_by_length"
+                else None
+            ),
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
@@ -436,7 +459,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         elif len(batches) < 2:
             return parts
         elif args.normalize_advantages:
-            parts = self._judged_ahead(texts, parts)
+            parts = self._judged_ahead(batches, texts, parts)
         elif args.thought_positions == "difficulty" or self.sampling.stop is not None:
             pairs = zip(texts, parts, strict=True)
             parts = [replace(part, thoughts=self._sampled_ahead(text, part)) for text, part in pairs]
@@ -460,23 +483,23 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return self._sample_thoughts(text, self._sampler(part, "train"))
 
     @torch.no_grad()
-    def _judged_ahead(self, texts: list[Text], parts: list[StepPart]) -> list[StepPart]:
+    def _judged_ahead(self, batches: list[dict], texts: list[Text], parts: list[StepPart]) -> list[StepPart]:
         """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
         of them, before the first one is trained on."""
         experiences = []
-        for text, part in zip(texts, parts, strict=True):
+        for batch, text, part in zip(batches, texts, parts, strict=True):
             request = self._score_request(text, replace(part, thoughts=self._sampled_ahead(text, part)), "train")
             with self.compute_loss_context_manager():
                 scores = self.model_wrapped(
                     input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
                 )
-            experiences.append(self._experience(text, scores))
+            experiences.append(self._experience(text, scores, batch))
         experiences = self._finish_advantages(experiences, self._reduce)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
-    def _experience(self, text: Text, scores: Scores) -> Experience:
-        reference = self._score_reference(text, scores.thoughts)
-        return experience_of(text, scores, reference, self.args, self.sampling, self.reward_function)
+    def _experience(self, text: Text, scores: Scores, batch: dict) -> Experience:
+        reference, columns = self._score_reference(text, scores.thoughts), batch.get("columns")
+        return experience_of(text, scores, reference, self.args, self.sampling, self.reward_function, columns)
 
     def _finish_advantages(self, experiences: list[Experience], reduce) -> list[Experience]:
         """Standardized over the batches of a step and cut, as configured."""
@@ -734,8 +757,43 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         output.metrics.update(self._collapse.evaluation(output.metrics, metric_key_prefix, self.state.global_step))
         return output
 
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)  # never one that persistent workers hold of another dataset
+
+    def _prepared_as(self, dataset, name: str):
+        """A dataset that came after the start, as those that were given then."""
+        config = base_of(self.model).config
+        return _prepared(self.processing_class, self.args, config, self.reward_function, dataset, name)
+
+    def evaluate(
+        self,
+        eval_dataset: str | Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        As the Trainer does, on any data that the trainer takes: a dataset given here is prepared as `eval_dataset` was.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` of them or `str`, *optional*):
+                Data, or the name of one of those given at the start. Defaults to all of those.
+            ignore_keys (`list[str]`, *optional*):
+                Not used, since there are no predictions.
+            metric_key_prefix (`str`):
+                Before the name of each metric.
+
+        Returns:
+            `dict[str, float]`: Metrics.
+
+        Raises:
+            `ValueError`: for data that cannot be evaluated on.
+        """
+        # each dataset of a `dict` comes here by itself
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._prepared_as(eval_dataset, metric_key_prefix.removeprefix("eval_"))
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._inspected is not None:  # only now is this evaluation in the log history
             texts, self._inspected = self._inspected, None
             self._send_table(f"{metric_key_prefix}_thoughts", self._table("eval"))
@@ -744,6 +802,31 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_page(path, f"Thoughts at step {self.state.global_step}", texts, history=self.state.log_history)
         return metrics
+
+    def predict(
+        self,
+        test_dataset: Dataset | IterableDataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """
+        Metrics on other data, which are prepared as `eval_dataset` was. There are no predictions: `generate` writes.
+
+        Args:
+            test_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Data of any kind that the trainer takes.
+            ignore_keys (`list[str]`, *optional*):
+                Not used, since there are no predictions.
+            metric_key_prefix (`str`):
+                Before the name of each metric.
+
+        Returns:
+            [`~transformers.trainer_utils.PredictionOutput`]: Its `metrics`; `predictions` and `label_ids` are None.
+
+        Raises:
+            `ValueError`: for data that cannot be evaluated on.
+        """
+        return super().predict(self._prepared_as(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def validate_thoughts(self) -> AntiTheaterReport:
         """
@@ -764,7 +847,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for dataset in datasets.values():
             for inputs in self.get_eval_dataloader(dataset):
-                text = Text.from_batch(**self._prepare_inputs(inputs))
+                text = self._text(self._prepare_inputs(inputs))
                 thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
                 of_texts = self._ask(
                     self.model,
@@ -863,17 +946,19 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return super()._has_ended() or (stops and self._anti_theater.has_stopped)
 
 
-def _prepared(dataset, name: str, tokenizer, args: QuietStarConfig, config: PreTrainedConfig, trains: bool = False):
+def _prepared(
+    tokenizer, args: QuietStarConfig, config: PreTrainedConfig, reward_function, dataset, name, trains=False
+):
     """A dataset as the trainer reads it, if there is one, its texts known to fit the model."""
     if dataset is None:
         return None
     vocab_size = config.get_text_config().vocab_size
-    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, packing=trains and args.packing)
+    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_function)
     if trains:
         check_amount(dataset, args)
     longest = longest_text(dataset, args.max_length)
     if longest is not None:
-        check_length(longest, args.longest_thought, max_positions(config))
+        check_longest(longest, args, config, is_stream=isinstance(dataset, IterableDataset))
     return dataset
 
 
@@ -892,6 +977,11 @@ def _check_inputs(model, args, train_dataset, eval_dataset, quantization_config,
         raise ValueError(
             f"`num_iterations={args.num_iterations}` reads rows again and needs a map-style dataset, not a stream; load it "
             "whole or leave it at 1."
+        )
+    if args.num_iterations > 1 and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` reads the rows of a step again, and `batch_rebalance` deals them out "
+            "another way each time; set `train_sampling_strategy='group_by_length'`, or leave `num_iterations` at 1."
         )
     if args.anti_theater_steps is not None:
         if not eval_dataset:
