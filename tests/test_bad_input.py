@@ -115,7 +115,7 @@ def test_texts_too_long_for_the_model(stream, tmp_path):
     data = LONG.to_iterable_dataset() if stream else LONG
     with pytest.raises(ValueError) as error:
         tiny_trainer(tmp_path, model=model, data=data, max_length=None).train()
-    assert_says(error, "thought_length", "32", "lower `max_length` to 28")
+    assert_says(error, "thought_length", "32", "set `max_length` to 28")
     fitting = tiny_trainer(tmp_path, model=plain_model(max_position_embeddings=32), data=LONG, max_length=28)
     fitting.train()
     assert len(logged(fitting)) == 3
