@@ -41,8 +41,10 @@ import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from trl_quietstar import QuietStarForCausalLM, lm_head  # noqa: E402
+from trl_quietstar.cached_replay import CachedReplay  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.harness import QuietStarLM  # noqa: E402
+from trl_quietstar.paths import MaskedPrefix, SharedPrefix  # noqa: E402
 
 from .test_generation import padded, prompts, thinking_model  # noqa: E402
 from .tiny import byte_tokenizer  # noqa: E402
@@ -87,6 +89,8 @@ RUNS: dict[str, dict] = {
     "mixture": dict(model="mixtral", router_aux_loss_coef=0.01),
     "log_thoughts": dict(log_thoughts=True),
     "full_determinism": dict(full_determinism=True),
+    "tf32": dict(tf32=True, bf16=False),
+    "dropout": dict(peft_config=True, disable_dropout=False, branch_batch_size=4),
 }
 
 
@@ -141,13 +145,37 @@ def train(name: str | None = None, model=None, peft_config: bool = False, comple
         made = plain_model(model) if isinstance(model, str) else model
         own = {"peft_config": peft.LoraConfig(target_modules="all-linear", lora_dropout=0.1)} if peft_config else {}
         own |= {"data": completed()} if completions else {}
-        last = LastStep()
+        last, bf16 = LastStep(), options.get("bf16", not options.get("fp16"))
         trainer = tiny_trainer(folder, made, callbacks=[last], **{**COMMON, **SMALL, **own, **options})
+        dropped = [] if options.get("disable_dropout", True) else watch_dropout(trainer.model)
         trainer.train()
-        assert trainer.accelerator.device.type == "cuda" and trainer.args.bf16 == (not options.get("fp16"))
+        assert trainer.accelerator.device.type == "cuda" and trainer.args.bf16 == bf16
+        wanted = MaskedPrefix if dropped else CachedReplay if "thought_path" in options else SharedPrefix
+        assert type(trainer.path) is wanted, f"the start-up check chose {trainer.path}"
+        check_dropout(dropped)
         return last.counts
 
     return act
+
+
+def watch_dropout(model: torch.nn.Module) -> list[bytes]:
+    """Where dropout will have struck, forward by forward in the graph."""
+    dropped: list[bytes] = []
+
+    def note(module, inputs, output):
+        if module.training and torch.is_grad_enabled() and output.requires_grad:
+            dropped.append((output == 0).cpu().numpy().tobytes())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            module.register_forward_hook(note)
+    return dropped
+
+
+def check_dropout(dropped: list[bytes]) -> None:
+    """All that is computed again in the backward drops what it dropped in the forward."""
+    lone = [count for count in Counter(dropped).values() if count == 1]
+    assert not lone, f"of {len(dropped)} dropouts {len(lone)} were alone"
 
 
 def completed() -> Dataset:

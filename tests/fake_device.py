@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import types
 from pathlib import Path
 
 
@@ -80,6 +81,7 @@ WAITING = {  # their result, or its size, is needed on the host
     *(aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.argwhere, aten.masked_select),
     *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
 }
+PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
 NOT_DETERMINISTIC = {aten.cumsum, aten.cumsum_, aten.put_, aten.histc}  # of floating-point numbers
 
 
@@ -155,6 +157,7 @@ class Device(TorchDispatchMode):
         refuses_float64 (`bool`): as Apple's MPS does.
         hollow (`bool`): floating-point numbers are not computed, only their shapes; on the host each is 1. So the kernels of
             large shapes are counted in seconds.
+        random (`torch.Tensor`): the state of its random numbers.
         mixed (`list[str]`): what mixed devices.
         waits (`Counter`): by line and operation.
         kernels (`Counter`): operations that are no views, by line.
@@ -162,6 +165,7 @@ class Device(TorchDispatchMode):
 
     refuses_float64 = False
     hollow = False
+    random = torch.Generator().get_state()
     mixed: list[str] = []
     waits: collections.Counter = collections.Counter()
     kernels: collections.Counter = collections.Counter()
@@ -281,7 +285,10 @@ def run(func, args, kwargs):
         args = (args[0].float(), *args[1:])
     if moves:
         kwargs.pop("non_blocking", None)
-    out = hollow(func, args, kwargs) if Device.hollow and moves != "in" else func(*args, **kwargs)
+    if func.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        args = (*args[:-2], *map(_rounded, args[-2:]))  # the two factors
+    compute = hollow if Device.hollow and moves != "in" else _with_own_random if _draws(func, kwargs) else _call
+    out = compute(func, args, kwargs)
     if leaves_device:
         return out
     if not has_device and tensors:  # a copy of its own, also where nothing needed to be converted
@@ -383,6 +390,32 @@ def _as_numbers(indices: list) -> list:
     return found
 
 
+def _call(func, args: tuple, kwargs: dict):
+    return func(*args, **kwargs)
+
+
+def _draws(func, kwargs: dict) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+
+
+def _with_own_random(func, args: tuple, kwargs: dict):
+    """An operation that draws random numbers, from the device's and not the host's."""
+    host = torch.get_rng_state()
+    torch.set_rng_state(Device.random)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        Device.random = torch.get_rng_state()
+        torch.set_rng_state(host)
+
+
+def _rounded(x):
+    """A matrix in TF32, which has 10 bits after the point."""
+    if x.dtype != torch.float32 or x.is_meta:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def _wrapped(x, known: dict):
     """A result on the device, or the argument that it is."""
     if id(x) in known:
@@ -391,17 +424,26 @@ def _wrapped(x, known: dict):
 
 
 @contextlib.contextmanager
-def _fork_rng(*args, **kwargs):
-    state = torch.get_rng_state()
+def _fork_rng(devices=(), **kwargs):
+    host, device = torch.get_rng_state(), Device.random
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(host)
+        Device.random = device if devices else Device.random
+
+
+def _seed(seed: int) -> None:
+    Device.random = torch.Generator().manual_seed(seed).get_state()
+
+
+def _set_random(state, *args) -> None:
+    Device.random = (state[0] if isinstance(state, (list, tuple)) else state).cpu().clone()
 
 
 def install() -> None:
     """Makes `torch.cuda`, and whoever asks it, believe in the device; after libraries have been imported."""
-    cuda, generator = torch.cuda, torch.Generator()
+    cuda = torch.cuda
     nothing = lambda *args, **kwargs: None  # noqa: E731
     values = {
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
@@ -414,14 +456,17 @@ def install() -> None:
             "mem_get_info": (2**36, 2**36),
         },
     }
+    shape = dict(major=9, minor=0, name="none", total_memory=2**36, multi_processor_count=132)
+    values["get_device_properties"] = types.SimpleNamespace(**shape)
     for name, value in values.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
     for name in ("set_device", "_lazy_init", "synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
         setattr(cuda, name, nothing)
     for module in (cuda, cuda.random):
-        for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state", "set_rng_state_all"):
-            setattr(module, name, nothing)
-        module.get_rng_state = lambda *args: generator.get_state()
-        module.get_rng_state_all = lambda: [generator.get_state()]
+        module.manual_seed = module.manual_seed_all = _seed
+        module.set_rng_state = module.set_rng_state_all = _set_random
+        module.get_rng_state = lambda *args: Device.random.clone()
+        module.get_rng_state_all = lambda: [Device.random.clone()]
     torch.random.fork_rng = _fork_rng
+    cuda._initialized, torch.version.cuda = True, "12.8"
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied, as on a GPU

@@ -1,5 +1,7 @@
 """The bound on memory: what a token keeps, how many branches fit, and that nothing depends on the choice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,6 +33,20 @@ def test_how_many_branches_fit(free, expected):
 
 def test_free_memory_is_that_of_the_machine():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_free_memory_of_other_devices(monkeypatch):
+    """By the device's own count, with what PyTorch has reserved and does not use; never the host's."""
+    own = SimpleNamespace(
+        mem_get_info=lambda device: (1000, 5000), memory_reserved=lambda device: 70, memory_allocated=lambda device: 30
+    )
+    for kind in ("cuda", "xpu"):
+        for name, function in vars(own).items():
+            monkeypatch.setattr(getattr(torch, kind), name, function)
+        assert free_bytes(torch.device(kind, 0)) == 1040
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 900)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 200)
+    assert free_bytes(torch.device("mps")) == 700
 
 
 def trained(folder, **options) -> dict[str, torch.Tensor]:

@@ -7,17 +7,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BloomConfig, GPTNeoConfig, MambaConfig, MptConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GPTNeoConfig,
+    MambaConfig,
+    MptConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings, branch_attention
 from trl_quietstar.branch_attention import BranchReading
+from trl_quietstar.cached_replay import CachedReplay
 from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
 from .conformance import tiny_model as family_model
 from .tiny import FAMILIES, exact_model, mixed_text, randomize, sampling, think, tiny_model
-from .training import tiny_trainer
+from .training import saved_model, tiny_trainer
 
 
 SILENTLY_WRONG = {
@@ -255,3 +266,76 @@ def test_such_models_train(name, tmp_path):
 def test_float64_meets_its_own_tolerance():
     """In float64 the paths agree to 1e-9, and the check asks for that."""
     assert path_difference(exact_model(), SharedPrefix()) < TOLERANCES[torch.float64]
+
+
+def attention_without_masks(module, query, key, value, attention_mask, **kwargs):
+    """What flash attention computes, in whose kernels no mask is known but that of padding."""
+    assert attention_mask is None or attention_mask.dim() == 2, "flash attention takes no such mask"
+    if attention_mask is not None:
+        attention_mask = attention_mask.bool()[:, None, None].expand(-1, -1, key.shape[2], -1).tril()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def test_flash_attention_gives_way_to_sdpa(monkeypatch, caplog):
+    """A model that was loaded with it thinks by the fast path, and says by what it attends."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", attention_without_masks)
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"  # as where its kernels are installed
+    ids = torch.arange(12)[None] % 7
+    before = model(input_ids=ids).logits
+    with caplog.at_level(logging.WARNING, "trl_quietstar"):
+        assert type(choose_path(model)) is SharedPrefix
+    (record,) = (record for record in caplog.records if record.name.startswith("trl_quietstar"))
+    assert "attends by `sdpa` instead of `flash_attention_2`" in record.getMessage()
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_an_attention_without_masks_stays_where_nothing_branches(monkeypatch):
+    """Replay needs none, and leaves the model's attention alone; so does a path that was only tried."""
+    name = "paged_in_this_test"
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, attention_without_masks)
+    masks = AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(masks, name, lambda *args, attention_mask=None, **kwargs: attention_mask)
+    model = tiny_model("llama", attn_implementation=name)
+    assert branch_attention.enable(model) and model.config._attn_implementation == "quietstar_sdpa"
+    branch_attention.disable(model)
+    assert model.config._attn_implementation == name
+    assert isinstance(choose_path(model, "replay"), (Replay, CachedReplay))
+    assert model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=["cuda", "mps", "cpu", "fault"],
+)
+def test_faults_of_the_device_are_raised(error):
+    """They say nothing about a path, and training would end in them too."""
+    model = tiny_model("llama")
+
+    def fails(*args, **kwargs):
+        raise error
+
+    model.model.layers[1].mlp.register_forward_hook(fails)
+    with pytest.raises(type(error)) as raised:
+        choose_path(model)
+    assert raised.value is error
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    """By the name of the argument that put it there, in the trainer and wherever it thinks."""
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    folder = saved_model(tmp_path / "model", tie_word_embeddings=False)
+    options = dict(device_map={**places, "lm_head": "cpu"}, offload_folder=str(tmp_path / "disk"))
+    for model in (AutoModelForCausalLM.from_pretrained(folder, **options), folder):
+        with pytest.raises(ValueError, match="`device_map` spread the model over cpu, disk"):
+            tiny_trainer(tmp_path / "out", model, model_init_kwargs=options if model is folder else None)
+    with pytest.raises(ValueError, match="`device_map` spread the model over cpu, disk"):
+        QuietStarForCausalLM.from_pretrained(folder, **options).log_likelihoods(torch.tensor([[1, 2, 3]]))

@@ -1,7 +1,11 @@
-"""The only module that touches private names of TRL and Transformers; when one of them moves, this file changes."""
+"""The only module that touches private names of TRL and Transformers; when one of them moves, this file changes. It also
+holds what differs between versions of PyTorch."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.base_config import _BaseConfig
@@ -13,6 +17,8 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "_BaseConfig",
     "_BaseTrainer",
+    "full_float32",
+    "is_fault_of_device",
     "prepare_dataset",
     "set_unsaved_keys",
 ]
@@ -36,6 +42,44 @@ def prepare_dataset(
         chat_template=None,
     )
     return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, packing, None, name)
+
+
+@contextmanager
+def full_float32():
+    """Inside, products of float32 are not rounded to TF32 or bfloat16, whatever the user has set; afterwards that holds again."""
+    if not hasattr(torch.backends, "fp32_precision"):  # PyTorch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    kinds = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    )
+    settings = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, setting in zip(kinds, settings, strict=True):
+            # "none" goes by the setting for all, so that this is followed when it changes
+            kind.fp32_precision = "none" if setting == torch.backends.fp32_precision else setting
+
+
+def is_fault_of_device(error: Exception) -> bool:
+    """Whether an error says that memory ran out or a device failed, and nothing of what was computed."""
+    kinds = (
+        torch.OutOfMemoryError,
+        getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+    )  # the latter from 2.8 on
+    faults = ("CUDA error", "HIP error", "XPU error", "NPU error", "cuDNN error", "CUBLAS_STATUS", "not enough memory")
+    return isinstance(error, kinds) or should_reduce_batch_size(error) or any(x in str(error) for x in faults)
 
 
 def set_unsaved_keys(model: PreTrainedModel, keys: list[str]) -> None:

@@ -7,6 +7,7 @@ did ([`enable`]) until a forward brings a [`TextReading`] or a [`BranchReading`]
 """
 
 import functools
+import logging
 import sys
 from dataclasses import dataclass, field
 
@@ -16,8 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .softcap import cap_, slope, times_
 
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "quietstar_"  # of the implementation's name, before the one it stands in for
 EAGER = "eager_attention_forward"  # which each family has of its own
+OWN_MASKS = ("flash", "flex", "paged")  # implementations named so take their masks in forms of their own
 CHUNK_ELEMENTS = 2**20  # attention scores held at once on a CPU, so that they stay in its cache
 CHUNK_BRANCHES = 64  # branches of a chunk there: a shorter one skips more text that none of its branches sees
 GPU_CHUNK_ELEMENTS = 2**26  # the same on any other device, which needs that much to be busy (256 MB in float32)
@@ -304,11 +308,18 @@ def enable(model: PreTrainedModel) -> bool:
     Returns:
         `bool`: whether its family can.
     """
-    current = model.config.get_text_config()._attn_implementation
-    if current is None or "flash" in current:  # flash attention takes its masks in forms of its own
+    current = before = model.config.get_text_config()._attn_implementation
+    if current is None:
         return False
     if current.startswith(PREFIX):
         return True
+    if any(kind in current for kind in OWN_MASKS):
+        current = "sdpa" if model._supports_sdpa else "eager"
+        logger.warning(
+            "The model attends by `%s` instead of `%s`, which takes no masks that let thoughts share a text. On a GPU, "
+            "`sdpa` has the same kernels for the text itself.",
+            *(current, before),
+        )
     name = PREFIX + current
     if name not in AttentionInterface():
         AttentionInterface.register(name, _attention_in_place_of(current))
@@ -317,6 +328,7 @@ def enable(model: PreTrainedModel) -> bool:
     if not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(name)
+    model.attention_before_branches = before
     return model.config.get_text_config()._attn_implementation == name
 
 
@@ -324,7 +336,7 @@ def disable(model: PreTrainedModel) -> None:
     """Takes [`enable`] back."""
     current = model.config.get_text_config()._attn_implementation
     if current is not None and current.startswith(PREFIX):
-        model.set_attn_implementation(current.removeprefix(PREFIX))
+        model.set_attn_implementation(model.attention_before_branches)
 
 
 def _attention_in_place_of(name: str):

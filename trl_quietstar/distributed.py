@@ -62,6 +62,21 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+def check_one_device(model: nn.Module) -> None:
+    """
+    Refuses a model whose layers are on several devices, or off them.
+
+    Raises:
+        `ValueError`: if `device_map` put them there.
+    """
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"`device_map` spread the model over {', '.join(devices)}, and a thought needs all layers on one device; leave "
+            "`device_map` out or set it to {'': 0}. A model that is too large for one device is sharded by FSDP2 or ZeRO-3."
+        )
+
+
 def check_engine(accelerator: Accelerator) -> None:
     """
     Refuses what is not supported.

@@ -70,7 +70,7 @@ class QuietStarLM(HFLM):
         self.thinking = Thinking(think, int(think_every), float(thinking_threshold))
         hub: dict = {"revision": revision, "trust_remote_code": trust_remote_code}
         model = QuietStarForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub).eval()
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
         super().__init__(
             pretrained=model,
             backend="causal",

@@ -9,7 +9,7 @@ from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .config import QuietStarConfig
-from .distributed import check_whole, loaded_whole
+from .distributed import check_one_device, check_whole, loaded_whole
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
 
 
@@ -49,6 +49,7 @@ def build_model(
             model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
     check_whole(model)
     base = base_of(model)
+    check_one_device(base)
     for module in base.modules():
         # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that
         # passes no gradient, and keeps to it in training

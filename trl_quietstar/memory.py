@@ -35,9 +35,9 @@ def kept_per_token(model: PreTrainedModel) -> float:
 
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     # once in a run, and again where it is resumed: dropout must not draw from the random numbers of training
-    devices = [model.device] if model.device.type == "cuda" else []
+    kind = model.device.type
     with (
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng([] if kind == "cpu" else [model.device], device_type="cuda" if kind == "cpu" else kind),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
@@ -49,9 +49,12 @@ def kept_per_token(model: PreTrainedModel) -> float:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device, or in the container where there is a limit."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
+    if device.type != "cpu":
+        kind = torch.get_device_module(device)
+        unused = kind.memory_reserved(device) - kind.memory_allocated(device)  # by PyTorch, which hands it out again
+        return kind.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     if all(file.is_file() for file in CGROUP) and CGROUP[0].read_text().strip() != "max":
         free = min(free, int(CGROUP[0].read_text()) - int(CGROUP[1].read_text()))

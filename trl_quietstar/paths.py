@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -346,7 +346,14 @@ def _check_slots(config: PreTrainedConfig, slots: int) -> None:
 
 def _run(function: Callable, group: Branches, again: bool):
     """A group's forward, whose activations are computed `again` in the backward or kept."""
-    return checkpoint(function, group, use_reentrant=False) if again and torch.is_grad_enabled() else function(group)
+    if not (again and torch.is_grad_enabled()):
+        return function(group)
+
+    def run(*tensors: torch.Tensor):
+        return function(Branches(*tensors))
+
+    # by its tensors `checkpoint` tells which device's random numbers, those of dropout, have to come again
+    return checkpoint(run, *(getattr(group, field.name) for field in fields(group)), use_reentrant=False)
 
 
 class MaskedPrefix(SharedPrefix):

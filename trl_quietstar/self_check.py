@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from . import branch_attention
+from ._compat import full_float32, is_fault_of_device
 from .cached_replay import CachedReplay
+from .distributed import check_one_device
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
 from .heads import ThinkingModel
@@ -134,8 +136,9 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
 
     Raises:
         `ValueError`: if `"shared_prefix"` is wanted and is not exact, or if even replay is not: the model does not read
-            from left to right, or not by embeddings.
+            from left to right, or not by embeddings; or if `device_map` spread it over several devices.
     """
+    check_one_device(model)
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
         paths = tuple(path for path in paths if type(path) is not SharedPrefix)
@@ -184,8 +187,11 @@ def _problem(model: ThinkingModel, path: Path) -> str | None:
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
-        difference = path_difference(model, path)
+        with full_float32():  # TF32 rounds by more than a wrong mask may differ
+            difference = path_difference(model, path)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        if is_fault_of_device(error):
+            raise
         return f"fails with {type(error).__name__}: {error}"
     if difference <= tolerance:  # False for NaN
         return None
