@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -452,3 +455,14 @@ def test_help_lists_every_option(command, capsys):
     printed = capsys.readouterr().out
     for option in ("--thought_length", "--reward_type", "--dataset_name", "--lora_r", "--learning_rate"):
         assert option in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what GNU's OpenMP says of itself")
+@pytest.mark.parametrize("chosen, policy", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")], ids=["default", "by the user"])
+def test_threads_wait_asleep(chosen, policy):
+    """OpenMP, which reads the environment when PyTorch is imported, has been told, and the user's word counts for more."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    command = [sys.executable, "-c", "import trl_quietstar.cli"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert f"OMP_WAIT_POLICY = '{policy}'" in said

@@ -1,9 +1,27 @@
 """Quiet-STaR for TRL and Transformers: language models that learn to think from plain text."""
 
-from .config import QuietStarConfig
-from .heads import QuietStarSettings
-from .modeling import QuietStarForCausalLM
-from .trainer import QuietStarREINFORCETrainer
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from .config import QuietStarConfig
+    from .heads import QuietStarSettings
+    from .modeling import QuietStarForCausalLM
+    from .trainer import QuietStarREINFORCETrainer
 
 __all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarREINFORCETrainer", "QuietStarSettings"]
+
+MODULES = {
+    "QuietStarConfig": "config",
+    "QuietStarForCausalLM": "modeling",
+    "QuietStarREINFORCETrainer": "trainer",
+    "QuietStarSettings": "heads",
+}
+
+
+def __getattr__(name: str):
+    """Imports a class when it is asked for, since the command line has settings to make before PyTorch is imported."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{MODULES[name]}", __name__), name)

@@ -10,6 +10,12 @@
 Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a key of the recipe and a flag, which wins.
 """
 
+import os
+
+
+# threads that wait for each other sleep: beside a busy neighbour that is several times as fast. Read when PyTorch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import json
 import sys
 import tempfile
