@@ -40,7 +40,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
-from trl_quietstar import QuietStarForCausalLM, lm_head  # noqa: E402
+from trl_quietstar import QuietStarForCausalLM  # noqa: E402
 from trl_quietstar.cached_replay import CachedReplay  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.harness import QuietStarLM  # noqa: E402
@@ -203,7 +203,6 @@ def launches(layers: int, shape: dict, texts: int, length: int, **options):
             trainer.train()
         finally:
             Device.hollow = False
-            lm_head._scratch.clear()  # tiles that are kept would be hollow in the next start-up check
         return last.counts
 
     def act(folder: Path) -> Counts:

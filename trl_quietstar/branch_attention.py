@@ -336,7 +336,8 @@ def disable(model: PreTrainedModel) -> None:
     """Takes [`enable`] back."""
     current = model.config.get_text_config()._attn_implementation
     if current is not None and current.startswith(PREFIX):
-        model.set_attn_implementation(model.attention_before_branches)
+        # a model made from another's config has that one's attention
+        model.set_attn_implementation(vars(model).get("attention_before_branches", current.removeprefix(PREFIX)))
 
 
 def _attention_in_place_of(name: str):
