@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -19,6 +21,7 @@ __all__ = [
     "_BaseTrainer",
     "full_float32",
     "is_fault_of_device",
+    "left_on_host",
     "prepare_dataset",
     "set_unsaved_keys",
 ]
@@ -80,6 +83,14 @@ def is_fault_of_device(error: Exception) -> bool:
     )  # the latter from 2.8 on
     faults = ("CUDA error", "HIP error", "XPU error", "NPU error", "cuDNN error", "CUBLAS_STATUS", "not enough memory")
     return isinstance(error, kinds) or should_reduce_batch_size(error) or any(x in str(error) for x in faults)
+
+
+def left_on_host(loader: DataLoader) -> DataLoader:
+    """Keeps a prepared data loader from moving its batches to the device; one that gets them from another process has
+    them there already."""
+    if isinstance(loader, DataLoaderShard):
+        loader.device = None
+    return loader
 
 
 def set_unsaved_keys(model: PreTrainedModel, keys: list[str]) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from .transfer import exact_dtype
+
 
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
@@ -116,11 +118,12 @@ def standardize(
     Returns:
         The advantages in the same shapes; 0 where masked, and everywhere where all are equal.
     """
-    tokens = torch.cat([x[mask].double() for x, mask in zip(advantages, masks, strict=True)])
-    total, square, count = reduce(torch.stack([tokens.sum(), (tokens**2).sum(), tokens.new_tensor(len(tokens))]))
+    pairs = [(x.to(exact_dtype(x.device)), mask) for x, mask in zip(advantages, masks, strict=True)]
+    sums = [torch.stack([(x * mask).sum(), (x**2 * mask).sum(), mask.sum().to(x)]) for x, mask in pairs]
+    total, square, count = reduce(torch.stack(sums).sum(0))
     count = count.clamp(min=1)
     mean = total / count
-    variance = reduce(((tokens - mean) ** 2).sum()) / count
+    variance = reduce(torch.stack([((x - mean) ** 2 * mask).sum() for x, mask in pairs]).sum()) / count
     # equal advantages stay 0: their spread is below what rounding leaves of their size
     rounding = 100 * torch.finfo(advantages[0].dtype).eps * (square / count).sqrt()
     scale = variance.sqrt() + rounding + 1e-12

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from .embeddings import embed_tokens
 from .geometry import Text
 from .paths import Reader, Replay, backbone_output, cache_name, forward_arguments, position_offset
+from .transfer import to_device
 
 
 class States:
@@ -61,8 +62,8 @@ class States:
         return self._forward(embeds[:, None])[:, 0]
 
     def select(self, rows: torch.Tensor) -> "States":
-        """A copy of some rows, `(rows,)`, which may repeat."""
-        taken = copy.copy(self)
+        """A copy of some rows, `(rows,)`, which may repeat; given in the host's memory."""
+        rows, taken = to_device(rows, self.lengths.device), copy.copy(self)
         taken.cache = map_tensors(lambda parts: parts[0].index_select(0, rows), self.cache)
         taken.lengths = self.lengths[rows]
         return taken
@@ -163,14 +164,16 @@ class CachedReplayReader:
         if self.forks is None:
             self.forks = self._read_text(anchors)
         states, order = self.forks
+        order = to_device(order, embeds.device)
         hidden = states.step(embeds.flatten(0, 1)[order])
         return torch.empty_like(hidden).index_copy_(0, order, hidden).unflatten(0, anchors.shape)
 
     def _read_text(self, anchors: torch.Tensor) -> tuple[States, torch.Tensor]:
         """From anchor to anchor, all documents beside each other: at the same place of each, nothing is padded."""
-        documents, rows = _documents(self.text, anchors)
-        ends = self.text.position_ids.gather(1, anchors).flatten() + 1
-        embeds, states = embed_tokens(self.model, documents), States(self.model)
+        text = self.text.host
+        documents, rows = _documents(text, anchors.cpu())
+        ends = text.position_ids.gather(1, anchors.cpu()).flatten() + 1
+        embeds, states = embed_tokens(self.model, to_device(documents, self.model.device)), States(self.model)
         parts, order = [], []
         for end in ends.unique().tolist():
             states.read(embeds[:, states.width : end], self.by_token)
@@ -181,12 +184,12 @@ class CachedReplayReader:
 
 def _documents(text: Text, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of the documents that hold an anchor, from their first token on, with anything after their last; and which
-    of them each of the `B·N` anchors is in."""
+    of them each of the `B·N` anchors is in. Of texts and anchors in the host's memory."""
     numbers = text.document_ids.gather(1, anchors).clamp(min=1).flatten()  # anchors on padding count for nothing
-    sequence = torch.arange(len(anchors), device=anchors.device).repeat_interleave(anchors.shape[1])
+    sequence = torch.arange(len(anchors)).repeat_interleave(anchors.shape[1])
     (sequence, numbers), rows = torch.stack([sequence, numbers]).unique(dim=1, return_inverse=True)
     starts = (text.document_ids[sequence] == numbers[:, None]).long().argmax(1)
-    column = torch.arange(int(text.position_ids.max()) + 1, device=anchors.device)
+    column = torch.arange(int(text.position_ids.max()) + 1)
     index = (starts[:, None] + column).clamp(max=text.input_ids.shape[1] - 1)
     return text.input_ids[sequence[:, None], index], rows
 

@@ -526,7 +526,9 @@ def think_about(
             args.min_thought_interval,
         )
     settings = thought_sampling(args.settings(), tokenizer, args.num_thoughts)
-    draws = fixed_draws(text.position_ids.gather(1, positions.index), settings, args.seed)  # as greedy generation has
+    draws = fixed_draws(
+        text.host.position_ids.gather(1, positions.host.index), settings, args.seed
+    )  # as greedy generation has
     talk_length = talk_span(text, args.talk_length, args.thought_positions)
     return think_in_chunks(model, path, text, positions, settings, draws, talk_length, args.reward_prediction)
 

@@ -12,13 +12,16 @@ that overflow when the scale has come down to 1 are, and so is a loss that is no
 
 import math
 import textwrap
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from .metrics import BatchResult
+from .scoring import Scores
 
 
 logger = logging.get_logger(__name__)
@@ -48,33 +51,75 @@ class FaultGuard(TrainerCallback):
         self.skipped = 0  # optimizer steps; kept in checkpoints, as is the next
         self.in_a_row = 0
         self._faults: dict[str, list[str]] = {"train": [], "eval": []}  # of the current step or evaluation
+        self._unread: list[_Check] = []
 
     # Checks
 
-    def is_finite(self, batch: BatchResult, rows: list[int], mode: str) -> bool:
-        """Whether reward, loss and every term of a batch are finite on all processes; if not, notes what is not, in which of
-        its `rows`, which go by their index in the global batch or in the evaluation data."""
-        mine = []
-        if not _all_finite(batch):
-            mine = [f"{' and '.join(bad_values(batch))} {self._where(batch, rows, mode)}"]
-        faults = self._agreed(mine)
-        self._faults[mode] += faults
-        if faults and mode == "train" and self._steps_in_backward():
-            self._stop(f"Stopped at step {self.trainer.state.global_step}: {'; '.join(faults)}.")
-        return not faults
+    def check(self, batch: BatchResult, rows: list[int], mode: str) -> torch.Tensor | None:
+        """
+        Looks whether reward, loss and every term of a batch are finite on all processes. In training the host gets to know
+        in [`check_gradients`], so that it need not wait for the device after each batch.
 
-    def check_gradients(self) -> None:
-        """Notes gradients that are not finite, once all of an optimizer step's have been added up."""
+        Args:
+            batch ([`BatchResult`]):
+                The batch.
+            rows (`list[int]`):
+                Index of each of its rows in the global batch or in the evaluation data.
+            mode (`str`):
+                `"train"` or `"eval"`.
+
+        Returns:
+            `torch.Tensor`: a scalar bool on the device; None where the host knows already that something is not finite.
+        """
+        values = [batch.loss, _reward(batch), *batch.terms.values()]
+        mine = ~torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
+        check = _Check(_detached(batch), rows, mode, mine, self._total(mine))
+        self._unread.append(check)
+        at_once = mode == "eval" or self._steps_in_backward()
+        found = self._read() if at_once else []
+        if found and mode == "train":
+            self._stop(f"Stopped at step {self.trainer.state.global_step}: {'; '.join(found)}.")
+        return None if found else check.total == 0
+
+    def check_gradients(self) -> bool:
+        """Reads the checks of an optimizer step's batches, and looks whether its gradients are finite, once all have been
+        added up; returns whether everything is."""
         scaler = self.trainer.accelerator.scaler
         overflow_is_normal = scaler is not None and scaler.get_scale() > 1
-        if self._faults["train"] or overflow_is_normal or self._steps_in_backward():
-            return
-        gradients = {n: p.grad for n, p in self.trainer.model.named_parameters() if p.grad is not None}
-        mine = []
-        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))):
-            names = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-            mine = [f"the gradient of {_listed(names)}" if names else "the norm of all gradients together"]
-        self._faults["train"] += self._agreed(mine)
+        gradients = {}
+        if not (overflow_is_normal or self._steps_in_backward()):
+            gradients = {n: p.grad for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        if gradients:
+            mine = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))
+            mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            self._unread.append(_Check(gradients, [], "train", mine, self._total(mine)))
+        self._read()
+        return not self._faults["train"]
+
+    def _total(self, mine: torch.Tensor) -> torch.Tensor:
+        """How many processes have a fault."""
+        return self.trainer.accelerator.reduce(mine.to(self.trainer.accelerator.device).float(), "sum")
+
+    def _read(self) -> list[str]:
+        """Notes and returns the faults of all processes, the same on each, with one wait for the device."""
+        checks, self._unread = self._unread, []
+        if not checks:
+            return []
+        noted: list[str] = []
+        found = torch.stack([torch.stack([check.mine.to(check.total), check.total]) for check in checks])
+        for check, (mine, total) in zip(checks, found.tolist(), strict=True):
+            # gradients of a batch with a fault have one too
+            if total and not (isinstance(check.what, dict) and self._faults[check.mode]):
+                faults = gather_object([self._words(check)] if mine else [])
+                noted += dict.fromkeys(faults)  # a gradient is the same everywhere
+                self._faults[check.mode] += dict.fromkeys(faults)
+        return noted
+
+    def _words(self, check: "_Check") -> str:
+        if isinstance(check.what, BatchResult):
+            return f"{' and '.join(bad_values(check.what))} {self._where(check.what, check.rows, check.mode)}"
+        names = [name for name, gradient in check.what.items() if not bool(torch.isfinite(gradient).all())]
+        return f"the gradient of {_listed(names)}" if names else "the norm of all gradients together"
 
     def take_evaluation_faults(self) -> list[str]:
         """What was not finite in the evaluation that ends; said in a warning."""
@@ -123,14 +168,6 @@ class FaultGuard(TrainerCallback):
 
     # Processes, and words
 
-    def _agreed(self, mine: list[str]) -> list[str]:
-        """The faults of all processes, the same on each."""
-        accelerator = self.trainer.accelerator
-        count = torch.tensor(float(len(mine)), device=accelerator.device)
-        if accelerator.reduce(count, "sum").item() == 0:
-            return []
-        return list(dict.fromkeys(gather_object(mine)))  # a gradient is the same everywhere
-
     def _steps_in_backward(self) -> bool:
         return self.trainer.is_deepspeed_enabled or any(
             name in self.trainer.args.optim.value for name in ("lomo", "layerwise")
@@ -145,9 +182,24 @@ class FaultGuard(TrainerCallback):
         return f"in {_listed([f'row {rows[b]} ({excerpt(batch, b, tokenizer)!r})' for b in bad])} of {whole}"
 
 
-def _all_finite(batch: BatchResult) -> bool:
-    values = [batch.loss, _reward(batch), *batch.terms.values()]
-    return bool(torch.isfinite(torch.stack([value.detach().float() for value in values])).all())
+@dataclass(frozen=True)
+class _Check:
+    """
+    Of a batch, or of gradients by name: whether this process has a fault, and how many processes have; scalars on the
+    device.
+    """
+
+    what: BatchResult | dict[str, torch.Tensor]
+    rows: list[int]
+    mode: str
+    mine: torch.Tensor
+    total: torch.Tensor
+
+
+def _detached(batch: BatchResult) -> BatchResult:
+    """Without the graph, which would be held until the check is read."""
+    scores = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in batch.scores.items()}
+    return replace(batch, scores=Scores(**scores), loss=batch.loss.detach())  # type: ignore[arg-type]
 
 
 def _reward(batch: BatchResult) -> torch.Tensor:

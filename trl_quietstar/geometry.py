@@ -8,15 +8,18 @@ A branch is `start, thought (L), end, first M - 1 talk tokens`; the slot `s` pre
 that the last thought token predicts nothing and the end slot predicts the first talk token.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from .transfer import Placed
+
 
 @dataclass(frozen=True)
-class Text:
+class Text(Placed):
     """
     A padded batch of texts, each row holding one document or several packed ones.
 
@@ -78,8 +81,8 @@ class Text:
     @property
     def is_plain(self) -> bool:
         """Whether each row is one document, padded on the right if at all: a causal mask is all it needs."""
-        mask = self.attention_mask
-        return bool((self.document_ids <= 1).all() and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())
+        mask, documents = self.host.attention_mask, self.host.document_ids
+        return bool((documents <= 1).all() and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())
 
     def predicted(self) -> torch.Tensor:
         """Mask of shape `(B, T - 1)`: the token after this one belongs to the same document and is a label."""
@@ -88,7 +91,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Positions:
+class Positions(Placed):
     """Thought positions: `index` of shape `(B, J)` into the text, and `mask` of the same shape (rows are ragged)."""
 
     index: torch.Tensor
@@ -114,6 +117,16 @@ class Thoughts:
     mask: torch.Tensor
     filler: bool = False
 
+    @functools.cached_property
+    def host_mask(self) -> torch.Tensor:
+        """The mask in the host's memory; a copy, once, only where it did not come from there."""
+        return self.mask.cpu()
+
+    @property
+    def anchors(self) -> torch.Tensor:
+        """The text index that each branch hangs off, `(B, J·G)`, in the host's memory."""
+        return self.positions.host.index.repeat_interleave(self.mask.shape[2], dim=1)
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -122,7 +135,7 @@ class Branches:
 
     Parameters:
         anchors (`torch.Tensor` of shape `(B, N)`):
-            The text index each branch hangs off.
+            The text index each branch hangs off, in the host's memory.
         embeds (`torch.Tensor` of shape `(B, N, S, E)`):
             Input embeddings of the slots, as [`~embeddings.embed_tokens`] gives them.
         mask (`torch.Tensor` of shape `(B, N, S)`, bool):
@@ -142,7 +155,7 @@ class Branches:
 
 
 @dataclass(frozen=True)
-class Talk:
+class Talk(Placed):
     """The true tokens after each position: `token_ids`, `input_mask` (exists) and `target_mask` (exists and is a
     label), each of shape `(B, J, M)`."""
 
@@ -163,13 +176,14 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
         talk_length (`int`):
             M.
     """
-    index = positions.index[..., None] + torch.arange(1, talk_length + 1, device=positions.index.device)
+    device, text, positions = text.input_ids.device, text.host, positions.host
+    index = positions.index[..., None] + torch.arange(1, talk_length + 1)
     inside = index < text.input_ids.shape[1]
     index = index.clamp(max=text.input_ids.shape[1] - 1)
     token_ids, labels, documents = (_gather(x, index) for x in (text.input_ids, text.labels, text.document_ids))
     own = _gather(text.document_ids, positions.index)[..., None]
     input_mask = inside & (documents == own) & positions.mask[..., None]
-    return Talk(token_ids, input_mask, input_mask & (labels != -100))
+    return Talk(token_ids, input_mask, input_mask & (labels != -100)).to(device)
 
 
 def usable_positions(text: Text, thought_positions: int | float | str = "all") -> torch.Tensor:
@@ -203,7 +217,8 @@ def talk_span(text: Text, talk_length: int | str, thought_positions: int | float
     """
     if talk_length != "completion":
         return int(talk_length)
-    index = torch.arange(text.labels.shape[1], device=text.labels.device)
+    text = text.host
+    index = torch.arange(text.labels.shape[1])
     ends = torch.where(text.labels != -100, index, 0)
     last = torch.zeros_like(ends).scatter_reduce(1, text.document_ids, ends, "amax")  # by document
     spans = (_gather(last, text.document_ids) - index)[:, :-1]
@@ -258,7 +273,7 @@ def choose_positions(
     Returns:
         [`Positions`] in ascending order, J being the largest number in any row (at least 1).
     """
-    usable = usable_positions(text, thought_positions).cpu()
+    usable = usable_positions(text.host, thought_positions)
     if thought_positions == "difficulty" and entropy is not None:
         chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
     elif thought_positions in ("all", "prompt_end", "none"):
@@ -272,13 +287,12 @@ def choose_positions(
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
     width = max(int(chosen.sum(1).max()), 1)
     order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
-    device = text.input_ids.device
-    return Positions(order.to(device), chosen.gather(1, order).to(device))
+    return Positions(order, chosen.gather(1, order)).to(text.input_ids.device)
 
 
 def most_positions(text: Text, thought_positions: int | float | str, min_interval: int) -> int:
     """The most positions that [`choose_positions`] can choose in any row of a batch; at least 1."""
-    usable = int(usable_positions(text, thought_positions).sum(1).max())
+    usable = int(usable_positions(text.host, thought_positions).sum(1).max())
     if thought_positions == "difficulty":
         usable = -(-usable // min_interval)
     elif isinstance(thought_positions, int):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .geometry import Text, Thoughts, talk_after
 from .rewards import masked_mean
 from .scoring import Scores, at_talk
+from .transfer import to_host
 
 
 CONTEXT_TOKENS = 12
@@ -67,6 +68,7 @@ def inspect_texts(tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thou
         - `thoughts`: those written after it, each with its `text`, its `gain` in nats, the mean mixing `weight` over
           its talk, and `nll_with` of each token that follows, as far as it is read.
     """
+    text, thoughts, scores = _on_host(text, thoughts, scores)
     talk = talk_after(text, thoughts.positions, scores.talk_logps.shape[-1])
     logps_without = at_talk(scores.text_logps, thoughts, scores.talk_logps.shape[-1])
     gains = masked_mean(scores.talk_logps - logps_without, talk.target_mask[:, :, None], dim=-1)
@@ -90,6 +92,14 @@ def inspect_texts(tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thou
             places = (documents == document).nonzero().flatten().tolist()
             texts.append(_inspect_text(tokenizer, text, scores, written, b, places))
     return texts
+
+
+def _on_host(text: Text, thoughts: Thoughts, scores: Scores) -> tuple[Text, Thoughts, Scores]:
+    """What is read number by number below, in the host's memory."""
+    names = ("talk_logps", "mixing_weights", "text_logps")
+    token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *(scores[name] for name in names)])
+    thoughts = Thoughts(thoughts.positions.host, token_ids, mask)
+    return text.host, thoughts, Scores(**dict(zip(names, values, strict=True)))
 
 
 def _inspect_text(tokenizer, text: Text, scores: Scores, written: dict, b: int, places: list[int]) -> dict:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .softcap import cap_, slope, times_
+from .transfer import to_device
 
 
 TILE_ELEMENTS = 2**21  # logits held at once on a CPU, so that they stay in its cache (8 MB in float32)
@@ -123,7 +124,7 @@ def token_statistics(
         targets (`torch.Tensor` of shape `(...)`):
             Token ids.
         mask (`torch.Tensor` of shape `(...)`, bool):
-            Elsewhere the statistics are 0.
+            Elsewhere the statistics are 0. Best in the host's memory.
         temperature (`float`):
             Divides the logits.
         known ([`Drawn`], *optional*):
@@ -132,11 +133,12 @@ def token_statistics(
     Returns:
         [`TokenStatistics`] with tensors of shape `(...)`. Gradients flow through `logps` and `entropies`.
     """
-    chosen = None if known is None else tuple(x[mask] for x in (known.logps, known.entropies, known.log_z))
+    places = _places(mask, hidden.device)
+    chosen = None if known is None else tuple(x[places] for x in (known.logps, known.entropies, known.log_z))
     found = _Statistics.apply(
-        hidden[mask], *_weights(model), targets[mask], temperature, logit_transform(model.config), chosen
+        hidden[places], *_weights(model), targets[places], temperature, logit_transform(model.config), chosen
     )
-    return TokenStatistics(*(_spread(x, mask) for x in found))
+    return TokenStatistics(*(_spread(x, places, mask.shape) for x in found))
 
 
 def prediction_statistics(
@@ -161,32 +163,41 @@ def prediction_statistics(
             Hidden states, the token that each predicts, and which do.
         read (`torch.Tensor` of shape `(B, ..., H)`), index, weights, targets, mask (of shape `(B, ...)`):
             Other hidden states; for each the text index that it is mixed with, where `text_mask` is True, its weight, the
-            token to predict, and whether it counts.
+            token to predict, and whether it counts. Masks and index are best in the host's memory.
 
     Returns:
         `tuple`: [`Prediction`] of the text; [`Prediction`] of the mixed; log-probabilities of the other hidden states alone.
     """
     # row of each text index among those that predict
+    text_mask, index, mask = text_mask.cpu(), index.cpu(), mask.cpu()
     compact = (text_mask.flatten().cumsum(0) - 1).view(text_mask.shape)
-    rows = torch.arange(len(index), device=index.device).view(-1, *[1] * (index.dim() - 1)).expand_as(index)[mask]
+    rows = torch.arange(len(index)).view(-1, *[1] * (index.dim() - 1)).expand_as(index)[mask]
+    text_places, places = (_places(x, read.device) for x in (text_mask, mask))
     found = _MixedStatistics.apply(
-        text_hidden[text_mask],
-        read[mask],
-        weights[mask],
+        text_hidden[text_places],
+        read[places],
+        weights[places],
         *_weights(model),
-        text_targets[text_mask],
-        compact[rows, index[mask]],
-        targets[mask],
+        text_targets[text_places],
+        to_device(compact[rows, index[mask]], read.device),
+        targets[places],
         logit_transform(model.config),
     )
     text_logps, text_correct, logps, correct, own_logps = found
-    text = Prediction(_spread(text_logps, text_mask), _spread(text_correct, text_mask))
-    return text, Prediction(_spread(logps, mask), _spread(correct, mask)), _spread(own_logps, mask)
+    text = Prediction(*(_spread(x, text_places, text_mask.shape) for x in (text_logps, text_correct)))
+    mixed = Prediction(*(_spread(x, places, mask.shape) for x in (logps, correct)))
+    return text, mixed, _spread(own_logps, places, mask.shape)
 
 
-def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values of the places in `mask`, and 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def _places(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Indices, one tensor for each dimension, of the places in a mask, which had better be in the host's memory: a device
+    would have to be asked how many they are."""
+    return to_device(mask.nonzero().T.contiguous(), device).unbind()
+
+
+def _spread(values: torch.Tensor, places: tuple[torch.Tensor, ...], shape: torch.Size) -> torch.Tensor:
+    """Values at their places, and 0 elsewhere."""
+    return values.new_zeros(shape).index_put(places, values)
 
 
 def _weights(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -481,9 +492,12 @@ def normalized_entropy(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Te
         hidden (`torch.Tensor` of shape `(..., H)`):
             Hidden states after the final norm.
     """
-    mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    mask, unused = (
+        torch.ones(hidden.shape[:-1], dtype=torch.bool),
+        hidden.new_zeros(hidden.shape[:-1], dtype=torch.long),
+    )
     with torch.no_grad():
-        entropies = token_statistics(model, hidden, mask.long(), mask).entropies
+        entropies = token_statistics(model, hidden, unused, mask).entropies
     V = model.get_output_embeddings().weight.shape[0]
     return entropies / torch.log(torch.tensor(float(V), device=hidden.device))
 

@@ -8,6 +8,7 @@ import torch
 from .experience import Experience
 from .geometry import Text
 from .scoring import Scores
+from .transfer import exact_dtype, to_device
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class BatchResult:
             This batch's part of the step's objective, and of its unweighted terms.
         share (`float`):
             Of this batch among the batches of the step, on all processes.
+        finite (`torch.Tensor`, scalar bool, *optional*):
+            Whether reward, loss and terms are finite on all processes; known on the device, where it need not be waited for.
     """
 
     text: Text
@@ -30,6 +33,7 @@ class BatchResult:
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
     share: float = 1.0
+    finite: torch.Tensor | None = None
 
 
 # values and the mask or weight of each, or None where there is nothing to measure
@@ -53,7 +57,8 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     scores, experience = batch.scores, batch.experience
     tokens, exists = experience.thoughts.mask, experience.exists
     said = experience.talk_mask.expand_as(scores.talk_logps)
-    share = torch.tensor(batch.share, dtype=torch.float64, device=tokens.device)
+    exact = exact_dtype(tokens.device)
+    share = torch.full((), batch.share, dtype=exact, device=tokens.device)
     parts = {"total_loss": batch.loss, **batch.terms}
     moments = {
         "reward": (experience.rewards, exists),
@@ -73,14 +78,14 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "accuracy_with": (scores.talk_correct, said),
         "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
         "thought_length": (tokens.sum(-1), exists),
-        **{f"_{name}": (values.double(), mask) for name, (values, mask) in moments.items()},
-        **{f"_{name}_square": (values.double() ** 2, mask) for name, (values, mask) in moments.items()},
+        **{f"_{name}": (values.to(exact), mask) for name, (values, mask) in moments.items()},
+        **{f"_{name}_square": (values.to(exact) ** 2, mask) for name, (values, mask) in moments.items()},
     }
 
 
 class MetricSums:
     """
-    Sum and weight of each metric since the last reset.
+    Sum and weight of each metric since the last reset. They add up on the device, and are read when they are asked for.
 
     Args:
         saved (`dict[str, list[float]]`, *optional*):
@@ -88,12 +93,18 @@ class MetricSums:
     """
 
     def __init__(self, saved: dict[str, list[float]] | None = None):
-        self._sums: dict[str, list[float]] = saved or {}
+        self._names = list(saved or {})
+        self._sums = torch.tensor(list((saved or {}).values()), dtype=torch.float64).view(-1, 2)
 
     def __bool__(self) -> bool:
-        return bool(self._sums)
+        return bool(self._names)
 
-    def add(self, metrics: dict[str, Measured], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def add(
+        self,
+        metrics: dict[str, Measured],
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        finite: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """
         Adds a batch.
 
@@ -102,28 +113,41 @@ class MetricSums:
                 As [`batch_metrics`] gives them; the same names on every process.
             reduce (`Callable`):
                 Sums a tensor over processes.
+            finite (`torch.Tensor`, scalar bool, *optional*):
+                Whether to add it at all; the same on every process.
+
+        Returns:
+            `dict`: sum and weight, of shape `(2,)`, that each metric grew by.
         """
-        nothing = torch.zeros(2, dtype=torch.float64)
-        pairs = [
-            nothing if m is None else torch.stack([_total(m[0], m[1]), _total(m[1])]).cpu() for m in metrics.values()
-        ]
-        for name, (total, weight) in zip(metrics, reduce(torch.stack(pairs)).tolist(), strict=True):
-            sums = self._sums.setdefault(name, [0.0, 0.0])
-            sums[0] += total
-            sums[1] += weight
+        self._names = list(dict.fromkeys([*self._names, *metrics]))
+        device = next((m[0].device for m in metrics.values() if m is not None), self._sums.device)
+        nothing = torch.zeros(2, dtype=exact_dtype(device), device=device)
+        measured = [metrics.get(name) for name in self._names]
+        pairs = [nothing if m is None else torch.stack([_total(m[0], m[1]), _total(m[1])]) for m in measured]
+        grown = reduce(torch.stack(pairs))
+        if finite is not None:
+            grown = torch.where(finite, grown, torch.zeros_like(grown))
+        missing = len(self._names) - len(self._sums)
+        self._sums = torch.nn.functional.pad(to_device(self._sums.to(grown.dtype), device), (0, 0, 0, missing)) + grown
+        return dict(zip(self._names, grown, strict=True))
+
+    def _read(self, name: str) -> tuple[float, float]:
+        self._sums = self._sums.cpu()
+        total, weight = self._sums[self._names.index(name)].tolist() if name in self._names else (0.0, 0.0)
+        return total, weight
 
     def total(self, name: str) -> float:
         """Weighted sum of a metric; 0 where nothing was added."""
-        return self._sums.get(name, [0.0, 0.0])[0]
+        return self._read(name)[0]
 
     def mean(self, name: str) -> float | None:
         """Mean of a metric; None where nothing was measured."""
-        total, weight = self._sums.get(name, [0.0, 0.0])
+        total, weight = self._read(name)
         return total / weight if weight else None
 
     def means(self) -> dict[str, float | None]:
         """Mean of every metric, and what follows from the spread of some."""
-        means = {name: self.mean(name) for name in self._sums if not name.startswith("_")}
+        means = {name: self.mean(name) for name in self._names if not name.startswith("_")}
         reward, returns, residual = (self._variance(name) for name in ("reward", "return", "residual"))
         means["reward_std"] = None if reward is None else reward**0.5
         # the share of the returns' variance that the values predict
@@ -139,8 +163,9 @@ class MetricSums:
 
     def state(self) -> dict[str, list[float]]:
         """For a checkpoint."""
-        return self._sums
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
 
 
 def _total(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return values.double().sum() if mask is None else (values.double() * mask).sum()
+    values = values.to(exact_dtype(values.device))
+    return values.sum() if mask is None else (values * mask).sum()

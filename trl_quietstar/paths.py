@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -33,6 +33,7 @@ from .geometry import (
     text_attention,
 )
 from .routing import Routing, has_router_loss, recorded_routing
+from .transfer import to_device
 
 
 # families whose table of absolute positions begins after the padding index
@@ -79,7 +80,7 @@ class Reader(Protocol):
 
         Args:
             anchors (`torch.Tensor` of shape `(B, N)`):
-                The text index each branch hangs off; the same at every call.
+                The text index each branch hangs off, in the host's memory; the same at every call.
             embeds (`torch.Tensor` of shape `(B, N, E)`):
                 Input embeddings of the new slots.
 
@@ -237,7 +238,7 @@ class BranchReader:
         return fresh
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=anchors.device)
+        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
         return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
 
     def grow(
@@ -248,7 +249,7 @@ class BranchReader:
 
         Args:
             anchors (`torch.Tensor` of shape `(B, N)`):
-                The text index each branch hangs off.
+                The text index each branch hangs off, in the host's memory.
             embeds (`torch.Tensor` of shape `(B, N, Q, E)`):
                 Input embeddings of the new slots.
             mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool):
@@ -261,7 +262,7 @@ class BranchReader:
         """
         if embeds[..., 0].numel() == 0:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
-        positions = branch_position_ids(self.text, anchors, mask)
+        positions = branch_position_ids(self.text, to_device(anchors, mask.device), mask)
         reading = self._branch_reading(anchors, mask, positions, keep)
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
@@ -274,7 +275,6 @@ class BranchReader:
         self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
     ) -> BranchReading:
         """Of the slots that are not kept yet; mask and position ids, `(B, N, s + Q)`, are those of all."""
-        first = anchors - self.text.position_ids.gather(1, anchors)  # where the anchor's document begins
         slots, new = mask.shape[2], positions[:, :, self.length :]
         Q = new.shape[2]
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
@@ -282,12 +282,16 @@ class BranchReader:
         heads = self.model.config.get_text_config().num_attention_heads
         rows = len(anchors) * heads * min(Q, branch_attention.CHUNK_SLOTS)
         chunk = branch_attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, mask.device)
+        anchors, host = anchors.cpu(), self.text.host
+        first = anchors - host.position_ids.gather(1, anchors)  # where the anchor's document begins
+        spans = _spans(first, anchors, chunk)
+        first, anchors = (to_device(x, mask.device) for x in (first, anchors))
         return BranchReading(
             memory=self.memory,
             own=self.own,
             first=first,
             last=anchors,
-            spans=_spans(first, anchors, chunk),
+            spans=spans,
             chunk=chunk,
             slots=(causal & mask[:, :, None]) | itself,
             positions=positions,
@@ -381,10 +385,11 @@ class MaskedPrefix(SharedPrefix):
     def _packed(model: PreTrainedModel, text: Text, branches: Branches) -> torch.Tensor:
         """Hidden states of `[text | branches]`, `(B, T + N·S, H)`."""
         embeds = torch.cat([embed_tokens(model, text.input_ids), branches.embeds.flatten(1, 2)], dim=1)
-        branch_positions = branch_position_ids(text, branches.anchors, branches.mask).flatten(1)
+        anchors = to_device(branches.anchors, embeds.device)
+        branch_positions = branch_position_ids(text, anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
         _check_slots(model.config, embeds.shape[1])
-        allowed = packed_attention(text, branches.anchors, branches.mask)
+        allowed = packed_attention(text, anchors, branches.mask)
         return backbone(
             model,
             embeds,
@@ -405,6 +410,7 @@ class CachedReader:
         self.text_hidden = self._forward(embeds, text_attention(text), text.position_ids)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        anchors = to_device(anchors, embeds.device)
         N, T = anchors.shape[1], self.text.input_ids.shape[1]
         steps = (self.key_positions.shape[1] - T) // N + 1
         position_ids = self.text.position_ids.gather(1, anchors) + steps
@@ -460,7 +466,7 @@ class Replay:
     def _text(self, model: PreTrainedModel, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the text, and which tokens of the forward count."""
         embeds = embed_tokens(model, text.input_ids)
-        documents = int(text.document_ids.max())
+        documents = int(text.host.document_ids.max())
         number = torch.arange(1, documents + 1, device=embeds.device)
         members = text.document_ids[:, None, :] == number[:, None]  # (B, documents, T)
         anchors = (members.long().cumsum(-1).argmax(-1)).masked_fill(~members.any(-1), 0)
@@ -475,6 +481,7 @@ class Replay:
     def _branches(self, model: PreTrainedModel, text: Text, branches: Branches) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the branches, and which tokens of the forward count."""
         embeds = embed_tokens(model, text.input_ids)
+        branches = replace(branches, anchors=to_device(branches.anchors, embeds.device))
         hidden = self._rows(model, text, embeds, branches)
         index = branch_position_ids(text, branches.anchors, branches.mask).clamp(max=hidden.shape[2] - 1)
         slot = (

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
 from .metrics import BatchResult
 from .rewards import masked_mean
+from .transfer import to_host
 
 
 if TYPE_CHECKING:
@@ -51,25 +52,28 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
         `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
         continuation), `with` and `without` (the continuation's mean probability), `reward`.
     """
-    text, experience, talk_logps = batch.text, batch.experience, batch.scores.talk_logps
+    text, experience, talk_logps = batch.text.host, batch.experience, batch.scores.talk_logps
     thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
     p_with = masked_mean(talk_logps.exp(), experience.talk_mask.expand_as(talk_logps), dim=-1)
     p_without = masked_mean(experience.logps_without.exp(), experience.talk_mask, dim=-1)
-    places = thoughts.positions.mask.nonzero().tolist()
+    token_ids, mask, p_with, p_without, rewards = to_host(
+        [thoughts.token_ids, thoughts.mask, p_with, p_without, experience.rewards]
+    )
+    places = thoughts.positions.host.mask.nonzero().tolist()
     places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
     table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
     for b, j in places:
-        at = int(thoughts.positions.index[b, j])
+        at = int(thoughts.positions.host.index[b, j])
         document = text.document_ids[b] == text.document_ids[b, at]
         ids = text.input_ids[b]
         before = ids[: at + 1][document[: at + 1]][-CONTEXT_TOKENS:]
         after = ids[at + 1 :][document[at + 1 :]][:talk_length]
-        thought = thoughts.token_ids[b, j, 0][thoughts.mask[b, j, 0]]
+        thought = token_ids[b, j, 0][mask[b, j, 0]]
         for name, tokens in (("context", before), ("thought", thought), ("next", after)):
             table[name].append(tokenizer.decode(tokens.tolist()))
         table["with"].append(round(float(p_with[b, j, 0]), 4))
         table["without"].append(round(float(p_without[b, j, 0]), 4))
-        table["reward"].append(round(float(experience.rewards[b, j, 0]), 4))
+        table["reward"].append(round(float(rewards[b, j, 0]), 4))
     return table
 
 

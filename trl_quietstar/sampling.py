@@ -22,6 +22,7 @@ from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden
 from .heads import QuietStarSettings, ThinkingModel
 from .lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
 from .paths import BranchReader, Path, Reader
+from .transfer import to_device
 
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -164,12 +165,13 @@ def thought_sampling(
 
 
 def uniforms(positions: Positions, settings: SamplingSettings, generators: list[torch.Generator]) -> torch.Tensor:
-    """Random numbers of shape `(B, J, G, L)`; each sequence's come from its own generator, in position order."""
+    """Random numbers of shape `(B, J, G, L)`, in the host's memory; each sequence's come from its own generator, in
+    position order."""
     B, J = positions.index.shape
     draws = torch.zeros(B, J, settings.num_thoughts, settings.thought_length, dtype=torch.float64)
-    for row, count, generator in zip(draws, positions.mask.sum(1).tolist(), generators, strict=True):
+    for row, count, generator in zip(draws, positions.host.mask.sum(1).tolist(), generators, strict=True):
         row[:count] = torch.rand(row[:count].shape, generator=generator, dtype=torch.float64)
-    return draws.to(positions.index.device)
+    return draws
 
 
 def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: int = 0) -> torch.Tensor:
@@ -179,14 +181,14 @@ def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: in
 
     Args:
         position_ids (`torch.Tensor` of shape `(B, J)`):
-            Of the thought positions.
+            Of the thought positions; best in the host's memory.
         settings ([`SamplingSettings`]):
             How many thoughts and tokens.
         seed (`int`):
             Of all of them.
 
     Returns:
-        `torch.Tensor` of shape `(B, J, G, L)`.
+        `torch.Tensor` of shape `(B, J, G, L)`, in the host's memory.
     """
     places, inverse = position_ids.cpu().unique(return_inverse=True)
     shape = (settings.num_thoughts, settings.thought_length)
@@ -194,7 +196,7 @@ def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: in
         torch.rand(shape, generator=generator, dtype=torch.float64)
         for generator in seeded_generators(seed, 0, places.tolist())
     ]
-    return torch.stack(rows)[inverse].to(position_ids.device)
+    return torch.stack(rows)[inverse]
 
 
 @torch.no_grad()
@@ -222,7 +224,7 @@ def sample_thoughts(
         settings ([`SamplingSettings`]):
             How.
         draws (`torch.Tensor` of shape `(B, J, G, L)`):
-            A uniform number for each token, as [`uniforms`] or [`fixed_draws`] gives them.
+            A uniform number for each token, as [`uniforms`] or [`fixed_draws`] gives them, in the host's memory.
         greatest (`Callable`, *optional*):
             As in [`ThoughtSampler`].
 
@@ -251,10 +253,11 @@ def _write(
     `embed` their embeddings."""
     B, J = positions.index.shape
     G, L = settings.num_thoughts, settings.thought_length
-    anchors = positions.index.repeat_interleave(G, dim=1)
-    draws = draws.flatten(1, 2)
+    device = positions.index.device
+    anchors = positions.host.index.repeat_interleave(G, dim=1)
+    draws = to_device(draws, device).flatten(1, 2)
     embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
-    token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=anchors.device)
+    token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=device)
     mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
     running = mask[..., 0].clone()
     for step in range(L):
@@ -268,8 +271,17 @@ def _write(
         if step + 1 < L:
             embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
     shape = (B, J, G, L)
-    mask &= torch.arange(L, device=mask.device) <= step
-    return Thoughts(positions, token_ids.view(shape), mask.view(shape))
+    mask &= torch.arange(L, device=device) <= step
+    return _cut(Thoughts(positions, token_ids.view(shape), mask.view(shape)), L, settings)
+
+
+def _cut(thoughts: Thoughts, length: int, settings: SamplingSettings) -> Thoughts:
+    """The first tokens of thoughts. Where none ends early, the host knows which exist without asking the device."""
+    cut = Thoughts(thoughts.positions, thoughts.token_ids[..., :length], thoughts.mask[..., :length])
+    if settings.stop is None:
+        known = thoughts.positions.host.mask[..., None, None].expand(cut.mask.shape)
+        cut.__dict__["host_mask"] = known  # no field: `dataclasses.replace` must not carry it to another mask
+    return cut
 
 
 def unfinished(thoughts: Thoughts, settings: SamplingSettings) -> torch.Tensor:
@@ -319,21 +331,21 @@ class ThoughtSampler:
     @torch.no_grad()
     def sample(self, model: ThinkingModel, text: Text, path: Path, batch_size: int | None = None) -> Thoughts:
         """Reads the text and writes its thoughts, without gradient; of each row about `batch_size` at once, or all."""
-        reader = path.read(model, text)
+        reader, device = path.read(model, text), text.input_ids.device
         positions = self._positions(model, text, reader)
         size = positions.index.shape[1] if batch_size is None else max(batch_size // self.settings.num_thoughts, 1)
-        groups = (x.split(size, dim=1) for x in (positions.index, positions.mask, self._draws(positions)))
+        groups = (x.split(size, dim=1) for x in (positions.host.index, positions.host.mask, self._draws(positions)))
         parts: list[Thoughts] = []
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
                 reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
-            parts.append(
-                sample_thoughts(model, reader, text, Positions(index, mask), self.settings, draws, self.greatest)
-            )
+            places = Positions(index, mask).to(device)
+            parts.append(sample_thoughts(model, reader, text, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
-        # where all thoughts ended early, no slot is kept for more
-        longest = self.greatest(max(int(mask.sum(-1).max()), 1))
-        return Thoughts(positions, token_ids[..., :longest], mask[..., :longest])
+        longest = self.settings.thought_length
+        if self.settings.stop is not None:  # where all thoughts ended early, no slot is kept for more
+            longest = self.greatest(max(int(mask.sum(-1).max()), 1))
+        return _cut(Thoughts(positions, token_ids, mask), longest, self.settings)
 
     def sample_in_graph(
         self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
@@ -364,8 +376,8 @@ class ThoughtSampler:
 
         positions = self._positions(model, text, reader)
         thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed, self.greatest)
-        token_ids, mask = (x[..., : len(states)] for x in (thoughts.token_ids, thoughts.mask))
-        thoughts, shape = Thoughts(positions, token_ids, mask), mask.shape
+        thoughts = _cut(thoughts, len(states), self.settings)
+        shape = thoughts.mask.shape
         names = ("token_ids", "logps", "entropies", "log_z")
         known = Drawn(*(torch.stack([getattr(d, name) for d in drawn], dim=2).view(shape) for name in names))
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
@@ -379,9 +391,10 @@ class ThoughtSampler:
             self.difficulty_threshold,
             self.min_thought_interval,
         )
-        J = positions.index.shape[1]
+        J, host = positions.index.shape[1], positions.host
         missing = (0, self.greatest(J) - J)
-        return Positions(*(torch.nn.functional.pad(x, missing) for x in (positions.index, positions.mask)))
+        padded = Positions(*(torch.nn.functional.pad(x, missing) for x in (host.index, host.mask)))
+        return padded.to(text.input_ids.device)
 
     def _draws(self, positions: Positions) -> torch.Tensor:
         return uniforms(positions, self.settings, self.generators)
@@ -410,7 +423,7 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
     unused = torch.zeros(positions.index.shape, dtype=torch.float64, device=hidden.device)
     tokens = [draw_tokens(model, hidden, unused, greedy)]
     while len(tokens) < length:
-        hidden = reader.extend(positions.index, embed_tokens(model, tokens[-1]))
+        hidden = reader.extend(positions.host.index, embed_tokens(model, tokens[-1]))
         tokens.append(draw_tokens(model, hidden, unused, greedy))
     return torch.stack(tokens, dim=-1)
 

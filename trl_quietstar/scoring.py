@@ -17,6 +17,7 @@ from .lm_head import Drawn, prediction_statistics, token_statistics
 from .paths import BranchReader, Path
 from .routing import Routing, router_loss
 from .sampling import ThoughtSampler
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -114,23 +115,27 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     G, L = thoughts.token_ids.shape[2:]
     talk = talk_after(text, thoughts.positions, M)
     drawn_from = hidden[..., :L, :]
-    policy = token_statistics(model, drawn_from, thoughts.token_ids, thoughts.mask, request.temperature, encoded.drawn)
+    policy = token_statistics(
+        model, drawn_from, thoughts.token_ids, thoughts.host_mask, request.temperature, encoded.drawn
+    )
     values = model.quietstar.values(drawn_from) * thoughts.mask
 
     read = hidden[..., L + 1 :, :]
-    mask = talk.target_mask[:, :, None].expand(-1, -1, G, -1)
+    mask, host_mask = (x.target_mask[:, :, None].expand(-1, -1, G, -1) for x in (talk, talk.host))
     targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
-    predicts = text.predicted()
+    predicts = text.host.predicted()
     if request.prediction == "mixed":
-        index = thoughts.positions.index[..., None] + torch.arange(M, device=hidden.device)
-        index = index.clamp(max=predicts.shape[1] - 1)[:, :, None].expand_as(mask)
-        weights = model.quietstar.mixing_head(gather_hidden(text_hidden, index), read)
+        index = thoughts.positions.host.index[..., None] + torch.arange(M)
+        index = index.clamp(max=predicts.shape[1] - 1)[:, :, None]
+        base = gather_hidden(text_hidden, to_device(index, hidden.device).expand_as(mask))
+        weights = model.quietstar.mixing_head(base, read)
         plain, said, reader_logps = prediction_statistics(
-            model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts, read, index, weights, targets, mask
+            *(model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts),
+            *(read, index.expand_as(host_mask), weights, targets, host_mask),
         )
     else:
         plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts).prediction
-        said = token_statistics(model, read, targets, mask).prediction
+        said = token_statistics(model, read, targets, host_mask).prediction
         reader_logps, weights = said.logps, torch.ones_like(said.logps)
     return Scores(
         thought_logps=policy.logps,
@@ -224,15 +229,14 @@ def score_thoughts(
     if start:
         embeds = torch.cat([_edge(model, model.quietstar.start_embedding, thoughts), embeds], dim=3)
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
-    anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
-    branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
+    branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     encoded = path.encode(model, text, branches, branch_batch_size)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
         hidden = torch.cat([first, hidden], dim=3)
-    logps = token_statistics(model, hidden, thoughts.token_ids, thoughts.mask, temperature).logps
-    plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.predicted())
+    logps = token_statistics(model, hidden, thoughts.token_ids, thoughts.host_mask, temperature).logps
+    plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.host.predicted())
     return Scores(thought_logps=logps, text_logps=plain.logps, text_correct=plain.correct)
 
 
@@ -279,7 +283,7 @@ def _full_branches(
         thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]
     return Branches(
-        anchors=thoughts.positions.index.repeat_interleave(G, dim=1),
+        anchors=thoughts.anchors,
         embeds=torch.cat([*([start] if seen == 0 else []), thought, end, spoken], dim=3).flatten(1, 2),
         mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
     )

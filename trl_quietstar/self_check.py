@@ -79,18 +79,17 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
 def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> torch.Tensor:
     """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
     B, J, G, L = thoughts.token_ids.shape
-    anchors = thoughts.positions.index.repeat_interleave(G, dim=1)
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
     start = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, 1, -1)
     slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
-    hidden = torch.stack([reader.extend(anchors, slot) for slot in slots.unbind(2)], dim=2)
-    return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.mask).logps
+    hidden = torch.stack([reader.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
+    return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask).logps
 
 
 def _text_logps(model: ThinkingModel, path: Path, text: Text) -> torch.Tensor:
     """Log-probabilities of the text as a path reads it: shape `(B, T - 1)`."""
     hidden = path.read(model, text).text_hidden[:, :-1]
-    return token_statistics(model, hidden, text.input_ids[:, 1:], text.predicted()).logps
+    return token_statistics(model, hidden, text.input_ids[:, 1:], text.host.predicted()).logps
 
 
 def _random_text(model: ThinkingModel, seed: int) -> Text:

@@ -6,6 +6,7 @@ No maths here: positions, sampling, scoring, rewards, advantages and objective a
 
 import copy
 import functools
+import itertools
 import math
 import os
 import textwrap
@@ -23,6 +24,7 @@ from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
@@ -37,6 +39,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
+from ._compat import left_on_host
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .cached_replay import CachedReplay
@@ -232,8 +235,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
         self.adopt_settings()
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
-        self._recent_rewards: deque[float] = deque(maxlen=100)
-        self._step_reward = MetricSums()  # of the current optimizer step
+        self._read_rewards: deque[float] = deque(maxlen=100)  # of the last optimizer steps
+        # sum and weight, on the device: of the batches of the current step, and of steps that ended
+        self._batch_rewards: list[torch.Tensor] = []
+        self._step_rewards: list[torch.Tensor] = []
         self._rows_seen = 0  # of the evaluation, before the current batch
         self._batches: list[dict] = []  # of the current optimizer step
         self._parts: list[StepPart] = []
@@ -354,8 +359,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         text = self._text(inputs)
         part = self._part(inputs["part"]) if "part" in inputs else self._lone_part(text, mode)
         scores = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=text.input_ids,
+            attention_mask=text.attention_mask,
             quietstar_request=self._score_request(text, part, mode),
         )
         experience, reduce = part.experience, self._reduce if mode == "train" else _alone
@@ -388,15 +393,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         )
         with torch.no_grad():
             batch = BatchResult(text, scores, experience, loss, terms, part.share)
-            if self._guard.is_finite(batch, part.rows, mode):
-                self._note_metrics(batch, mode)
+            finite = self._guard.check(batch, part.rows, mode)
+            if finite is not None:
+                self._note_metrics(replace(batch, finite=finite), mode)
         # engines average gradients over processes, whose parts add up
         return loss * self.accelerator.num_processes if mode == "train" else loss
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._guard.check_gradients()
+        if self.accelerator.sync_gradients and not self._guard.check_gradients():
+            metrics = self._metrics["train"]
+            if metrics.mean("reward") is None:  # the window has nothing yet: the next batch begins it
+                self._metrics["train"] = MetricSums()
         return loss
 
     def _distilled(self, scores: Scores) -> torch.Tensor | None:
@@ -408,10 +416,17 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def _text(self, inputs: dict) -> Text:
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in ("part", "columns")})
         if self.args.max_length is None:
-            check_longest(int(text.position_ids.max()) + 1, self.args, base_of(self.model).config)
-        return text
+            check_longest(int(text.host.position_ids.max()) + 1, self.args, base_of(self.model).config)
+        return text.to(self.accelerator.device)
 
     # The batches of a step
+
+    def get_train_dataloader(self) -> DataLoader:
+        return left_on_host(super().get_train_dataloader())
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """A batch stays in the host's memory, where its masks and lengths are read; [`_text`] moves what the model needs."""
+        return inputs
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """As the Trainer does; the rows of a step come again for each further update on them."""
@@ -436,14 +451,14 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         """As the Trainer does; each batch comes with its part of the optimizer step, so that several batches, here and on
         other processes, add up to what one batch of all would be."""
         self._finish_step()
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # not looked at yet: a callback may change settings as the step begins
-        self._batches, self._parts = batches, []
-        return [{**batch, "part": i} for i, batch in enumerate(batches)], num_items
+        self._batches, self._parts = list(itertools.islice(epoch_iterator, num_batches)), []
+        # no number of items, which the Trainer would have to fetch from the device: the loss is scaled by our own counts
+        return [{**batch, "part": i} for i, batch in enumerate(self._batches)], None
 
     def _part(self, index: int) -> StepPart:
         if not self._parts:
-            self._parts = self._step_parts([self._prepare_inputs(batch) for batch in self._batches])
+            self._parts = self._step_parts(self._batches)
         return self._parts[index]
 
     def _step_parts(self, batches: list[dict]) -> list[StepPart]:
@@ -658,8 +673,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             tokens = batch.text.predicted().sum() + batch.experience.thoughts.mask.sum()
             metrics["num_thoughts"] = (batch.experience.exists.sum(), torch.ones((), device=tokens.device))
             metrics["tokens"] = (tokens, torch.ones_like(tokens))
-            self._step_reward.add({"reward": metrics["reward"]}, self._reduce)
-        self._metrics[mode].add(metrics, self._reduce)
+        grown = self._metrics[mode].add(metrics, self._reduce, batch.finite)
+        if mode == "train":
+            self._batch_rewards.append(grown["reward"])
 
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
@@ -681,10 +697,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
 
     def _finish_step(self) -> None:
         """Takes the reward of the optimizer step that ended into the moving average."""
-        reward = self._step_reward.mean("reward")
-        if reward is not None:
-            self._recent_rewards.append(reward)
-        self._step_reward = MetricSums()
+        if self._batch_rewards:
+            self._step_rewards.append(torch.stack(self._batch_rewards).sum(0))
+            self._batch_rewards = []
+
+    @property
+    def _recent_rewards(self) -> deque[float]:
+        """Mean reward of each of the last 100 optimizer steps that had any."""
+        if self._step_rewards:
+            sums = torch.stack(self._step_rewards).tolist()
+            self._read_rewards.extend(total / weight for total, weight in sums if weight)
+            self._step_rewards = []
+        return self._read_rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -703,10 +727,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         sums, now = self._metrics["train"], time.perf_counter()
         steps = max(self.state.global_step - self._last_logged_step, 1)
         metrics = {f"rl/{name}": mean for name, mean in sums.means().items() if name != "tokens"}
+        rewards = self._recent_rewards
         metrics.update(
             {
                 "rl/episode": self.state.global_step,
-                "rl/avg_reward_100": sum(self._recent_rewards) / max(len(self._recent_rewards), 1),
+                "rl/avg_reward_100": sum(rewards) / max(len(rewards), 1),
                 "rl/entropy_coefficient": self.entropy_coefficient,
                 "rl/num_thoughts": sums.total("num_thoughts") / steps,
                 "rl/learning_rate": logs["learning_rate"],
@@ -740,7 +765,6 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     # Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
@@ -757,10 +781,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         output.metrics.update(self._collapse.evaluation(output.metrics, metric_key_prefix, self.state.global_step))
         return output
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
-            return super().get_eval_dataloader(eval_dataset)
+            return left_on_host(super().get_eval_dataloader(eval_dataset))
         return self.get_test_dataloader(eval_dataset)  # never one that persistent workers hold of another dataset
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return left_on_host(super().get_test_dataloader(test_dataset))
 
     def _prepared_as(self, dataset, name: str):
         """A dataset that came after the start, as those that were given then."""
@@ -847,7 +874,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for dataset in datasets.values():
             for inputs in self.get_eval_dataloader(dataset):
-                text = self._text(self._prepare_inputs(inputs))
+                text = self._text(inputs)
                 thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
                 of_texts = self._ask(
                     self.model,
