@@ -209,7 +209,7 @@ class CachedReplayDecoder:
         self.model, self.rows = model, rows
         self.text: States | None = None
         self.branches: States | None = None
-        self.owners = torch.zeros(0, dtype=torch.long, device=model.device)  # the text of each branch
+        self.owners = torch.zeros(0, dtype=torch.long)  # the text of each branch, in the host's memory
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self.text is None:
@@ -242,11 +242,13 @@ class CachedReplayDecoder:
         for length in lengths.unique().tolist():
             order.append((lengths == length).nonzero().flatten())
             parts.append(States(self.model))
-            prompts = token_ids[order[-1]][mask[order[-1]].bool()].view(-1, length)
+            rows, places = mask[order[-1]].bool().nonzero().unbind(1)
+            places = to_device(torch.stack([order[-1][rows], places]), token_ids.device)
+            prompts = token_ids[tuple(places)].view(-1, length)
             hidden.append(parts[-1].read(embed_tokens(self.model, prompts))[:, -1])
         back = torch.cat(order).argsort()
         self.text = States.join(parts).select(back)
-        return torch.cat(hidden)[back]
+        return torch.cat(hidden).index_select(0, to_device(back, token_ids.device))
 
     def _step(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One slot, `(B, E)`, in the branches of the rows of a mask `(B,)`; hidden states `(B, H)`, 0 in other rows."""
@@ -254,8 +256,9 @@ class CachedReplayDecoder:
         moves = mask[self.owners].bool()
         moving, waiting = moves.nonzero().flatten(), (~moves).nonzero().flatten()
         states = self.branches if len(waiting) == 0 else self.branches.select(moving)
-        hidden = states.step(embeds[self.owners[moving]])
+        hidden = states.step(embeds.index_select(0, to_device(self.owners[moving], embeds.device)))
         if len(waiting) > 0:
             self.branches = States.join([states, self.branches.select(waiting)])
         rows, self.owners = self.owners[moving], self.owners[torch.cat([moving, waiting])]
+        rows = to_device(rows, hidden.device)
         return hidden.new_zeros(self.rows, hidden.shape[1]).index_copy_(0, rows, hidden)

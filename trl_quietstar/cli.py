@@ -486,7 +486,7 @@ def inspect(argv: list[str]) -> None:
     if len(kept) < 2:
         raise ValueError(f"The text {inspect_args.text!r} has fewer than two tokens; give a longer one.")
     check_length(len(kept), args.thought_length, max_positions(base.config))
-    text = Text.from_batch(torch.tensor([kept], device=args.device))
+    text = Text.from_batch(torch.tensor([kept])).to(args.device)
     texts = inspect_texts(tokenizer, text, *think_about(base, text, tokenizer, args))
     warnings = _warnings(inspect_args.model, bool(fields), len(kept), len(ids))
     for warning in warnings:

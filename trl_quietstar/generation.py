@@ -24,6 +24,7 @@ from .heads import ThinkingModel
 from .lm_head import logits_of, uncertainty
 from .paths import Replay, additive_masks, backbone, cache_name, forward_arguments, position_offset
 from .sampling import SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
+from .transfer import exact_dtype, to_device, to_host
 
 
 @dataclass
@@ -56,7 +57,8 @@ class GenerateThoughtfulOutput(GenerateDecoderOnlyOutput):
 
 
 class Decoder(Protocol):
-    """A batch of texts that grow, and one branch after each of them."""
+    """A batch of texts that grow, and one branch after each of them. Masks are in the host's memory, which so knows what is
+    kept; token ids and embeddings are on the device."""
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Appends tokens, `(B, Q)` with their mask, to the texts; hidden states `(B, H)` of the last ones."""
@@ -92,6 +94,8 @@ class CachedDecoder:
         self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
         nothing = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
         self.positions, self.owner, self.valid = nothing, nothing, nothing.bool()  # of each slot
+        self.host_owner = torch.zeros(rows, 0, dtype=torch.long)  # what the host knows of owners and branches
+        self.host_branch = torch.zeros(rows, dtype=torch.long)
         zeros = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.length = zeros  # of each row's text
         self.branch, self.anchor, self.tip = (
@@ -102,36 +106,51 @@ class CachedDecoder:
         self.forks = 0
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = to_device(mask, token_ids.device)
         steps = mask.long().cumsum(1)
         positions = (self.length[:, None] + steps - 1).clamp(min=0)
         self.length = self.length + steps[:, -1]
         text = torch.zeros_like(self.branch)
+        self._own(torch.zeros_like(self.host_branch), token_ids.shape[1])
         return self._forward(embed_tokens(self.model, token_ids), positions, mask, text, positions.amax(1))[:, -1]
 
     def fork(self, rows: torch.Tensor) -> None:
         self.forks += 1
+        self.host_branch = torch.where(rows, self.forks, self.host_branch)
+        rows = to_device(rows, self.branch.device)
         self.branch = torch.where(rows, self.forks, self.branch)
         self.anchor = torch.where(rows, self.length - 1, self.anchor)
         self.tip = torch.where(rows, self.length - 1, self.tip)
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = to_device(mask, embeds.device)
         steps = mask.long().cumsum(1)
         positions = self.tip[:, None] + steps
         self.tip = self.tip + steps[:, -1]
+        self._own(self.host_branch, embeds.shape[1])
         return self._forward(embeds, positions, mask, self.branch, self.anchor)
 
     def drop(self, rows: torch.Tensor) -> None:
-        self.branch = self.branch.masked_fill(rows, 0)
-        keep = ((self.owner == 0) | (self.owner == self.branch[:, None])).any(0)
-        kept = int(keep.sum())
-        if kept == len(keep):
+        self.host_branch = self.host_branch.masked_fill(rows, 0)
+        self.branch = self.branch.masked_fill(to_device(rows, self.branch.device), 0)
+        keep = ((self.host_owner == 0) | (self.host_owner == self.host_branch[:, None])).any(0)
+        kept = keep.nonzero().flatten()
+        if len(kept) == len(keep):
             return
-        if bool(keep[:kept].all()):
-            self.cache.crop(kept - len(keep))
+        index = to_device(kept, self.branch.device)
+        if bool(keep[: len(kept)].all()):
+            self.cache.crop(len(kept) - len(keep))
         else:
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
-        self.positions, self.owner, self.valid = self.positions[:, keep], self.owner[:, keep], self.valid[:, keep]
+                layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
+        self.positions, self.owner, self.valid = (
+            x.index_select(1, index) for x in (self.positions, self.owner, self.valid)
+        )
+        self.host_owner = self.host_owner[:, kept]
+
+    def _own(self, owner: torch.Tensor, slots: int) -> None:
+        """Notes new slots of the owners `(B,)` on the host."""
+        self.host_owner = torch.cat([self.host_owner, owner[:, None].expand(-1, slots)], dim=1)
 
     def _forward(self, embeds, positions, mask, owner, anchor) -> torch.Tensor:
         """One pass of new slots `(B, Q, E)` of the owners `(B,)`, which see text up to the positions `anchor`, `(B,)`."""
@@ -169,9 +188,9 @@ class ReplayDecoder:
     def __init__(self, model: ThinkingModel, rows: int):
         self.model, self.path = model, Replay()
         self.token_ids = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
-        self.mask = self.slot_mask = self.token_ids.bool()
+        self.mask = self.slot_mask = torch.zeros(rows, 0, dtype=torch.bool)
         self.slots = embed_tokens(model, self.token_ids)
-        self.anchors = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.anchors = torch.zeros(rows, dtype=torch.long)
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
@@ -185,16 +204,18 @@ class ReplayDecoder:
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         self.slots = torch.cat([self.slots, embeds], dim=1)
         self.slot_mask = torch.cat([self.slot_mask, mask.bool()], dim=1)
-        branches = Branches(self.anchors[:, None], self.slots[:, None], self.slot_mask[:, None])
+        mask = to_device(self.slot_mask, self.slots.device)
+        branches = Branches(self.anchors[:, None], self.slots[:, None], mask[:, None])
         return self.path.branch_hidden(self.model, self._text(), branches)[:, 0, -embeds.shape[1] :]
 
     def drop(self, rows: torch.Tensor) -> None:
         mask = self.slot_mask & ~rows[:, None]
-        used = mask.any(0)
-        self.slots, self.slot_mask = self.slots[:, used], mask[:, used]
+        used = mask.any(0).nonzero().flatten()
+        self.slots = self.slots.index_select(1, to_device(used, self.slots.device))
+        self.slot_mask = mask[:, used]
 
     def _text(self) -> Text:
-        return Text.from_batch(self.token_ids, self.mask)
+        return Text.from_batch(self.token_ids, to_device(self.mask, self.token_ids.device))
 
 
 def decoder_of(model: ThinkingModel, rows: int) -> Decoder:
@@ -234,9 +255,12 @@ class Mind:
         self.model, self.thinking, self.sampling = model, thinking, sampling
         self.fixed, self.streamer = fixed, streamer
         self.thoughts: list[list[GeneratedThought]] = []
+        # what the device has not told yet: of each row a thought, if any, with its tokens and their mask, or with a weight
+        self._unread_tokens: list[tuple[list[GeneratedThought | None], torch.Tensor, torch.Tensor]] = []
+        self._unread_weights: list[tuple[list[GeneratedThought | None], torch.Tensor]] = []
 
     def begin(self, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Reads the prompt, `(B, T)`; returns the next token's logits, `(B, V)`."""
+        """Reads the prompt, `(B, T)`; returns the next token's logits, `(B, V)`. The mask is in the host's memory."""
         self.decoder = decoder_of(self.model, len(prompt))
         self.lengths, self.width = mask.sum(1), prompt.shape[1]
         self.thoughts = [[] for _ in prompt]
@@ -244,12 +268,12 @@ class Mind:
         return self._logits(self.decoder.read(prompt, mask), None, torch.ones_like(self.left, dtype=torch.bool))
 
     def go_on(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
-        """Reads the tokens that were emitted, `(B,)`; returns the next one's logits. Finished rows no longer think."""
+        """Reads the tokens that were emitted, `(B,)`; returns the next one's logits. Finished rows, by a mask in the host's
+        memory, no longer think."""
         self.lengths, self.width = self.lengths + 1, self.width + 1
         self.left = self.left * unfinished
         self.decoder.drop(~unfinished)
-        ones = torch.ones_like(tokens, dtype=torch.bool)[:, None]
-        hidden = self.decoder.read(tokens[:, None], ones)
+        hidden = self.decoder.read(tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.bool))
         alive, read = self.left > 0, None
         if bool(alive.any()):
             read = self.decoder.extend(embed_tokens(self.model, tokens[:, None]), alive[:, None])[:, -1]
@@ -259,21 +283,20 @@ class Mind:
         due, plain = (self.left == 0) & unfinished, None
         if self.thinking.mode == "adaptive":
             plain = logits_of(self.model, hidden)
-            due &= uncertainty(plain) >= self.thinking.threshold
+            due &= (uncertainty(plain) >= self.thinking.threshold).cpu()
         if bool(due.any()):
             fresh = self._think(due)
-            read = fresh if read is None else torch.where(due[:, None], fresh, read)
+            read = fresh if read is None else torch.where(to_device(due, hidden.device)[:, None], fresh, read)
             self.left = torch.where(due, self.thinking.every, self.left)
         if read is None:
             return logits_of(self.model, hidden) if plain is None else plain
         served = self.left > 0
-        weights = torch.ones_like(served, dtype=self.model.quietstar.start_embedding.dtype)
+        weights = torch.ones(len(hidden), dtype=self.model.quietstar.start_embedding.dtype, device=hidden.device)
         if self.model.quietstar_settings.prediction == "mixed":
             weights = self.model.quietstar.mixing_head(hidden, read)
-        weights = weights * served
-        for row, (weight, active) in enumerate(zip(weights.tolist(), served.tolist(), strict=True)):
-            if active:
-                self.thoughts[row][-1].mixing_weights.append(weight)
+        weights = weights * to_device(served, hidden.device)
+        thoughts = [x[-1] if active else None for x, active in zip(self.thoughts, served.tolist(), strict=True)]
+        self._unread_weights.append((thoughts, weights))
         self.left = (self.left - 1).clamp(min=0)
         self.decoder.drop(served & (self.left == 0))
         mix = weights[:, None].to(hidden.dtype)
@@ -282,14 +305,12 @@ class Mind:
     def _think(self, rows: torch.Tensor) -> torch.Tensor:
         """Writes a thought in the rows of a mask `(B,)`; returns what it ends with, `(B, H)`."""
         model, sampling, B = self.model, self.sampling, len(rows)
-        draws = torch.rand(B, sampling.thought_length, dtype=torch.float64, device=rows.device)
-        if self.fixed:
-            draws = fixed_draws(self.lengths[:, None] - 1, sampling)[:, 0, 0]
-        self.decoder.fork(rows)
         start, end = (
             embed_vector(model, vector).expand(B, 1, -1)
             for vector in (model.quietstar.start_embedding, model.quietstar.end_embedding)
         )
+        draws = self._draws(start.device)
+        self.decoder.fork(rows)
         tokens: list[torch.Tensor] = []
         masks: list[torch.Tensor] = []
         running = rows
@@ -300,17 +321,47 @@ class Mind:
             tokens.append(draw_tokens(model, hidden, draws[:, step : step + 1], sampling)[:, 0])
             masks.append(running)
             if sampling.stop is not None and step + 1 >= sampling.min_thought_length:
-                running = running & ~sampling.stop(torch.stack(tokens, dim=1))
+                running = running & ~sampling.stop(torch.stack(tokens, dim=1)).cpu()
                 if not bool(running.any()):
                     break
         last = torch.cat([embed_tokens(model, tokens[-1][:, None]), end], dim=1)
         ended = self.decoder.extend(last, torch.stack([masks[-1], rows], dim=1))[:, -1]
-        for row, (ids, mask) in enumerate(zip(torch.stack(tokens, 1), torch.stack(masks, 1), strict=True)):
-            if bool(rows[row]):
-                self.thoughts[row].append(GeneratedThought(self.width - 1, ids[mask].tolist()))
-                if self.streamer is not None:
-                    self.streamer.put(ids[mask].cpu())
+        self._note(rows, torch.stack(tokens, 1), torch.stack(masks, 1))
         return ended
+
+    def _draws(self, device: torch.device) -> torch.Tensor:
+        """Uniform numbers of shape `(B, L)`."""
+        length = self.sampling.thought_length
+        if self.fixed:
+            draws = fixed_draws(self.lengths[:, None] - 1, self.sampling)[:, 0, 0]
+            return to_device(draws.to(exact_dtype(device)), device)
+        return torch.rand(len(self.lengths), length, dtype=exact_dtype(device), device=device)
+
+    def _note(self, rows: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Takes down thoughts of shape `(B, l)`, whose tokens the device tells later if nobody is listening."""
+        thoughts = [GeneratedThought(self.width - 1, []) if own else None for own in rows.tolist()]
+        for row, thought in enumerate(thoughts):
+            if thought is not None:
+                self.thoughts[row].append(thought)
+                if self.streamer is not None:
+                    self.streamer.put(token_ids[row].cpu()[mask[row]])
+        self._unread_tokens.append((thoughts, token_ids, mask))
+
+    def told(self) -> list[list[GeneratedThought]]:
+        """The thoughts of each row, with all that the device knows of them."""
+        read = to_host(
+            [*(ids for _, ids, _ in self._unread_tokens), *(weights for _, weights in self._unread_weights)]
+        )
+        for thoughts, _, mask in self._unread_tokens:
+            for thought, ids, exists in zip(thoughts, read.pop(0), mask, strict=True):
+                if thought is not None:
+                    thought.token_ids = ids[exists].tolist()
+        for thoughts, _ in self._unread_weights:
+            for thought, weight in zip(thoughts, read.pop(0).tolist(), strict=True):
+                if thought is not None:
+                    thought.mixing_weights.append(weight)
+        self._unread_tokens, self._unread_weights = [], []
+        return self.thoughts
 
 
 @torch.no_grad()
@@ -354,16 +405,16 @@ def think_and_speak(
             padding.
     """
     attention_mask = model_kwargs.get("attention_mask")
-    _check_request(generation_config, input_ids, attention_mask, synced_gpus, model_kwargs)
+    mask = torch.ones(input_ids.shape, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
+    _check_request(generation_config, input_ids, mask, synced_gpus, model_kwargs)
     config, pad = generation_config, generation_config._pad_token_tensor
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check_positions(model, config, input_ids.shape[1])
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
     mind = Mind(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     scores, raw_logits = [], []
-    logits = mind.begin(input_ids, mask.bool())
+    logits = mind.begin(input_ids, mask)
     while True:
         warped = logits_processor(input_ids, logits)  # type: ignore[arg-type]
         if config.output_scores:
@@ -377,9 +428,10 @@ def think_and_speak(
         if streamer is not None:
             streamer.put(tokens.cpu())
         unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores))
-        if not bool(unfinished.any()):
+        running = unfinished.cpu()
+        if not bool(running.any()):
             break
-        logits = mind.go_on(tokens, unfinished)
+        logits = mind.go_on(tokens, running)
     if streamer is not None:
         streamer.end()
     if not (return_thoughts or config.return_dict_in_generate):
@@ -388,11 +440,11 @@ def think_and_speak(
         sequences=input_ids,  # type: ignore[arg-type]
         scores=tuple(scores) or None,  # type: ignore[arg-type]
         logits=tuple(raw_logits) or None,  # type: ignore[arg-type]
-        thoughts=mind.thoughts if return_thoughts else None,
+        thoughts=mind.told() if return_thoughts else None,
     )
 
 
-def _check_request(config: GenerationConfig, input_ids, attention_mask, synced_gpus: bool, model_kwargs: dict) -> None:
+def _check_request(config: GenerationConfig, input_ids, mask, synced_gpus: bool, model_kwargs: dict) -> None:
     if input_ids.shape[1] == 0:
         raise ValueError("There are no `input_ids` to think after; give a prompt of at least one token.")
     if synced_gpus:
@@ -408,7 +460,7 @@ def _check_request(config: GenerationConfig, input_ids, attention_mask, synced_g
         layers = cache.layers if isinstance(cache, Cache) else ()
         if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in layers):
             raise ValueError(f"Thinking cannot go on from `{name}`; pass the whole text, or `think='never'`.")
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+    if not bool(mask[:, -1].all()):
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
 
 

@@ -99,21 +99,21 @@ def _random_text(model: ThinkingModel, seed: int) -> Text:
         model.quietstar.start_embedding.device,
     )
     V = min(int(table.weight.shape[0]) for table in tables)  # either may have rows that no token of a text has
-    ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed)).to(device)
+    ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed))
     padding = model.config.get_text_config().pad_token_id
     ids[ids == padding] = 0 if padding else 1  # some families take a position from a token that is padding
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0
-    position_ids = torch.arange(TEXT_LENGTH, device=device).repeat(2, 1)
+    position_ids = torch.arange(TEXT_LENGTH).repeat(2, 1)
     position_ids[0] %= TEXT_LENGTH // 2
-    return Text.from_batch(ids, mask, position_ids=position_ids)
+    return Text.from_batch(ids, mask, position_ids=position_ids).to(device)
 
 
 def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
     """Log-probabilities of each row's first document by the model's own forward, without padding."""
     logps = []
-    for ids, documents in zip(text.input_ids, text.document_ids, strict=True):
-        ids = ids[documents == 1]
+    for ids, documents in zip(text.input_ids, text.host.document_ids, strict=True):
+        ids = ids[: int((documents == 1).sum())]
         logits = model(input_ids=ids[None]).logits[0, :-1]
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         logps.append(log_probs.gather(-1, ids[1:, None]).squeeze(-1))
