@@ -377,10 +377,19 @@ class QuietStarConfig(_BaseConfig):
         if self.thought_stop_string is not None and self.min_thought_length is None:
             self.min_thought_length = 1
         self._check_options()
-        if self.torch_compile:
+        if self.neftune_noise_alpha:
             raise ValueError(
-                "`torch_compile=True` is not supported: thoughts are sampled and scored with shapes that change at every "
-                "step. Leave it out; to compile the layers alone, call `layer.compile()` on each of your model's."
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` is not supported: its noise would make a thought likelier or less "
+                "likely than it was when it was drawn. Leave it out."
+            )
+        compiles = [
+            name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if getattr(self, name)
+        ]
+        if compiles:  # any of them switches compilation on
+            raise ValueError(
+                f"`{compiles[0]}={getattr(self, compiles[0])!r}` is not supported: thoughts are sampled and scored with shapes "
+                "that change at every step. Leave it out; to compile the layers alone, call `layer.compile()` on each of your "
+                "model's."
             )
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             self.metric_for_best_model = "eval_reward"

@@ -4,6 +4,7 @@ They are one submodule, `model.quietstar`, kept in a file of their own, so that 
 """
 
 from dataclasses import asdict, dataclass
+from typing import get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -47,6 +48,37 @@ class QuietStarSettings:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict, source: str) -> "QuietStarSettings":
+        """
+        Settings that were saved.
+
+        Args:
+            saved (`dict`):
+                The `quietstar` entry of a `config.json`.
+            source (`str`):
+                Where it is from, for errors.
+
+        Raises:
+            `ValueError`: if it has settings that this version does not know, or values of another kind.
+        """
+        where = f"The `quietstar` entry in `config.json` of {source!r}"
+        if not isinstance(saved, dict):
+            raise ValueError(f"{where} is damaged: {saved!r} is no JSON object. Copy the file again.")
+        hints = get_type_hints(cls)
+        unknown = sorted(saved.keys() - hints.keys())
+        if unknown:
+            raise ValueError(
+                f"{where} has {', '.join(unknown)}, which this version does not know: a newer version of trl-quietstar wrote it. "
+                "Upgrade trl-quietstar."
+            )
+        for name, value in saved.items():
+            kinds = (*get_args(hints[name]), hints[name])
+            if isinstance(value, bool) or not isinstance(value, tuple(x for x in kinds if isinstance(x, type))):
+                if not (isinstance(value, int) and float in kinds):
+                    raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
+        return cls(**saved)
 
 
 class MixingHead(nn.Module):

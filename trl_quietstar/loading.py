@@ -1,21 +1,28 @@
 """From what a user passes as model and tokenizer to a thinking model, with its adapter."""
 
+import functools
+import logging
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from .adapters import check_adapter_model, check_method
 from .config import QuietStarConfig
 from .distributed import check_one_device, check_whole, loaded_whole
-from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, heads_aside
+from .heads import QuietStarSettings
+from .modeling import HUB_KWARGS, QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, has_file, heads_aside
 
 
 if is_peft_available():
     from peft import PeftConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -29,54 +36,51 @@ def build_model(
             As passed to the trainer. An object is changed in place.
         args ([`QuietStarConfig`]):
             Settings of the heads, and how to load.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Defaults to the model's own.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Of a processor, the part that reads text. Defaults to the model's own.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             How to quantize a model that is loaded.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to add.
 
     Raises:
-        `ValueError`: for a model that is no causal LM, saved heads of another kind, or an adapter on the heads or the LM head.
+        `ValueError`: for a model that is no causal LM of text, saved heads of another kind, or an adapter that cannot be
+            trained: a second one, one of another method, or one on the heads or the LM head.
     """
     settings = args.settings()
-    if isinstance(model, str):
-        kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-        kwargs.update(args.model_init_kwargs or {})
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        with loaded_whole(args):
-            model = QuietStarForCausalLM.from_pretrained(model, settings=settings, **kwargs)
+    hub = {name: (args.model_init_kwargs or {})[name] for name in HUB_KWARGS if name in (args.model_init_kwargs or {})}
+    source = model if isinstance(model, str) else None
+    if source is not None:
+        source, model = _load(source, args, settings, quantization_config, hub)
     check_whole(model)
     base = base_of(model)
+    _check_in_memory(base)
     check_one_device(base)
+    check_adapter_model(model)
+    if peft_config is not None:
+        _check_alone(model, source, hub)
     for module in base.modules():
         # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that
         # passes no gradient, and keeps to it in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    _checkpoint_exactly(base)
     if tokenizer is None:
-        source = get_config_model_id(base.config)
-        tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
+        tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
+    elif isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
     if not isinstance(base, QuietStarMixin):
         attach_heads(base, settings)
     base.adopt_settings(settings)
-    if base.fresh_thought_embeddings:
-        base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text)
+    base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
+    revision = hub.get("revision") if source is not None else getattr(base.config, "_commit_hash", None)
     if peft_config is not None:
         with heads_aside(base):
-            model = get_peft_model(base, peft_config)
+            model = get_peft_model(base, peft_config, revision=revision)
     if is_peft_model(model):
-        if any(isinstance(module, BaseTunerLayer) for module in base.quietstar.modules()):
-            raise ValueError(
-                "The adapter sits on the thinking heads, which are trained whole and saved beside it; name only layers "
-                "of the base in `target_modules`, or pass `peft_config` to the trainer, which keeps adapters off them."
-            )
-        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError(
-                "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, "
-                "so the adapter would not be trained. Remove 'lm_head' from `target_modules`."
-            )
+        _check_places(base)
+        if source is None and model.peft_config["default"].revision is None:
+            model.peft_config["default"].revision = revision
         base.quietstar.requires_grad_(True)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -84,6 +88,80 @@ def build_model(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_token_id(tokenizer)
     return model, tokenizer
+
+
+def _load(source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict):
+    """The model of an id or path, and where it was: a subfolder of a local folder is a folder too."""
+    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if kwargs.get("subfolder") and Path(source).is_dir():
+        source = str(Path(source, kwargs.pop("subfolder")))
+        hub.pop("subfolder")
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    with loaded_whole(args):
+        return source, QuietStarForCausalLM.from_pretrained(source, settings=settings, **kwargs)
+
+
+def _check_in_memory(base) -> None:
+    """Refuses weights that hooks of Accelerate bring in at each forward, and that no optimizer could change."""
+    away = [name for name, parameter in base.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise ValueError(
+            f"{len(away)} parameters of the model are offloaded by its `device_map`, as {away[0]!r}, and cannot be trained; load "
+            "it without, or with one that maps all of it to devices."
+        )
+
+
+def _check_alone(model, source: str | None, hub: dict) -> None:
+    """Refuses a second adapter, and one whose base could not be named in its configuration."""
+    if is_peft_model(model):
+        raise ValueError(
+            f"{source!r} is an adapter, and you passed a `peft_config` for another one; leave out `peft_config` to go on training "
+            "it, or merge it into its base first (`merge_and_unload`) and save that."
+        )
+    if hub.get("subfolder"):
+        raise ValueError(
+            f"The model is in the subfolder {hub['subfolder']!r} of {source!r}, which an adapter's configuration cannot say; "
+            "download that folder and pass its path."
+        )
+
+
+def _check_places(base) -> None:
+    """Refuses an adapter on the heads or on the LM head."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.quietstar.modules()):
+        raise ValueError(
+            "The adapter sits on the thinking heads, which are trained whole and saved beside it; name only layers "
+            "of the base in `target_modules`, or pass `peft_config` to the trainer, which keeps adapters off them."
+        )
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in base.named_modules() if module is head).split(".")[-1]
+        raise ValueError(
+            "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, so the adapter "
+            f"would not be trained. Keep it off {name!r}: leave that out of `target_modules`, or set `exclude_modules=[{name!r}]`."
+            f" To train all of the LM head name it in `modules_to_save`."
+        )
+
+
+def _checkpoint_exactly(base) -> None:
+    """Layers that are checkpointed by PyTorch's reentrant way, as `prepare_model_for_kbit_training` sets it, lose the gradient
+    from thoughts to the text that they read; the other way keeps it."""
+    for module in base.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
+            options = {**function.keywords, "use_reentrant": False}
+            module._gradient_checkpointing_func = functools.partial(function.func, **options)
+
+
+def _own_tokenizer(base, source: str | None, hub: dict, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, or beside the adapter that was asked for, in the revision that was loaded."""
+    if source is not None and has_file(source, "tokenizer_config.json", hub):
+        return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
+    origin = get_config_model_id(base.config)
+    own = hub if origin == source else {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
+    if "revision" not in own and not Path(origin).is_dir():
+        own["revision"] = getattr(base.config, "_commit_hash", None)
+    return load_tokenizer(origin, trust_remote_code=trust_remote_code, **own)
 
 
 def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
@@ -108,6 +186,31 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
         ) from None
+
+
+def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> None:
+    """
+    Refuses arguments of another kind than the trainer takes, and warns of one that has no effect.
+
+    Raises:
+        `TypeError`: for a tokenizer that is none, or a reward that is no function.
+    """
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is {tokenizer!r} (`{type(tokenizer).__name__}`); give a tokenizer, such as "
+            "`AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
+        )
+    if reward_function is not None and not callable(reward_function):
+        raise TypeError(
+            f"`reward_function` is a `{type(reward_function).__name__}`; give one function, which may add up several rewards."
+        )
+    if args.model_init_kwargs and not isinstance(model, str):
+        logger.warning(
+            "`model_init_kwargs` (%s) has no effect, since the model is loaded already.",
+            ", ".join(args.model_init_kwargs),
+        )
 
 
 def check_quantization(model, args: QuietStarConfig, peft_config, training: bool) -> None:
@@ -137,7 +240,7 @@ def check_adapter(model, peft_config) -> None:
     Raises:
         `ImportError`: if PEFT is not installed.
         `TypeError`: if it is no PEFT configuration.
-        `ValueError`: if the model has an adapter already.
+        `ValueError`: if the model has an adapter already, or the method is not supported.
     """
     if not is_peft_available():
         raise ImportError("`peft_config` needs PEFT; install it with `pip install trl-quietstar[peft]`.")
@@ -148,6 +251,7 @@ def check_adapter(model, peft_config) -> None:
             "You passed a `PeftModel` together with a `peft_config`; merge and unload the adapter first, or leave out "
             "`peft_config` to go on training it."
         )
+    check_method(peft_config)
 
 
 def disable_dropout(model) -> None:

@@ -28,6 +28,8 @@ def kept_per_token(model: PreTrainedModel) -> float:
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout != torch.strided:  # the few numbers that a sparse adapter adds to a weight
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()

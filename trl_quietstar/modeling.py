@@ -14,7 +14,7 @@ import functools
 import json
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -54,6 +55,7 @@ from .self_check import choose_path, takes_masks
 
 HEADS_NAME = "quietstar.safetensors"
 CUSTOM_GENERATE = "custom_generate"
+PUBLISHED_HEADS = ("talk_head.", "start_embedding", "end_embedding")  # names in the published code's weights
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -62,7 +64,7 @@ class QuietStarMixin:
     as the plain base model."""
 
     quietstar: QuietStarHeads
-    fresh_thought_embeddings = False  # True until they are set from a tokenizer or read from a file
+    _fresh_embedding: torch.Tensor | None = None  # of shape (E,): a start or end embedding that nothing has set yet
     _plain_class: type[PreTrainedModel]
 
     @property
@@ -206,7 +208,7 @@ class QuietStarMixin:
         return thinking
 
     def initialize_thought_embeddings(
-        self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—"
+        self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—", only_fresh: bool = False
     ) -> None:
         """
         Sets the start and end embeddings to the mean input embedding of a string's tokens (Quiet-STaR, appendix A:
@@ -217,6 +219,8 @@ class QuietStarMixin:
                 The model's tokenizer.
             start, end (`str`):
                 The strings.
+            only_fresh (`bool`, *optional*, defaults to `False`):
+                Whether to keep an embedding that was read from a file or set before, by hand too.
 
         Raises:
             `ValueError`: if a string has no tokens, or one that the model does not know.
@@ -224,6 +228,8 @@ class QuietStarMixin:
         table = self.get_input_embeddings()
         targets = ((start, self.quietstar.start_embedding), (end, self.quietstar.end_embedding))
         for string, embedding in targets:
+            if only_fresh and not self._is_fresh(embedding):
+                continue
             ids = tokenizer(string, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
@@ -234,7 +240,17 @@ class QuietStarMixin:
                 )
             with torch.no_grad():
                 embedding.copy_(table(torch.tensor(ids, device=table.weight.device)).mean(0))
-        self.fresh_thought_embeddings = False
+        self._fresh_embedding = None
+
+    @property
+    def fresh_thought_embeddings(self) -> bool:
+        """Whether a start or end embedding is still to be set: by a tokenizer, a file, or hand."""
+        return any(self._is_fresh(x) for x in (self.quietstar.start_embedding, self.quietstar.end_embedding))
+
+    def _is_fresh(self, embedding: torch.Tensor) -> bool:
+        """Whether a thought embedding is as [`attach_heads`] left it, but for a change of its dtype."""
+        fresh, now = self._fresh_embedding, embedding.detach().cpu().double()
+        return fresh is not None and torch.allclose(now, fresh, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-7)
 
     def adopt_settings(self, settings: QuietStarSettings) -> None:
         """
@@ -309,7 +325,7 @@ class QuietStarMixin:
             As [`read_heads`].
         """
         load_full(self.quietstar, self.read_heads(path))
-        self.fresh_thought_embeddings = False
+        self._fresh_embedding = None
 
     def save_pretrained(
         self, save_directory: str, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
@@ -398,7 +414,7 @@ def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrai
         heads.end_embedding.copy_(mean)
     dtype = torch.float64 if embeddings.weight.dtype == torch.float64 else torch.float32
     model.quietstar = heads.to(device=head.weight.device, dtype=dtype)
-    model.fresh_thought_embeddings = True
+    model._fresh_embedding = mean.detach().cpu().double()
     model.config.quietstar = settings.to_dict()
     return model
 
@@ -450,9 +466,17 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; thoughts need a causal (decoder-only) language model.")
+    _check_reads_text(model.config, name)
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no LM head; load the model with `AutoModelForCausalLM`.")
+    if getattr(model, "hf_device_map", None) and any(
+        x.weight.device.type == "meta" for x in (head, model.get_input_embeddings()) if hasattr(x, "weight")
+    ):
+        raise ValueError(
+            f"The input embeddings or the LM head of the {name} are offloaded by its `device_map` ({model.hf_device_map}), and "
+            "thoughts read both at every token; map them to a device."
+        )
     if isinstance(head, nn.ModuleList):
         raise ValueError(
             f"{name} predicts {len(head)} codes at a time, as audio decoders do; thoughts need a language model with one "
@@ -498,17 +522,24 @@ class QuietStarForCausalLM:
                 As for [`~transformers.AutoModelForCausalLM.from_pretrained`].
 
         Returns:
-            [`~transformers.PreTrainedModel`] with `quietstar` heads, or a [`~peft.PeftModel`] around one.
+            [`~transformers.PreTrainedModel`] with `quietstar` heads, or a [`~peft.PeftModel`] around one; a `tuple` of it and
+            what Transformers says of the base model's weights with `output_loading_info=True`.
 
         Raises:
-            `ValueError`: if it is not a causal LM, or saved heads do not fit.
+            `TypeError`: for `custom_generate`, which is an argument of `generate`.
+            `ValueError`: if it is not a causal LM, its settings cannot be read, saved heads do not fit, or heads of the published
+                Quiet-STaR code are among its weights.
         """
         source = str(pretrained_model_name_or_path)
+        if "custom_generate" in kwargs:
+            raise TypeError(
+                "`custom_generate` is an argument of `generate`, not of `from_pretrained`; leave it out here."
+            )
         kwargs.setdefault("trust_remote_code", False)  # unset, Transformers would ask on a terminal
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         adapter = _find(source, ADAPTER_CONFIG_NAME, hub)
         if adapter is not None:
-            return _load_adapter(source, json.loads(FilePath(adapter).read_text()), settings, hub, kwargs)
+            return _load_adapter(source, _read_json(adapter), settings, hub, kwargs)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
             source, trust_remote_code=kwargs["trust_remote_code"], **hub
         )
@@ -516,13 +547,17 @@ class QuietStarForCausalLM:
         heads = _find(source, HEADS_NAME, hub)
         if heads is not None:
             kwargs["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
-        attach_heads(model, settings or _settings_in(config) or QuietStarSettings())
+        settings = settings or _settings_in(config) or QuietStarSettings()
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
+        _check_published(info["unexpected_keys"], source)
+        attach_heads(model, settings)
         if heads is not None:
             model.load_heads(heads)
         else:
             _load_trl_value_head(model, _find(source, SAFE_WEIGHTS_NAME, hub))
-        return model
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_config(
@@ -556,13 +591,32 @@ def saved_settings(source: str, **hub) -> QuietStarSettings | None:
             `revision` and the like, as for `from_pretrained`.
     """
     config_file = _find(source, CONFIG_NAME, hub)
-    saved = None if config_file is None else json.loads(FilePath(config_file).read_text()).get("quietstar")
-    return None if saved is None else QuietStarSettings(**saved)
+    saved = None if config_file is None else _read_json(config_file).get("quietstar")
+    return None if saved is None else QuietStarSettings.from_dict(saved, source)
 
 
 def _settings_in(config: PreTrainedConfig) -> QuietStarSettings | None:
     saved = getattr(config, "quietstar", None)
-    return None if saved is None else QuietStarSettings(**saved)
+    return None if saved is None else QuietStarSettings.from_dict(saved, config.name_or_path)
+
+
+def _read_json(file: str) -> dict:
+    try:
+        return json.loads(FilePath(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file!r} is damaged: it is no valid JSON ({error}). Copy it again.") from error
+
+
+def _check_published(unexpected_keys: Iterable[str], source: str) -> None:
+    """Refuses a checkpoint of the published Quiet-STaR code, whose heads Transformers drops."""
+    found = [key for key in unexpected_keys if key.startswith(PUBLISHED_HEADS)]
+    if found:
+        raise ValueError(
+            f"{source!r} is a checkpoint of the published Quiet-STaR code: its heads ({', '.join(sorted(found)[:3])}, …) are "
+            "another kind than those of trl-quietstar and cannot be read, and without them it would think with untrained ones. "
+            "To train new heads on its base weights, save these alone first: "
+            f"`AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained(folder)`."
+        )
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
@@ -570,6 +624,17 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder model (model_type {config.model_type!r}); thoughts need a causal "
             "(decoder-only) language model."
+        )
+    _check_reads_text(config, name)
+
+
+def _check_reads_text(config: PreTrainedConfig, name: str) -> None:
+    """Refuses a model that reads images or sounds too, unless Transformers knows it as a causal LM, which takes text alone."""
+    is_text = config.get_text_config() is config or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_text and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(
+            f"{name} (model_type {config.model_type!r}) reads more than text, and `AutoModelForCausalLM` does not load it. Thoughts "
+            "need a causal language model: take a text model, such as the one inside it."
         )
 
 
@@ -587,29 +652,56 @@ def _find(source: str, filename: str, hub: dict) -> str | None:
     )
 
 
+def has_file(source: str, filename: str, hub: dict) -> bool:
+    """Whether a local directory or Hub repository has a file; `hub` has `revision` and the like."""
+    return _find(source, filename, hub) is not None
+
+
 def _load_adapter(source, adapter_config, settings, hub, kwargs):
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+
+    from .adapters import check_method  # which imports this module
 
     heads = _find(source, HEADS_NAME, hub)
     if heads is None:
         raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
-    if _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub) is None:
+    weights = _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
+    if weights is None:
         raise FileNotFoundError(
             f"The adapter {source!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}, the only form in which trl-quietstar saves one and "
             "reads it."
         )
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()
+    if kwargs.pop("output_loading_info", False):
+        raise ValueError(
+            f"`output_loading_info=True` is for whole models, and {source!r} is an adapter; leave it out."
+        )
+    check_method(PeftConfig.from_pretrained(source, **hub))
     base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
+    base_hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    if adapter_config.get("revision") is not None:
+        base_hub["revision"] = adapter_config["revision"]
     base = QuietStarForCausalLM.from_pretrained(
-        adapter_config["base_model_name_or_path"],
-        settings=settings,
-        **base_kwargs,
-        **{name: hub[name] for name in hub if name not in ("revision", "subfolder")},
+        adapter_config["base_model_name_or_path"], settings=settings, **base_kwargs, **base_hub
     )
     with heads_aside(base):
+        _resize_as(base, weights)
         model = PeftModel.from_pretrained(base, source, is_trainable=True, **hub)  # as any model is that was loaded
     base.load_heads(heads)
     return model
+
+
+def _resize_as(base: PreTrainedModel, weights: str) -> None:
+    """Gives a base the vocabulary that it had when an adapter was saved, with which PEFT saves its embeddings if that was not
+    the base's own."""
+    with safe_open(weights, framework="pt") as file:
+        for table in (base.get_input_embeddings(), base.get_output_embeddings()):
+            name = next(name for name, module in base.named_modules() if module is table)
+            saved = [key for key in file.keys() if key.endswith((f".{name}.weight", f".{name}.base_layer.weight"))]
+            rows = file.get_slice(saved[0]).get_shape()[0] if saved else len(table.weight)
+            if rows != len(table.weight):
+                base.resize_token_embeddings(rows, mean_resizing=False)
+                return
 
 
 def _load_trl_value_head(model: PreTrainedModel, weights: str | None) -> None:

@@ -161,6 +161,38 @@ def combine(optimizer: torch.optim.Optimizer, model: nn.Module, args: QuietStarC
     return CombinedOptimizer(optimizers, model, args.grokfast_lambda, args.grokfast_alpha)
 
 
+def hold_all(optimizer: torch.optim.Optimizer, scheduler, model: nn.Module, heads_learning_rate: float) -> None:
+    """
+    Sees to it that an optimizer of the user's holds all that is trained. Heads that were not there when it was made become a
+    group of their own.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            Changed in place.
+        scheduler ([`~torch.optim.lr_scheduler.LRScheduler`], *optional*):
+            That was made for its groups, to which then none can be added.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The thinking model.
+        heads_learning_rate (`float`):
+            Of the heads' group.
+
+    Raises:
+        `ValueError`: if parameters that are trained are in none of its groups.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
+    heads = [name for name in missing if "quietstar." in name] if scheduler is None else []
+    if heads:
+        optimizer.add_param_group({"params": [missing.pop(name) for name in heads], "lr": heads_learning_rate})
+    if missing:
+        names = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"The optimizer in `optimizers` has {len(missing)} parameters that are to be trained in none of its groups: {names}. "
+            "Load the model by `QuietStarForCausalLM.from_pretrained`, put the adapter on, make optimizer and scheduler over its "
+            "parameters and pass the model itself; or leave out `optimizers` and set `optim`."
+        )
+
+
 def check_optimizers(args: QuietStarConfig, optimizers: tuple, sharded: bool) -> None:
     """
     Refuses Muon and Grokfast where they would be ignored or are not known to be right.

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     is_trackio_available,
     is_wandb_available,
@@ -40,6 +41,7 @@ from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
 from ._compat import left_on_host
+from .adapters import AdapterReference, check_trainable
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .cached_replay import CachedReplay
@@ -54,12 +56,12 @@ from .faults import FaultGuard
 from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
-from .loading import build_model, check_adapter, check_quantization, disable_dropout, pad_token_id
+from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
 from .memory import branches_that_fit, kept_per_token, memory_budget, suits_one_pass
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_config
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
-from .optimizers import check_optimizers, combine
+from .optimizers import check_optimizers, combine, hold_all
 from .paths import Replay, SharedPrefix
 from .report import card_name, card_section, print_thoughts, thought_table
 from .rewards import RewardFunction, coherence, column_parameters, has_columns
@@ -115,8 +117,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             `thought_mask` may say after which tokens (1) thoughts are allowed. Needed to train, not to evaluate.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Data to evaluate on; never packed.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer. Defaults to the model's own. A missing pad token is taken care of.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer, or a processor whose tokenizer is taken. Defaults to the model's own. A missing pad token is taken care of.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
         reward_function (`Callable`, *optional*):
@@ -125,7 +127,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             each thought, `(B, J, G)`. Any other parameter is a column of the data, a list of one value for each row; with
             `args.remove_unused_columns=False` a function that takes `**kwargs` gets all columns.
         optimizers (`tuple`, *optional*):
-            Optimizer and scheduler, in place of those that `args` describes.
+            Optimizer and scheduler, in place of those that `args` describes. An optimizer over a model without heads gets the
+            heads as a group of their own, at `args.heads_learning_rate`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Loads the model, given as an id or path, in 4 or 8 bits; needs an adapter to train. Its library may support
             some machines only, and says so.
@@ -135,7 +138,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     Raises:
         `FloatingPointError`: from `train`, after `args.max_skipped_steps` optimizer steps with non-finite values in a row.
         `ValueError`: for a model that is no causal LM, data that cannot be trained on, texts too long for the model,
-            a `PeftModel` together with `peft_config`, or an adapter on the LM head.
+            a `PeftModel` together with `peft_config`, an adapter on the LM head, of a method that a thinking step does not
+            train or that is frozen, or an optimizer without all that is trained.
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step
@@ -161,7 +165,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         args: QuietStarConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         reward_function: RewardFunction | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -172,10 +176,14 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
         _check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
+        check_kinds(model, args, processing_class, reward_function)
 
         set_seed(args.seed)  # adapters and heads start at random
         model, processing_class = build_model(model, args, processing_class, quantization_config, peft_config)
         base = base_of(model)
+        base.add_model_tags(self._tag_names)
+        if train_dataset is not None:
+            check_trainable(model)
         if args.disable_dropout:
             disable_dropout(model)
         if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay
@@ -207,6 +215,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
         check_optimizers(args, optimizers, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if optimizers[0] is not None:
+            hold_all(*optimizers, self.model, args.heads_learning_rate)
         check_engine(self.accelerator)
         self._check_streams()
         self._sharded = is_sharded(self.accelerator)
@@ -297,17 +307,17 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self.sampling = thought_sampling(self.args.settings(), self.processing_class, self.args.num_thoughts)
 
     def _prepare_reference(self) -> None:
-        """A frozen copy of the policy, or under PEFT the base without its adapter and a copy of the heads."""
-        self.ref_model, self._ref_heads = None, None
+        """A frozen copy of the policy, or under PEFT what the adapter was at the start."""
+        self.ref_model, self._adapter_reference = None, None
         if not self.args.uses_reference:
             return
         if is_peft_model(self.model):
             if self.args.sync_ref_model:
                 raise ValueError(
-                    "`sync_ref_model=True` needs a reference of its own, but under PEFT the reference is the base "
-                    "model without its adapter; set `sync_ref_model=False`."
+                    "`sync_ref_model=True` needs a reference of its own, but under PEFT the reference is the adapter as it was "
+                    "at the start; set `sync_ref_model=False`."
                 )
-            self._ref_heads = copy.deepcopy(base_of(self.model).quietstar).requires_grad_(False)
+            self._adapter_reference = AdapterReference(self.model, self._sharded)
             return
         self.ref_model = prepare_reference(copy.deepcopy(self.model).requires_grad_(False).eval(), self.accelerator)
         if self.args.sync_ref_model:
@@ -316,16 +326,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     @contextmanager
     def _reference(self):
         """The reference policy, ready to be scored with."""
-        if self.ref_model is not None:
+        if self._adapter_reference is None:
             yield self.ref_model
             return
-        base = base_of(self.model)
-        heads, base.quietstar = base.quietstar, self._ref_heads
-        try:
-            with self.model.disable_adapter():
-                yield self.model
-        finally:
-            base.quietstar = heads
+        with self._adapter_reference.in_place():
+            yield self.model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`; then Muon and Grokfast."""
