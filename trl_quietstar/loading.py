@@ -65,22 +65,22 @@ def build_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     _checkpoint_exactly(base)
+    if not isinstance(base, QuietStarMixin):
+        attach_heads(base, settings)
+        base._loaded_by = {"revision": getattr(base.config, "_commit_hash", None)}  # noted by Transformers until 5.23
     if tokenizer is None:
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
     elif isinstance(tokenizer, ProcessorMixin):
         tokenizer = tokenizer.tokenizer
-    if not isinstance(base, QuietStarMixin):
-        attach_heads(base, settings)
     base.adopt_settings(settings)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
-    revision = hub.get("revision") if source is not None else getattr(base.config, "_commit_hash", None)
     if peft_config is not None:
         with heads_aside(base):
-            model = get_peft_model(base, peft_config, revision=revision)
+            model = get_peft_model(base, peft_config, revision=base._loaded_by.get("revision"))
     if is_peft_model(model):
         _check_places(base)
         if source is None and model.peft_config["default"].revision is None:
-            model.peft_config["default"].revision = revision
+            model.peft_config["default"].revision = base._loaded_by.get("revision")
         base.quietstar.requires_grad_(True)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -154,14 +154,10 @@ def _checkpoint_exactly(base) -> None:
 
 
 def _own_tokenizer(base, source: str | None, hub: dict, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or beside the adapter that was asked for, in the revision that was loaded."""
+    """The tokenizer beside the model or adapter that was asked for, or that of the base, in the revision that was loaded."""
     if source is not None and has_file(source, "tokenizer_config.json", hub):
         return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
-    origin = get_config_model_id(base.config)
-    own = hub if origin == source else {name: x for name, x in hub.items() if name not in ("revision", "subfolder")}
-    if "revision" not in own and not Path(origin).is_dir():
-        own["revision"] = getattr(base.config, "_commit_hash", None)
-    return load_tokenizer(origin, trust_remote_code=trust_remote_code, **own)
+    return load_tokenizer(get_config_model_id(base.config), trust_remote_code=trust_remote_code, **base._loaded_by)
 
 
 def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:

@@ -14,9 +14,10 @@ import functools
 import json
 import shutil
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class QuietStarMixin:
 
     quietstar: QuietStarHeads
     _fresh_embedding: torch.Tensor | None = None  # of shape (E,): a start or end embedding that nothing has set yet
+    _loaded_by: Mapping[str, Any] = MappingProxyType({})  # `revision` and the like that it was loaded with
     _plain_class: type[PreTrainedModel]
 
     @property
@@ -93,7 +95,7 @@ class QuietStarMixin:
         if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
             return tokenizer
         try:
-            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(self.config.name_or_path, trust_remote_code=False, **self._loaded_by)
         except (OSError, ValueError) as error:
             raise ValueError(
                 "This model's thoughts may end early, at a token that only its tokenizer knows; pass `tokenizer=...`."
@@ -553,6 +555,7 @@ class QuietStarForCausalLM:
         model, info = loaded
         _check_published(info["unexpected_keys"], source)
         attach_heads(model, settings)
+        model._loaded_by = hub
         if heads is not None:
             model.load_heads(heads)
         else:
