@@ -54,7 +54,6 @@ def build_model(
         source, model = _load(source, args, settings, quantization_config, hub)
     check_whole(model)
     base = base_of(model)
-    _check_in_memory(base)
     check_one_device(base)
     check_adapter_model(model)
     if peft_config is not None:
@@ -100,16 +99,6 @@ def _load(source: str, args: QuietStarConfig, settings: QuietStarSettings, quant
         kwargs["quantization_config"] = quantization_config
     with loaded_whole(args):
         return source, QuietStarForCausalLM.from_pretrained(source, settings=settings, **kwargs)
-
-
-def _check_in_memory(base) -> None:
-    """Refuses weights that hooks of Accelerate bring in at each forward, and that no optimizer could change."""
-    away = [name for name, parameter in base.named_parameters() if parameter.device.type == "meta"]
-    if away:
-        raise ValueError(
-            f"{len(away)} parameters of the model are offloaded by its `device_map`, as {away[0]!r}, and cannot be trained; load "
-            "it without, or with one that maps all of it to devices."
-        )
 
 
 def _check_alone(model, source: str | None, hub: dict) -> None:
