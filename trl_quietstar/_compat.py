@@ -19,6 +19,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "_BaseConfig",
     "_BaseTrainer",
+    "fingerprint",
     "full_float32",
     "is_fault_of_device",
     "left_on_host",
@@ -96,3 +97,8 @@ def left_on_host(loader: DataLoader) -> DataLoader:
 def set_unsaved_keys(model: PreTrainedModel, keys: list[str]) -> None:
     """Tells Transformers that `keys` are not part of the model's own checkpoint."""
     model._keys_to_ignore_on_save = set(keys)
+
+
+def fingerprint(dataset) -> str | None:
+    """What tells the contents of a map-style dataset apart from others'; None where it has no such thing."""
+    return getattr(dataset, "_fingerprint", None) if isinstance(dataset, Dataset) else None

@@ -1,10 +1,12 @@
-"""What happens beside a training step: a curriculum's stages, anti-theater validation and what a failed one does, and an
-end to epochs without a step."""
+"""What happens beside a training step: a curriculum's stages, anti-theater validation and what a failed one does, the log
+of the last steps, and an end to epochs without a step."""
 
 from pathlib import Path
 
-from transformers import TrainerCallback
+from torch import nn
+from transformers import IntervalStrategy, TrainerCallback
 from transformers.utils import logging
+from trl import BEMACallback
 
 from .anti_theater import THRESHOLDS, AntiTheaterReport
 from .checkpoints import remove_folder, whole_folder
@@ -49,6 +51,10 @@ class AntiTheaterCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forgets the validations of the run before."""
         self.last_passed: str | None = None  # directory of the model; kept in checkpoints
         self.saved_passed: str | None = None  # the same when the last checkpoint was written
         self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
@@ -101,7 +107,7 @@ class AntiTheaterCallback(TrainerCallback):
         if self.trainer.args.should_save:
             kept = {Path(folder).name for folder in (self.last_passed, self.saved_passed) if folder is not None}
             for folder in Path(self.trainer.args.output_dir).glob(f"{PASSED}-*"):
-                if folder.name not in kept:
+                if folder.name not in kept and folder.name.removeprefix(f"{PASSED}-").isdecimal():
                     remove_folder(str(folder))
 
 
@@ -115,6 +121,39 @@ def _complaint(report: AntiTheaterReport, step: int) -> str:
         else:
             parts.append(f"{name} {estimate.value:.3f} (above {THRESHOLDS[name]} wanted)")
     return f"The thoughts failed anti-theater validation at step {step}: {', '.join(parts)}."
+
+
+def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
+    """
+    Refuses a callback that would fail in the middle of training.
+
+    Args:
+        callbacks (`list` of [`~transformers.TrainerCallback`]):
+            All of a run.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model to be trained.
+
+    Raises:
+        `ValueError`: for TRL's `BEMACallback` if a part of the model is frozen.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen and any(isinstance(callback, BEMACallback) for callback in callbacks):
+        raise ValueError(
+            f"`BEMACallback` averages whole models, and {len(frozen)} parameters of this one are frozen (as {frozen[0]!r}). "
+            "Leave it out, or train everything: without an adapter, with `advantage_baseline='value'` and "
+            "`reward_prediction='mixed'`."
+        )
+
+
+class LastWindowCallback(TrainerCallback):
+    """Logs the last steps of a run even if they are fewer than `logging_steps`."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # which the Trainer does only where steps are not logged yet
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # an evaluation may have stopped training after the step
+        self.on_step_end(args, state, control)
 
 
 class EmptyEpochCallback(TrainerCallback):

@@ -21,6 +21,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
@@ -45,10 +47,12 @@ from transformers.utils import (
 )
 
 from ._compat import _BaseTrainer
+from .config import ADAMW
 from .distributed import (
     check_optimizer_file,
     full_state_dict,
     gathered,
+    is_sharded,
     load_optimizer,
     load_sharded,
     loaded_whole,
@@ -152,13 +156,75 @@ def rotate(directory: str, limit: int | None, keep: tuple[str | None, ...]) -> N
     if not limit or limit < 0:
         return
     kept = {Path(path) for path in keep if path is not None}
-    checkpoints = [Path(path) for path in sort_checkpoints(directory, use_mtime=True)]
+    numbered = _checkpoints(directory)  # a `checkpoint-best` beside them is someone's own
+    checkpoints = [path for path in map(Path, sort_checkpoints(directory, use_mtime=True)) if path in numbered]
     surplus = max(len(checkpoints) - max(limit, len(kept)), 0)
     for checkpoint in [path for path in checkpoints if path not in kept][:surplus]:
         remove_folder(str(checkpoint))
 
 
+@contextmanager
+def kept_weights(model: nn.Module) -> Iterator[None]:
+    """Whatever the block casts a model to, its parameters and buffers are then what they were before. In the meantime they
+    lie in the CPU's memory."""
+    parameters = [(parameter, parameter.data.cpu()) for parameter in model.parameters()]
+    buffers = [(m, name, x.cpu()) for m in model.modules() for name, x in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data.to(parameter.device)
+        for module, name, data in buffers:
+            setattr(module, name, data.to(getattr(module, name).device))
+
+
 # Checks
+
+
+def check_output_dir(directory: str) -> None:
+    """
+    Refuses a directory that nothing can be written to.
+
+    Raises:
+        `OSError`: if a file cannot be made there.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(
+            f"`output_dir` {directory!r} cannot be written to ({error.strerror}); give another, or make room there."
+        ) from error
+
+
+def check_space(directory: str, needed: int) -> None:
+    """
+    Refuses a directory too full for a single checkpoint.
+
+    Args:
+        directory (`str`):
+            Where checkpoints are to be.
+        needed (`int`):
+            Bytes of one.
+
+    Raises:
+        `OSError`: if there is less room.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"`output_dir` {directory!r} has room for {free / 1e9:,.3f} GB, and a checkpoint takes {needed / 1e9:,.3f} GB; "
+            "make room, give another, or leave out the optimizer with `save_only_model=True`."
+        )
+
+
+def checkpoint_bytes(model: PreTrainedModel, args: TrainingArguments) -> int:
+    """Least size of a checkpoint: of the weights or the adapter, and of AdamW's two moments for each that is trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
+    has_moments = args.optim in ADAMW and not args.save_only_model
+    return (trained if is_peft_model(model) else sum(size for size, _ in sizes)) + has_moments * 2 * trained
 
 
 def last_checkpoint(directory: str) -> str:
@@ -187,7 +253,7 @@ def _checkpoints(directory: str | Path) -> list[Path]:
     """The folders named as checkpoints, by their steps."""
     found = [path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found}
-    return sorted((path for path in found if steps[path].isdigit()), key=lambda path: int(steps[path]))
+    return sorted((path for path in found if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def check_whole(folder: str | Path) -> None:
@@ -396,6 +462,8 @@ class CheckpointTrainer(_BaseTrainer):
 
     _staging: str | None = None  # where a checkpoint is being written
     _resumed: dict | None = None  # state of the checkpoint that training goes on from, until it does
+    # weights and optimizer as a run began, where `auto_find_batch_size` may begin it again
+    _beginning: tuple[list[torch.Tensor], dict | None] | None = None
 
     def _checkpoint_state(self) -> dict:
         """What a checkpoint holds beside what the Trainer keeps; a JSON object."""
@@ -405,11 +473,58 @@ class CheckpointTrainer(_BaseTrainer):
         """Takes back what [`_checkpoint_state`] gave."""
         raise NotImplementedError
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
+        if trial is not None:
+            raise ValueError(f"`trial` is {trial!r}, of a search that is not supported; set its values in the `args`.")
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
-        self._resumed = None
-        return super().train(self.find_checkpoint(resume_from_checkpoint), *args, **kwargs)
+            check_output_dir(self.args.output_dir)
+            if self.args.save_strategy != SaveStrategy.NO:
+                check_space(self.args.output_dir, checkpoint_bytes(self.model, self.args))
+        self._resumed = self._beginning = None
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        return super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """A run: in `train`, and once more for each smaller batch that `auto_find_batch_size` tries."""
+        self._begin_run()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin_run(self) -> None:
+        """Sets back what belongs to a run."""
+        for callback in self._early_stopping():
+            callback.early_stopping_patience_counter = 0
+        if not self.args.auto_find_batch_size or is_sharded(self.accelerator) or self.is_deepspeed_enabled:
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self._beginning is None:
+            optimizer = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
+            self._beginning = [p.detach().to("cpu", copy=True) for p in parameters], optimizer
+            return
+        weights, optimizer = self._beginning  # the run before took steps until memory was short
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+        if optimizer is None:
+            self.optimizer = None
+        else:
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+
+    def _finalize_training(self, *args, **kwargs):
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # or it deletes by halves, and by prefix
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and limit == 1 and best is not None:
+            rotate(self.args.output_dir, limit, (best,))
+        return output
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """

@@ -41,6 +41,14 @@ class CollapseWatch:
         self._flat = 0  # windows in a row without gain
         self._on: dict[str, bool] = {}  # what has been warned about and lasts
 
+    def begin_run(self) -> None:
+        """Forgets the logging windows of the run before; evaluations are still held against the model's best."""
+        self._flat = 0
+        for memory in (self._recent, self._best):
+            memory.pop("rl/", None)
+        for name in ("no gain", "rl/drift"):
+            self._on.pop(name, None)
+
     def training(self, metrics: dict[str, float | None], step: int) -> dict[str, float]:
         """
         Takes in a logging window.
@@ -67,7 +75,7 @@ class CollapseWatch:
             )
         return self._drift("rl/", metrics, step, WINDOWS)
 
-    def evaluation(self, metrics: dict[str, float], prefix: str, step: int) -> dict[str, float]:
+    def evaluation(self, metrics: dict[str, float], prefix: str, step: int, data: str = "") -> dict[str, float]:
         """
         Takes in an evaluation.
 
@@ -78,27 +86,30 @@ class CollapseWatch:
                 Of the evaluation data.
             step (`int`):
                 The optimizer step, for the warning.
+            data (`str`, *optional*, defaults to `""`):
+                Name of the data, where the prefix does not tell: drift is followed for each data set by itself.
 
         Returns:
             `dict`: `{prefix}_no_thought_drift` in nats, where it can be told.
         """
-        return self._drift(f"{prefix}_", metrics, step, 1)
+        return self._drift(f"{prefix}_", metrics, step, 1, data)
 
-    def _drift(self, prefix: str, metrics, step: int, windows: int) -> dict[str, float]:
+    def _drift(self, prefix: str, metrics, step: int, windows: int, data: str = "") -> dict[str, float]:
         pair = [metrics.get(f"{prefix}nll_without"), metrics.get(f"{prefix}nll_with")]
         if any(nll is None or not math.isfinite(nll) for nll in pair):
             return {}
-        recent = self._recent[prefix] = [*self._recent.get(prefix, []), pair][-windows:]
+        name = prefix + data
+        recent = self._recent[name] = [*self._recent.get(name, []), pair][-windows:]
         if len(recent) < windows:
             return {}
         without, with_thoughts = (sum(nlls) / windows for nlls in zip(*recent, strict=True))
-        best = self._best.setdefault(prefix, [without, with_thoughts])
+        best = self._best.setdefault(name, [without, with_thoughts])
         if without < best[0]:
             best[:] = without, with_thoughts
         drift, gained = without - best[0], best[1] - with_thoughts
         same_texts = windows == 1
         self._warn(
-            f"{prefix}drift",
+            f"{name}drift",
             drift > DRIFT and gained < drift and (same_texts or drift + gained > DRIFT / 2),
             f"At step {step} the prediction without thoughts is {drift:.2f} nats worse than at its best "
             f"(`{prefix}nll_without`), while that with thoughts has changed by {-gained:+.2f}: a reward that rises like this "

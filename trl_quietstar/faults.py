@@ -53,6 +53,11 @@ class FaultGuard(TrainerCallback):
         self._faults: dict[str, list[str]] = {"train": [], "eval": []}  # of the current step or evaluation
         self._unread: list[_Check] = []
 
+    def begin_run(self) -> None:
+        """Counts from 0 again."""
+        self.skipped = self.in_a_row = 0
+        self._faults["train"], self._unread = [], []
+
     # Checks
 
     def check(self, batch: BatchResult, rows: list[int], mode: str) -> torch.Tensor | None:

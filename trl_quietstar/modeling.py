@@ -69,6 +69,17 @@ class QuietStarMixin:
     _loaded_by: Mapping[str, Any] = MappingProxyType({})  # `revision` and the like that it was loaded with
     _plain_class: type[PreTrainedModel]
 
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        settings = _settings_in(config)
+        if settings is not None:  # made by its class, as TRL's `BEMACallback` copies a model
+            attach_heads(self, settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):
+        """As [`QuietStarForCausalLM.from_pretrained`]."""
+        return QuietStarForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     @property
     def quietstar_settings(self) -> QuietStarSettings:
         """The settings saved in the config."""

@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,13 +40,19 @@ from transformers.trainer_utils import PredictionOutput
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
-from ._compat import left_on_host
+from ._compat import fingerprint, left_on_host
 from .adapters import AdapterReference, check_trainable
 from .advantages import standardize
 from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
 from .cached_replay import CachedReplay
-from .callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback
-from .checkpoints import CheckpointTrainer
+from .callbacks import (
+    AntiTheaterCallback,
+    CurriculumCallback,
+    EmptyEpochCallback,
+    LastWindowCallback,
+    check_callbacks,
+)
+from .checkpoints import CheckpointTrainer, check_output_dir, kept_weights
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import OWN_COLUMNS, RepeatedRows, TextCollator, check_amount, check_longest, longest_text, prepare_texts
@@ -80,6 +86,24 @@ if is_wandb_available():
 if is_trackio_available():
     import trackio
 
+
+NO_LOGITS = (
+    "evaluation scores thoughts and holds no logits. `evaluate` returns reward, NLL and accuracy; for a number of your own "
+    "call `model.log_likelihoods` or `model.generate` in a callback's `on_evaluate`."
+)
+# what other trainers take, and what to do here
+UNKNOWN = {
+    "compute_loss_func": "the loss is Quiet-STaR's; weigh its terms by the coefficients of `QuietStarConfig`.",
+    "compute_metrics": NO_LOGITS,
+    "data_collator": "rows are padded with their thought positions by its own; bring `input_ids`, `labels` and `thought_mask`.",
+    "formatting_func": "map the dataset to a `text` column first.",
+    "model_init": "give the model as `model`; make a trainer for each trial of a search.",
+    "optimizer_cls_and_kwargs": "set `optim` and `optim_args`, or give an optimizer in `optimizers`.",
+    "preprocess_logits_for_metrics": NO_LOGITS,
+    "ref_model": "the reference is a copy of the model at the start, kept where `beta` is above 0.",
+    "reward_funcs": "give one `reward_function`.",
+    "tokenizer": "give it as `processing_class`.",
+}
 
 EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
 
@@ -137,6 +161,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
 
     Raises:
         `FloatingPointError`: from `train`, after `args.max_skipped_steps` optimizer steps with non-finite values in a row.
+        `OSError`: if nothing can be written to `args.output_dir`.
+        `TypeError`: for an argument that other trainers take and this one does not, with what to do instead.
         `ValueError`: for a model that is no causal LM, data that cannot be trained on, texts too long for the model,
             a `PeftModel` together with `peft_config`, an adapter on the LM head, of a method that a thinking step does not
             train or that is frozen, or an optimizer without all that is trained.
@@ -171,7 +197,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
+        **unknown,
     ):
+        _refuse_unknown(unknown)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
@@ -224,6 +252,14 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             raise ValueError(
                 "`anti_theater_action='rollback'` takes back weights that ZeRO-3 has partitioned; use 'stop', or FSDP2."
             )
+        if args.fp16_full_eval or args.bf16_full_eval:
+            if self._sharded:
+                raise ValueError(
+                    f"`fp16_full_eval` ({args.fp16_full_eval}) and `bf16_full_eval` ({args.bf16_full_eval}) cast the weights, "
+                    "which cannot be taken back where they are sharded; leave them out, and set `bf16=True`."
+                )
+            if not self.is_model_parallel:  # until `train` or `evaluate`, Transformers leaves it where it was
+                self._move_model_to_device(self.model, args.device)
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         if self._sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
@@ -254,7 +290,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch of a step, for further updates on it
         self._last_logged_step = 0
-        self._window_start = time.perf_counter()
+        self._window_start: float | None = None  # of the logging window, once a run has its first batch
+        self._evaluated: str | None = None  # name of the data that `evaluate` is on
         self._samples: dict[str, list] = {}
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
 
@@ -270,6 +307,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 "`accelerator_config={'dispatch_batches': False}`, or load the data whole."
             )
 
+    def _begin_run(self) -> None:
+        check_callbacks(self.callback_handler.callbacks, self.model)
+        super()._begin_run()
+        self._metrics["train"] = MetricSums()
+        self._read_rewards.clear()
+        self._batch_rewards, self._step_rewards = [], []
+        self._batches, self._parts, self._experiences = [], [], []
+        self._last_logged_step, self._window_start = 0, None
+        self._guard.begin_run()
+        self._anti_theater.begin_run()
+        self._collapse.begin_run()
+
     def _add_callbacks(self) -> None:
         args = self.args
         self._guard, self._anti_theater = FaultGuard(self), AntiTheaterCallback(self)
@@ -279,6 +328,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             self.callback_handler.callbacks.insert(0, self._anti_theater)
         self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
         self.add_callback(EmptyEpochCallback())
+        self.add_callback(LastWindowCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         if args.curriculum:
@@ -441,7 +491,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return RepeatedRows(
             dataset,
             mini_repeat_count=1,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
+            batch_size=self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
             repeat_count=args.num_iterations,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -458,6 +508,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._finish_step()
         # not looked at yet: a callback may change settings as the step begins
         self._batches, self._parts = list(itertools.islice(epoch_iterator, num_batches)), []
+        if self._window_start is None:
+            self._window_start = time.perf_counter()
         # no number of items, which the Trainer would have to fetch from the device: the loss is scaled by our own counts
         return [{**batch, "part": i} for i, batch in enumerate(self._batches)], None
 
@@ -645,10 +697,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     @property
     def entropy_coefficient(self) -> float:
         """Weight of the entropy bonus at the current optimizer step."""
+        return self._entropy_coefficient(self.state.global_step)
+
+    def _entropy_coefficient(self, step: int) -> float:
         args = self.args
-        return entropy_coefficient(
-            self.state.global_step, args.entropy_coefficient, args.entropy_decay, args.min_entropy_coefficient
-        )
+        return entropy_coefficient(step, args.entropy_coefficient, args.entropy_decay, args.min_entropy_coefficient)
 
     # Metrics
 
@@ -716,7 +769,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return self._read_rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        ends_window, is_due = "loss" in logs and start_time is not None, self.control.should_log
+        if ends_window:  # the Trainer's own log, not a user's
             if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that was skipped
                 del logs["grad_norm"]
             self._finish_step()
@@ -726,10 +780,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             if self.args.log_thoughts and "train" in self._samples and self.accelerator.is_main_process:
                 self._log_thoughts()
         super().log(logs, start_time)
+        if not ends_window:  # a callback that logs takes away no window that is due
+            self.control.should_log = is_due
 
-    def _training_metrics(self, logs: dict[str, float]) -> dict[str, float | None]:
-        """The `rl/*` metrics of a logging window."""
+    def _training_metrics(self, logs: dict[str, float]) -> dict[str, float]:
+        """The `rl/*` metrics of a logging window; those that it did not measure are left out."""
         sums, now = self._metrics["train"], time.perf_counter()
+        start = now if self._window_start is None else self._window_start
         steps = max(self.state.global_step - self._last_logged_step, 1)
         metrics = {f"rl/{name}": mean for name, mean in sums.means().items() if name != "tokens"}
         rewards = self._recent_rewards
@@ -737,16 +794,26 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             {
                 "rl/episode": self.state.global_step,
                 "rl/avg_reward_100": sum(rewards) / max(len(rewards), 1),
-                "rl/entropy_coefficient": self.entropy_coefficient,
+                "rl/entropy_coefficient": self._entropy_coefficient(self.state.global_step - 1),  # of the last step
                 "rl/num_thoughts": sums.total("num_thoughts") / steps,
-                "rl/learning_rate": logs["learning_rate"],
+                "rl/learning_rate": logs.get("learning_rate"),
                 "rl/grad_norm": logs.get("grad_norm"),
                 "rl/skipped_steps": self._guard.skipped,
-                "rl/tokens_per_second": sums.total("tokens") / (now - self._window_start),
+                "rl/tokens_per_second": sums.total("tokens") / max(now - start, 1e-9),
             }
         )
         self._window_start, self._last_logged_step = now, self.state.global_step
-        return metrics
+        return {name: value for name, value in metrics.items() if value is not None}
+
+    @contextmanager
+    def _untimed(self):
+        """Takes no time of the logging window, so that `rl/tokens_per_second` is of training alone; may be nested."""
+        start, window_start = time.perf_counter(), self._window_start
+        try:
+            yield
+        finally:
+            if window_start is not None:
+                self._window_start = window_start + time.perf_counter() - start
 
     def _log_thoughts(self) -> None:
         table = self._table("train")
@@ -775,15 +842,21 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        if self.compute_metrics is not None:
+            raise ValueError(f"`compute_metrics` was set on the trainer, which cannot call it: {NO_LOGITS}")
         self._rows_seen, self._metrics["eval"] = 0, MetricSums()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        casts = (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_in_train
+        with kept_weights(self.model) if casts else nullcontext():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {name: self._metrics["eval"].mean(name) for name in EVAL_METRICS}
         thinks = self.args.thought_positions != "none"
         means = {name: mean or 0.0 for name, mean in means.items() if thinks or mean is not None}
         if self._guard.take_evaluation_faults():  # a mean of the other batches would pass for one of all
             means = dict.fromkeys(("loss", *means), float("nan"))
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
-        output.metrics.update(self._collapse.evaluation(output.metrics, metric_key_prefix, self.state.global_step))
+        if self._evaluated is not None:
+            watched = (output.metrics, metric_key_prefix, self.state.global_step, self._evaluated)
+            output.metrics.update(self._collapse.evaluation(*watched))
         return output
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -822,10 +895,15 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         Raises:
             `ValueError`: for data that cannot be evaluated on.
         """
+        self._evaluated = self._name_of(eval_dataset)
         # each dataset of a `dict` comes here by itself
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._prepared_as(eval_dataset, metric_key_prefix.removeprefix("eval_"))
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        try:
+            with self._untimed():
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluated = None
         if self._inspected is not None:  # only now is this evaluation in the log history
             texts, self._inspected = self._inspected, None
             self._send_table(f"{metric_key_prefix}_thoughts", self._table("eval"))
@@ -858,7 +936,23 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         Raises:
             `ValueError`: for data that cannot be evaluated on.
         """
-        return super().predict(self._prepared_as(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+        with self._untimed():
+            return super().predict(self._prepared_as(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+
+    def _name_of(self, eval_dataset) -> str | None:
+        """What evaluations of the same data have in common: the trainer's own go by their metrics' prefix alone, others also
+        by a fingerprint; None for what has none."""
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if eval_dataset is None or isinstance(eval_dataset, str) or any(eval_dataset is dataset for dataset in own):
+            return ""
+        return fingerprint(eval_dataset)
+
+    def hyperparameter_search(self, *args, **kwargs):
+        raise NotImplementedError(
+            "`hyperparameter_search` makes the model anew for each trial, by a `model_init` that this trainer does not take. "
+            "Make a trainer for each trial: in a loop over `QuietStarConfig`s, or in the objective of an Optuna study that "
+            "returns `trainer.evaluate()['eval_reward']`."
+        )
 
     def validate_thoughts(self) -> AntiTheaterReport:
         """
@@ -870,6 +964,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         Raises:
             `ValueError`: without evaluation data, or with fewer than two texts of it.
         """
+        with self._untimed():
+            return self._validate_thoughts()
+
+    def _validate_thoughts(self) -> AntiTheaterReport:
         if self.eval_dataset is None:
             raise ValueError("Anti-theater validation needs an `eval_dataset`.")
         args, training = self.args, self.model.training
@@ -942,8 +1040,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return f"quietstar_experience-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.safetensors"
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
+        with self._untimed():
+            self.create_model_card()
+            super()._save_checkpoint(model, trial)
 
     def _checkpoint_state(self) -> dict:
         self._finish_step()
@@ -999,12 +1098,20 @@ def _alone(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def _refuse_unknown(arguments: dict) -> None:
+    for name in arguments:
+        advice = UNKNOWN.get(name)
+        raise TypeError(f"`QuietStarREINFORCETrainer` takes no argument `{name}`" + (f": {advice}" if advice else "."))
+
+
 def _check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config) -> None:
     """What can be refused before anything is loaded."""
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
     if train_dataset is None and not eval_dataset:
         raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
+    if train_dataset is not None and args.should_save:
+        check_output_dir(args.output_dir)
     if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             f"`num_iterations={args.num_iterations}` reads rows again and needs a map-style dataset, not a stream; load it "
