@@ -1,5 +1,6 @@
 """What belongs to a run ends with it, is logged in full, and is found out before the first step where it cannot be."""
 
+import json
 import math
 import shutil
 import time
@@ -11,11 +12,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import BEMACallback
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
+from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.checkpoints import rotate
 
-from .test_checkpoints import CLOCK, assert_same_state, log_of
-from .training import logged, plain_model, saved_model, text_data, tiny_args, tiny_trainer
+from .test_checkpoints import assert_same_state, log_of
+from .training import logged, saved_model, text_data, tiny_args, tiny_trainer
 
 
 FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)
@@ -329,11 +330,60 @@ def test_an_output_directory_without_room(adapter, saves, needed, tmp_path, monk
     tiny_trainer(tmp_path, max_steps=1).train()
 
 
-def test_the_defaults_are_not_changed_by_checks(tmp_path):
-    """A configuration made and used is the configuration that was made."""
-    args = tiny_args(tmp_path)
-    fields = args.to_dict()
-    QuietStarREINFORCETrainer(
-        plain_model(), args, text_data(), processing_class=tiny_trainer(tmp_path).processing_class
-    ).train()
-    assert args.to_dict() == fields and isinstance(args, QuietStarConfig)
+# Other settings than those of the run that is resumed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a run with `checkpoint-1`, and its model beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_trainer(folder / "out", model=saved_model(folder / "model"), save_strategy="steps", **ONE).train()
+    return folder
+
+
+ONE = dict(max_steps=1, save_steps=1)
+OTHERS = {
+    "optim": "sgd",
+    "optim_args": "a=1",
+    "muon_learning_rate": 1e-3,
+    "grokfast_lambda": 0.1,
+    "advantage_baseline": "leave_one_out",
+    "reward_prediction": "thought",
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_option_that_changes_the_optimizer_is_named(name, saved, tmp_path):
+    """With both values, before training; and what a checkpoint of an earlier version lacks is told by its groups."""
+    options = dict(evaluation=text_data(4, 300), **EVALUATES, **ONE) | {name: OTHERS[name]}
+    trainer = tiny_trainer(tmp_path / "out", model=str(saved / "model"), **options)
+    trainer.training_step = None
+    checkpoint = str(saved / "out/checkpoint-1")
+    with pytest.raises(ValueError, match=rf"`{name}` is '?{OTHERS[name]}.* and was .* start anew .*`model="):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_groups_tell_an_optimizer_that_nothing_names(saved, tmp_path):
+    """A checkpoint of an earlier version, an optimizer made by hand, and layers frozen by hand."""
+    old = shutil.copytree(saved / "out/checkpoint-1", tmp_path / "checkpoint-1")
+    state = json.loads((old / "quietstar_state.json").read_text())
+    del state["optimizer"]
+    (old / "quietstar_state.json").write_text(json.dumps(state))
+    trainers = [
+        tiny_trainer(tmp_path, model=str(saved / "model"), **options, **ONE) for options in (dict(optim="sgd"), {})
+    ]
+    trainers[1].model.model.embed_tokens.weight.requires_grad_(False)
+    for trainer in trainers:
+        trainer.training_step = None
+        with pytest.raises(ValueError, match=r"groups of \[.*\] parameters with .* that of this run .*`optim`.*froze"):
+            trainer.train(resume_from_checkpoint=str(old))
+    tiny_trainer(tmp_path, model=str(saved / "model"), **ONE).train(resume_from_checkpoint=str(old))
+
+
+def test_values_that_a_checkpoint_brings_are_named(saved, tmp_path, caplog):
+    """A learning rate given on resuming would be overwritten in silence; without an optimizer's state it counts."""
+    options = dict(model=str(saved / "model"), learning_rate=0.5, weight_decay=0.25, **ONE)
+    tiny_trainer(tmp_path, **options).find_checkpoint(str(saved / "out/checkpoint-1"))
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.checkpoints"]
+    assert "`learning_rate` 0.001 (0.5 here), `weight_decay` 0.0 (0.25 here). For other values" in message

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
@@ -47,7 +47,7 @@ from transformers.utils import (
 )
 
 from ._compat import _BaseTrainer
-from .config import ADAMW
+from .config import ADAMW, VALUE_BASELINES, QuietStarConfig
 from .distributed import (
     check_optimizer_file,
     full_state_dict,
@@ -68,6 +68,19 @@ STATE_NAME = "quietstar_state.json"
 REFERENCE_NAME = "reference"
 UNFINISHED_NAME = "_unfinished"  # the underscore keeps it out of uploads to the Hub
 PICKLED_WEIGHTS = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, ADAPTER_WEIGHTS_NAME)
+# an optimizer's state goes on under options of the same kind only
+KINDS: dict[str, Callable] = {
+    "optim": lambda name: "adamw" if name in ADAMW else str(name),
+    "optim_args": str,
+    "muon_learning_rate": lambda rate: rate is not None,
+    "grokfast_lambda": bool,
+    "advantage_baseline": lambda name: name in VALUE_BASELINES,  # which train the value head
+    "reward_prediction": str,  # and this the mixing head
+    "lr_scheduler_type": lambda name: str(name) if name in ("reduce_lr_on_plateau", "greedy") else "by step",
+}
+# and these are part of that state
+RESTORED = ("learning_rate", "heads_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+SIGNS = {"betas", "momentum", "scale_parameter"}  # options that tell optimizers apart
 # of FSDP and DeepSpeed, in place of the Trainer's own
 SHARDS = ("pytorch_model_fsdp*", "global_step*")
 TORCH_FILES = (OPTIMIZER_NAME, "optimizer.bin", SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth")
@@ -219,7 +232,7 @@ def check_space(directory: str, needed: int) -> None:
         )
 
 
-def checkpoint_bytes(model: PreTrainedModel, args: TrainingArguments) -> int:
+def checkpoint_bytes(model: PreTrainedModel, args: QuietStarConfig) -> int:
     """Least size of a checkpoint: of the weights or the adapter, and of AdamW's two moments for each that is trained."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, trains in sizes if trains)
@@ -416,6 +429,72 @@ def _check_adapter(folder: Path, model) -> None:
         )
 
 
+def optimizer_fields(args: QuietStarConfig) -> dict:
+    """The options that an optimizer's state goes with, for a checkpoint."""
+    return {name: getattr(args, name) for name in (*KINDS, *RESTORED)}
+
+
+def check_optimizer_fields(folder: str | Path, args: QuietStarConfig) -> None:
+    """
+    Refuses options under which the optimizer's state in a checkpoint means nothing, and warns of those that it comes with.
+
+    Args:
+        folder (`str`):
+            A whole checkpoint. One of an earlier version may not say what it was written with.
+        args ([`QuietStarConfig`]):
+            Of the run that goes on from it.
+
+    Raises:
+        `ValueError`: naming the option, and what it was.
+    """
+    path = Path(folder, STATE_NAME)
+    saved = json.loads(path.read_text()).get("optimizer") if path.is_file() else None
+    if saved is None or not Path(folder, OPTIMIZER_NAME).is_file():
+        return
+    own = json.loads(json.dumps(optimizer_fields(args)))  # names in place of their enumerations
+    for name, kind in KINDS.items():
+        if kind(saved[name]) != kind(own[name]):
+            raise ValueError(
+                f"`{name}` is {own[name]!r}, and was {saved[name]!r} when the checkpoint {str(folder)!r} was written, whose "
+                f"optimizer goes with that. Set it back, or start anew from its weights with `model={str(folder)!r}`."
+            )
+    changed = [f"`{name}` {saved[name]} ({own[name]} here)" for name in RESTORED if saved[name] != own[name]]
+    if changed:
+        logger.warning(
+            f"The optimizer of the checkpoint {str(folder)!r} goes on with what it was written with: {', '.join(changed)}. "
+            f"For other values start anew from its weights with `model={str(folder)!r}`."
+        )
+
+
+def check_groups(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Refuses an optimizer's state of other parameters, or of another optimizer, by what can be told without its tensors.
+
+    Args:
+        folder (`str`):
+            A whole checkpoint.
+        optimizer ([`~torch.optim.Optimizer`]):
+            The one that is to go on.
+
+    Raises:
+        `ValueError`: if parameter groups differ.
+    """
+    path = Path(folder, OPTIMIZER_NAME)
+    if not path.is_file():
+        return
+    with safe_globals():
+        groups = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+    was, now = ([len(group["params"]) for group in x] for x in (groups, optimizer.param_groups))
+    options, own = ([sorted(SIGNS & group.keys()) for group in x] for x in (groups, optimizer.param_groups))
+    if was != now or options != own:
+        raise ValueError(
+            f"The optimizer of the checkpoint {str(folder)!r} has groups of {was} parameters with {options[0]}, that of this "
+            f"run {now} with {own[0]}. Resume with the same optimizer (`optim`, `optimizers`, `muon_learning_rate`) and the "
+            "same trainable parameters (`advantage_baseline`, `reward_prediction`, what you froze), or start anew from its "
+            f"weights with `model={str(folder)!r}`."
+        )
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -483,12 +562,17 @@ class CheckpointTrainer(_BaseTrainer):
             raise ValueError(f"`trial` is {trial!r}, of a search that is not supported; set its values in the `args`.")
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
-            check_output_dir(self.args.output_dir)
-            if self.args.save_strategy != SaveStrategy.NO:
-                check_space(self.args.output_dir, checkpoint_bytes(self.model, self.args))
+        self._check_output()
         self._resumed = self._beginning = None
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         return super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _check_output(self) -> None:
+        """Finds before training that nothing could be saved."""
+        if self.args.should_save:
+            check_output_dir(self.args.output_dir)
+            if self.args.save_strategy != SaveStrategy.NO:
+                check_space(self.args.output_dir, checkpoint_bytes(self.model, self.args))
 
     def _inner_training_loop(self, *args, **kwargs):
         """A run: in `train`, and once more for each smaller batch that `auto_find_batch_size` tries."""
@@ -550,6 +634,7 @@ class CheckpointTrainer(_BaseTrainer):
             check_whole(checkpoint)
         if not self.is_deepspeed_enabled:  # whose parameters may have no shape here
             check_fits(checkpoint, self.accelerator.unwrap_model(self.model))
+            check_optimizer_fields(checkpoint, self.args)
         return checkpoint
 
     # Saving
@@ -620,6 +705,7 @@ class CheckpointTrainer(_BaseTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
             check_optimizer_file(checkpoint)
+            check_groups(checkpoint, self.optimizer)
         if checkpoint is not None and self.accelerator.is_fsdp2:
             if Path(checkpoint, OPTIMIZER_NAME).is_file():
                 load_optimizer(self.optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))

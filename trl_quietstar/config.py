@@ -14,6 +14,7 @@ from .heads import VALUE_HEAD_TYPES, QuietStarSettings
 from .rewards import REWARD_TYPES
 
 
+VALUE_BASELINES = ("value", "both")
 BASELINES = ("value", "leave_one_out", "both", "mean", "none")
 POSITIONS = ("all", "difficulty", "prompt_end", "none")
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Muon and Grokfast go with
@@ -402,7 +403,7 @@ class QuietStarConfig(_BaseConfig):
     @property
     def uses_value_head(self) -> bool:
         """Whether advantages come from the value head."""
-        return self.advantage_baseline in ("value", "both")
+        return self.advantage_baseline in VALUE_BASELINES
 
     @property
     def logps_temperature(self) -> float:

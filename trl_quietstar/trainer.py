@@ -52,7 +52,7 @@ from .callbacks import (
     LastWindowCallback,
     check_callbacks,
 )
-from .checkpoints import CheckpointTrainer, check_output_dir, kept_weights
+from .checkpoints import CheckpointTrainer, check_output_dir, kept_weights, optimizer_fields
 from .collapse import CollapseWatch
 from .config import QuietStarConfig
 from .data import OWN_COLUMNS, RepeatedRows, TextCollator, check_amount, check_longest, longest_text, prepare_texts
@@ -247,6 +247,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             hold_all(*optimizers, self.model, args.heads_learning_rate)
         check_engine(self.accelerator)
         self._check_streams()
+        if train_dataset is not None:
+            self._check_output()
         self._sharded = is_sharded(self.accelerator)
         if args.anti_theater_action == "rollback" and self._sharded and self.is_deepspeed_enabled:
             raise ValueError(
@@ -1056,6 +1058,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             "skipped_steps": [self._guard.skipped, self._guard.in_a_row],
             "failed_validation": self._anti_theater.has_stopped,
             "memory": [self._kept_per_token, self._memory_budget],
+            "optimizer": optimizer_fields(self.args),
         }
 
     def _restore_checkpoint_state(self, state: dict) -> None:
