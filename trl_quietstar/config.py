@@ -17,6 +17,7 @@ from .rewards import REWARD_TYPES
 VALUE_BASELINES = ("value", "both")
 BASELINES = ("value", "leave_one_out", "both", "mean", "none")
 POSITIONS = ("all", "difficulty", "prompt_end", "none")
+LAYERED = ("galore", "apollo")  # optimizers that have target modules
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Muon and Grokfast go with
 CHOICES = {
     "reward_type": REWARD_TYPES,
@@ -99,6 +100,17 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "data_seed": (0, 2**32 - 1),
     "dataloader_num_workers": (0, None),
     "dataloader_prefetch_factor": (1, None),
+}
+
+NO_METRICS = "it is for a `compute_metrics`, which the trainer does not take, since evaluation holds no logits"
+# of the Trainer: the values that change nothing here, and why others are refused
+UNSUPPORTED: dict[str, tuple[tuple, str]] = {
+    "use_liger_kernel": ((False,), "it replaces the forward that thoughts are sampled and scored in"),
+    "liger_kernel_config": ((None,), "Liger's kernels replace the forward that thoughts are sampled and scored in"),
+    "include_for_metrics": (([],), NO_METRICS),
+    "batch_eval_metrics": ((False,), NO_METRICS),
+    "label_names": ((None, ["labels"]), "labels are read from the column `labels`"),
+    "length_column_name": (("length",), "lengths are those of the tokenized rows"),
 }
 
 TYPE_WORDS = {
@@ -397,6 +409,11 @@ class QuietStarConfig(_BaseConfig):
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
+        if not self.average_tokens_across_devices and self.world_size > 1:
+            raise ValueError(
+                "`average_tokens_across_devices=False` is not supported: a step's means are over the tokens of all "
+                f"{self.world_size} processes, so that several add up to one. Leave it out."
+            )
         self._read_curriculum()
         self._check_memory()  # once the names that checkpointing has had are one
 
@@ -454,6 +471,9 @@ class QuietStarConfig(_BaseConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        for name, (values, reason) in UNSUPPORTED.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported: {reason}. Leave it out.")
         self._check_contradictions()
 
     def _check_contradictions(self):
@@ -503,6 +523,11 @@ class QuietStarConfig(_BaseConfig):
             raise ValueError(
                 f"`muon_learning_rate` ({self.muon_learning_rate}) and `grokfast_lambda` ({self.grokfast_lambda}) go with "
                 f"AdamW; set `optim` to one of {', '.join(ADAMW)} (got {str(self.optim)!r}), or leave them out."
+            )
+        if self.optim_target_modules is not None and not any(name in str(self.optim).lower() for name in LAYERED):
+            raise ValueError(
+                f"`optim_target_modules={self.optim_target_modules!r}` would be ignored by `optim={str(self.optim)!r}`; it goes "
+                f"with {', '.join(LAYERED)}. Leave it out."
             )
         if self.packing and self.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")

@@ -82,8 +82,15 @@ def check_engine(accelerator: Accelerator) -> None:
     Refuses what is not supported.
 
     Raises:
-        `ValueError`: under FSDP1, or FSDP2 whose checkpoints are in shards.
+        `ValueError`: under tensor, context or sequence parallelism, under FSDP1, or FSDP2 whose checkpoints are in shards.
     """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    split = [name for name in ("tp_size", "cp_size", "sp_size") if getattr(parallelism, name, 1) > 1]
+    if split:
+        raise ValueError(
+            f"`parallelism_config` has {' and '.join(split)} above 1, which splits texts or layers over processes; thoughts "
+            "need both whole. Use DDP, FSDP2 or DeepSpeed."
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return

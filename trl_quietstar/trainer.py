@@ -36,6 +36,7 @@ from transformers import (
     is_trackio_available,
     is_wandb_available,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PredictionOutput
 from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
@@ -329,6 +330,9 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             # ahead of the loggers, which close at the end of training
             self.callback_handler.callbacks.insert(0, self._anti_theater)
         self.callback_handler.callbacks.insert(0, self._guard)  # drops gradients before others see them
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback):  # in mid-step it would save a part of the step's metrics
+                callback.on_pre_optimizer_step = callback.on_substep_end
         self.add_callback(EmptyEpochCallback())
         self.add_callback(LastWindowCallback())
         if args.early_stopping_patience is not None:
