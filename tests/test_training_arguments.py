@@ -128,7 +128,7 @@ UNCHANGED = {
     "dataloader_prefetch_factor": LOADER,
     "dataloader_multiprocessing_context": LOADER,
     "dataloader_in_order": LOADER,
-    "remove_unused_columns": LOADER,
+    "remove_unused_columns": "which columns reach a reward function: test_columns.py",
     "enable_jit_checkpoint": "a signal handler of the Trainer; below",
     "fp16": ENGINE,
     "tf32": ENGINE,
