@@ -16,6 +16,7 @@ import os
 # threads that wait for each other sleep: beside a busy neighbour that is several times as fast. Read when PyTorch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import glob
 import json
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
 from .data import check_length, max_positions
+from .data_files import READERS, fault_in, load_file, reader_of
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
@@ -72,7 +74,8 @@ class DataArguments:
 
     Parameters:
         dataset_name (`str`):
-            Id on the Hub, local folder (data files, or one written by `save_to_disk`), or JSON-lines file.
+            Id on the Hub, local folder (data files, or one written by `save_to_disk`), or data file: JSON lines, Parquet,
+            CSV, or text, each line of which is one.
         dataset_config (`str`, *optional*):
             Configuration of a Hub dataset.
         dataset_train_split (`str`):
@@ -81,7 +84,7 @@ class DataArguments:
             Where the evaluation data is, if elsewhere.
         dataset_test_split (`str`, *optional*):
             Split to evaluate on. Defaults to `"test"` or `"validation"` where there is one, and to `"train"` of a
-            separate JSON-lines file.
+            separate data file.
         dataset_streaming (`bool`):
             Whether to stream the training data.
         column_mapping (`str`, *optional*):
@@ -90,7 +93,7 @@ class DataArguments:
             Cuts the evaluation data.
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder or JSON-lines file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder or data file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluation data, if elsewhere."})
@@ -101,7 +104,19 @@ class DataArguments:
 
     def __post_init__(self):
         if isinstance(self.column_mapping, str):
-            self.column_mapping = json.loads(self.column_mapping)
+            self.column_mapping = _mapping(self.column_mapping)
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise ValueError(f"`max_eval_samples` is {self.max_eval_samples}; give a number of texts, at least 1.")
+
+
+def _mapping(text: str) -> dict:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`column_mapping` is {text!r}; give a JSON object from names to names.")
+    return mapping
 
 
 @dataclass
@@ -141,11 +156,11 @@ class InspectArguments:
 
 def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     """
-    All splits of a dataset from the Hub, a local folder or a JSON-lines file.
+    All splits of a dataset from the Hub, a local folder or a data file.
 
     Args:
         name (`str`):
-            Id or path.
+            Id or path. Files may end in what [`data_files.READERS`] names, and be compressed.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
         streaming (`bool`):
@@ -153,16 +168,40 @@ def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[
 
     Raises:
         `FileNotFoundError`: if a path to a file does not exist.
+        `ValueError`: for a file that is not read or broken, or a folder whose name is a pattern.
     """
     path = Path(name)
-    if path.suffix in (".jsonl", ".json"):
+    if path.is_file() or (reader_of(path) is not None and not path.is_dir()):
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {name!r}.")
-        return load_dataset("json", data_files={"train": str(path)}, streaming=streaming)
+        if reader_of(path) is None:
+            *others, last = READERS
+            raise ValueError(
+                f"The data file {name!r} is of no kind that is read; give one that ends in .{', .'.join(others)} or .{last}, "
+                "compressed or not."
+            )
+        if config is not None:
+            raise ValueError(f"`dataset_config` is {config!r}, and a file has none; leave it out.")
+        return {"train": load_file(path, streaming)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(name)
-        return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-    return load_dataset(name, config, streaming=streaming)
+        loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return {split: x.to_iterable_dataset() if streaming else x for split, x in loaded.items()}
+    return _load_folder(path, config, streaming) if path.is_dir() else load_dataset(name, config, streaming=streaming)
+
+
+def _load_folder(path: Path, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+    """The splits of a folder of data files."""
+    if glob.has_magic(str(path.absolute())):  # the library looks for files by patterns
+        raise ValueError(
+            f"The folder {str(path.absolute())!r} has one of *?[ in its name, and files of another would be taken for its "
+            "own; rename it, or name a file in it."
+        )
+    try:
+        return load_dataset(str(path), config, streaming=streaming)
+    except Exception as error:
+        fault = next(filter(None, map(fault_in, sorted(path.rglob("*")))), None)
+        raise (error if fault is None else fault) from None
 
 
 def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
@@ -177,7 +216,7 @@ def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Data
         `ValueError`: if no dataset is named, or it lacks the split.
     """
     if arguments.dataset_name is None:
-        raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a JSON-lines file.")
+        raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a data file.")
     splits = load_splits(arguments.dataset_name, arguments.dataset_config, arguments.dataset_streaming)
     train = _split(splits, arguments.dataset_train_split, arguments.dataset_name)
     if arguments.eval_dataset_name is not None:
@@ -187,9 +226,25 @@ def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Data
         name = arguments.dataset_test_split or next((s for s in ("test", "validation") if s in splits), None)
         evaluation = None if name is None else _split(splits, name, arguments.dataset_name)
     if arguments.column_mapping:
-        train = train.rename_columns(arguments.column_mapping)
-        evaluation = evaluation and evaluation.rename_columns(arguments.column_mapping)
-    return train, evaluation and _cut(evaluation, arguments)
+        train = _rename(train, arguments.column_mapping, arguments.dataset_name)
+        if evaluation is not None:
+            source = arguments.eval_dataset_name or arguments.dataset_name
+            evaluation = _rename(evaluation, arguments.column_mapping, source)
+    return train, None if evaluation is None else _cut(evaluation, arguments)
+
+
+def _rename(dataset: Dataset | IterableDataset, mapping: dict, source: str) -> Dataset | IterableDataset:
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    missing = [name for name in mapping if name not in names]
+    if missing:
+        raise ValueError(
+            f"`column_mapping` renames {missing[0]!r}, which is no column of {source!r}; it has {', '.join(names)}."
+        )
+    renamed = [mapping.get(name, name) for name in names]
+    twice = [name for name in renamed if renamed.count(name) > 1]
+    if twice:
+        raise ValueError(f"`column_mapping` gives the name {twice[0]!r} twice among the columns of {source!r}.")
+    return dataset.rename_columns(mapping)
 
 
 def _cut(dataset: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:

@@ -138,7 +138,7 @@ class RowCheck:
 
     def _check_string(self, index: int, column: str, value) -> None:
         if not isinstance(value, str):
-            self._refuse(index, f"{_shown(value)} in {column!r}", "give a string")
+            self._refuse(index, f"{shown(value)} in {column!r}", "give a string")
         if has_half_pair(value):
             fix = "give text that is Unicode, with `.encode('utf-8', 'replace').decode()` for one"
             self._refuse(index, f"half of a surrogate pair in {column!r}", fix)
@@ -177,12 +177,12 @@ class RowCheck:
 
     def _check_integers(self, index, column: str, values, least: int, greatest: int, what: str, also=None) -> None:
         if not isinstance(values, list):
-            self._refuse(index, f"{_shown(values)} in {column!r}", "give a list of whole numbers")
+            self._refuse(index, f"{shown(values)} in {column!r}", "give a list of whole numbers")
         for value in values:
             is_whole = isinstance(value, Integral) and (what == "a mask" or not isinstance(value, bool))
             if not is_whole or not (least <= value <= greatest or value == also):
                 fix = f"whole numbers from {least} to {greatest} are {what}"
-                self._refuse(index, f"{_shown(value)} in {column!r}", fix)
+                self._refuse(index, f"{shown(value)} in {column!r}", fix)
 
     def _check_conversation(self, row: dict, index: int) -> None:
         needed = KINDS[self.kind]
@@ -215,7 +215,7 @@ class RowCheck:
             content = message.get("content")
             if isinstance(content, list) and content and str(content) in rendered:
                 fix = "give the content as a string, or take a template that reads parts"
-                self._refuse(index, f"parts of a message that the chat template writes as {_shown(content)}", fix)
+                self._refuse(index, f"parts of a message that the chat template writes as {shown(content)}", fix)
         silent = [message for message in messages if message.get("tool_calls") and not message.get("content")]
         if silent and rendered == self._without_calls(messages, options):
             fix = "take a template that writes calls, or leave the row out"
@@ -234,13 +234,13 @@ class RowCheck:
             fix = "give a list of at least one message" + (
                 ", read from JSON with `json.loads`" if isinstance(messages, str) else ""
             )
-            self._refuse(index, f"{_shown(messages)} in {column!r}", fix)
+            self._refuse(index, f"{shown(messages)} in {column!r}", fix)
         role, content = ("from", "value") if column == "conversations" else ("role", "content")
         for message in messages:
             calls = isinstance(message, Mapping) and column != "conversations" and message.get("tool_calls")
             if not isinstance(message, Mapping) or role not in message or not (content in message or calls):
                 fix = f"give a dictionary with {role!r} and {content!r}"
-                self._refuse(index, f"{_shown(message)} in {column!r}", fix)
+                self._refuse(index, f"{shown(message)} in {column!r}", fix)
             self._check_string(index, f"{column} {role}", message[role])
             if isinstance(message.get(content), list):
                 self._check_parts(index, f"{column} {content}", message[content])
@@ -254,7 +254,7 @@ class RowCheck:
         for part in parts:
             if not isinstance(part, Mapping) or part.get("type") != "text":
                 fix = "give parts such as {'type': 'text', 'text': '...'}; only text is trained on"
-                self._refuse(index, f"{_shown(part)} in {where!r}", fix)
+                self._refuse(index, f"{shown(part)} in {where!r}", fix)
             self._check_string(index, where, part.get("text"))
 
 
@@ -267,7 +267,7 @@ def has_half_pair(text: str) -> bool:
     return False
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """A value, cut, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} (`{type(value).__name__}`)"

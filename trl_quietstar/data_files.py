@@ -1,0 +1,224 @@
+"""Data files: which endings are read, how, and what is said of a broken one.
+
+`datasets` reads JSON, Parquet and text. CSV is read here, since every value of a text is a string: pandas would make numbers
+of "007", nothing of "None", and shift the columns of rows that have one too many. A file that cannot be read is looked at
+once more, by lines, to name the first that is at fault.
+"""
+
+import csv
+import glob
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from pyarrow.parquet import ParquetFile
+
+from .rows import has_half_pair, shown
+
+
+READERS = {
+    "json": "json",
+    "jsonl": "json",
+    "ndjson": "json",
+    "parquet": "parquet",
+    "csv": "csv",
+    "tsv": "csv",
+    "txt": "text",
+}
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+
+csv.field_size_limit(sys.maxsize)  # a field may be a book
+
+
+def reader_of(path: Path) -> str | None:
+    """What reads a file, by its ending in any case, with or without that of a compression; None for other endings."""
+    endings = path.name.lower().split(".")[1:]
+    if endings and endings[-1] in COMPRESSIONS:
+        endings.pop()
+    return READERS.get(endings[-1]) if endings else None
+
+
+def load_file(path: Path, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    The rows of a data file.
+
+    Args:
+        path (`Path`):
+            Of a file with one of the endings of `READERS`.
+        streaming (`bool`):
+            Whether to stream.
+
+    Raises:
+        `ValueError`: naming the file, the line and the fault, if it cannot be read; of a stream, when the line comes.
+    """
+    try:
+        if reader_of(path) == "csv":
+            return _load_csv(path, streaming)
+        if reader_of(path) == "json" and not streaming:
+            _check_lines(path, is_json=False)  # Arrow takes any bytes, and fails at them later
+        # the name of a file and no pattern, which may match others
+        files = {"train": glob.escape(str(path.absolute()))}
+        rows = load_dataset(reader_of(path), data_files=files, streaming=streaming)["train"]
+        if not streaming:
+            return rows
+        return IterableDataset.from_generator(_watched, rows.features, gen_kwargs={"path": path, "rows": rows})
+    except Exception as error:  # of any of the libraries that read
+        raise _fault(path, error) from None
+
+
+def _load_csv(path: Path, streaming: bool) -> Dataset | IterableDataset:
+    features = Features({name: Value("string") for name in next(_csv_lines(path))})
+    if streaming:
+        return IterableDataset.from_generator(_watched, features, gen_kwargs={"path": path})
+    found = path.stat()  # so that a file that has changed is read anew
+    stamp = (found.st_mtime_ns, found.st_size)
+    return Dataset.from_generator(_watched, features, gen_kwargs={"path": path, "stamp": stamp})
+
+
+def _watched(path: Path, rows: IterableDataset | None = None, stamp: tuple | None = None) -> Iterator[dict]:
+    """Rows of a file, by default of CSV, whose faults are named when they come."""
+    row = None
+    try:
+        for row in _csv_rows(path) if rows is None else rows:
+            yield row
+    except Exception as error:
+        raise _fault(path, error) from None
+    if row is None:
+        check_file(path)
+
+
+def _csv_rows(path: Path) -> Iterator[dict]:
+    lines = _csv_lines(path)
+    header = next(lines)
+    for line in lines:
+        yield dict(zip(header, line, strict=True))
+
+
+def _csv_lines(path: Path) -> Iterator[list[str]]:
+    """The header of a CSV file and its rows, of as many fields."""
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(lines, [])
+        try:
+            if len(set(header)) < len(header):
+                raise ValueError(f"Line 1 of the data file {str(path)!r} names a column twice ({', '.join(header)}).")
+            yield header
+            for line in lines:
+                if line and len(line) != len(header):
+                    raise ValueError(
+                        f"Line {lines.line_num} of the data file {str(path)!r} has {len(line)} fields, and the header "
+                        f"has {len(header)} ({', '.join(header)}); put a text that holds the separator in double quotes."
+                    )
+                if line:
+                    yield line
+        except csv.Error as error:
+            raise ValueError(
+                f"Line {lines.line_num} of the data file {str(path)!r} is no CSV ({error}); a text that holds double quotes "
+                "stands in double quotes, with each of its own doubled."
+            ) from None
+
+
+def fault_in(path: Path) -> ValueError | None:
+    """What [`check_file`] says of a path, if it is a data file and has a fault."""
+    try:
+        if path.is_file() and reader_of(path) is not None:
+            check_file(path)
+    except ValueError as found:
+        return found
+    return None
+
+
+def _fault(path: Path, error: Exception) -> ValueError:
+    """What is wrong with a file that could not be read, by the line if it can be found."""
+    found = fault_in(path)
+    if found is not None:
+        return found
+    reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
+    return ValueError(f"The data file {str(path)!r} cannot be read ({reason}).")
+
+
+def check_file(path: Path) -> None:
+    """
+    Looks for a fault in a data file.
+
+    Args:
+        path (`Path`):
+            Of the file.
+
+    Raises:
+        `ValueError`: naming the file, the line and the fault.
+    """
+    reader = reader_of(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"The data file {str(path)!r} is empty.")
+    if reader == "parquet":
+        try:
+            ParquetFile(path)
+        except Exception as error:
+            raise ValueError(
+                f"The data file {str(path)!r} cannot be read as Parquet ({str(error).splitlines()[0]}); it may have been cut off."
+            ) from None
+        return
+    _check_lines(path, is_json=reader == "json")
+    if reader == "csv":
+        for _ in _csv_lines(path):
+            pass
+
+
+def _check_lines(path: Path, is_json: bool) -> None:
+    """Whether all lines are UTF-8, and JSON objects where they should be."""
+    number, first, is_whole = 0, "", False
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text and not first:  # a list of objects, or one object over several lines
+                    first, is_whole = text, text[0] == "[" or text == "{"
+                if is_json and text and not is_whole:
+                    _check_json(path, number, text)
+            if is_json and is_whole:
+                file.seek(0)
+                _check_json(path, 1, file.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Line {number} of the data file {str(path)!r} is not UTF-8 (byte {error.object[error.start]:#x} at character "
+            f"{error.start + 1}); save the file as UTF-8."
+        ) from None
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(
+            f"The data file {str(path)!r} cannot be unpacked after line {number} ({error}); it may have been cut off, or be "
+            "of another kind than its ending says."
+        ) from None
+    if not first:
+        raise ValueError(f"The data file {str(path)!r} is empty.")
+
+
+def _check_json(path: Path, line: int, text: str) -> None:
+    """Whether a text that begins at a line is JSON, of objects that name each column once, in Unicode."""
+
+    def refuse(number: int, fault: str):
+        raise ValueError(f"Line {number} of the data file {str(path)!r} {fault}.") from None
+
+    def named_once(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            refuse(line, f"names {twice!r} twice; keep one")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=named_once)
+    except json.JSONDecodeError as error:
+        cut = "; the file may have been cut off" if error.pos >= len(text) - 1 or "Unterminated" in error.msg else ""
+        refuse(line + error.lineno - 1, f"is no JSON ({error.msg} at character {error.colno}){cut}")
+    for row in value if isinstance(value, list) else [value]:
+        if not isinstance(row, dict):
+            refuse(line, f'holds {shown(row)}; give an object, such as {{"text": "..."}}')
+        if has_half_pair(json.dumps(row, ensure_ascii=False)):
+            refuse(line, "holds half of a surrogate pair; give text that is Unicode")
