@@ -137,6 +137,16 @@ BAD_ROWS = {
         {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
         "'b' (`str`) in 'completion'; give a list of at least one message",
     ),
+    "a template's options that are preparation's": (
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tokenize": False}},
+        "{'tokenize': False} (`dict`) in 'chat_template_kwargs'; give a dictionary of what the template reads, without",
+    ),
+    "a template's options in JSON": (
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {}},
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": "{}"},
+        "'{}' (`str`) in 'chat_template_kwargs'; give a dictionary",
+    ),
     "a picture in a message": (
         {"messages": [{"role": "user", "content": "a"}]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]},

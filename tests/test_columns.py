@@ -104,6 +104,10 @@ def test_all_columns_stay_where_none_is_to_be_removed(tmp_path):
     """As they were, in datasets and streams; their names are not taken for other kinds of data, nor their labels for ours."""
     row = {"text": "3 plus 4", "prompt": "?", "messages_of": [{"role": "user"}], "labels": 1, "score": 0.5}
     kept = {name: value for name, value in row.items() if name != "labels"}
+    talk = {"conversations": [{"from": "user", "value": "a"}], "score": 1}
+    for data in (Dataset.from_list([talk]), IterableDataset.from_generator(lambda: iter([talk]))):
+        (found,) = prepare(data, tmp_path, remove_unused_columns=False)
+        assert {name: found[name] for name in talk} == talk
     for data in (Dataset.from_list([row]), IterableDataset.from_generator(lambda: iter([row]))):
         (found,) = prepare(data, tmp_path, remove_unused_columns=False)
         assert {name: found[name] for name in kept} == kept
@@ -181,6 +185,12 @@ def test_bad_rows_of_other_data_are_named(trainer):
             trainer.evaluate(Dataset.from_dict({"input_ids": [[5] * 200]}))
         finally:
             trainer.args.max_length = kept
+
+
+def test_names_of_evaluation_data(trainer):
+    """One that was not given is no column of the data, as the Trainer would have it."""
+    with pytest.raises(ValueError, match="There is no evaluation data 'hard'; the trainer was given none by name"):
+        trainer.evaluate("hard")
 
 
 def test_workers_that_stay_read_the_data_that_were_given(tmp_path):

@@ -228,8 +228,8 @@ ASIDE = "kept "  # before a name: no library then takes the column for one that 
 
 
 def _set_aside(row: dict, columns: list[str]) -> dict:
-    """Copies of columns, under names that pass through preparation."""
-    return {ASIDE + column: row.get(column) for column in columns}
+    """Copies of columns, under names that pass through preparation, which changes messages in place."""
+    return {ASIDE + column: copy.deepcopy(row.get(column)) for column in columns}
 
 
 def _put_back(dataset: Dataset | IterableDataset, columns: Collection[str]) -> Dataset | IterableDataset:

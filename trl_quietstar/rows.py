@@ -36,6 +36,8 @@ EXTRAS = {
     "conversations": ("tools", "chat_template_kwargs"),
 }
 MASKS = ("completion_mask", "assistant_masks", "thought_mask", "attention_mask")
+# what preparation says itself when it calls a chat template
+OF_PREPARATION = {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
 # what a text refers to and a causal LM cannot see: without it, the text would be another one
 PICTURES = ("image", "images", "pixel_values", "video", "videos")
 
@@ -188,9 +190,13 @@ class RowCheck:
         needed = KINDS[self.kind]
         parts = [self._messages(index, column, row[column]) for column in needed]
         messages = sum(parts, [])
+        given = row.get("chat_template_kwargs", {})
+        if not isinstance(given, Mapping) or OF_PREPARATION & given.keys():
+            fix = f"give a dictionary of what the template reads, without {', '.join(sorted(OF_PREPARATION))}"
+            self._refuse(index, f"{shown(given)} in 'chat_template_kwargs'", fix)
         try:
             tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-            options = dict(tools=tools, **row.get("chat_template_kwargs", {}))
+            options = dict(tools=tools, **given)
             if self.kind == "prompt":
                 self._render(parts[0], add_generation_prompt=True, **options)
             rendered = self._render(messages, **options)

@@ -901,6 +901,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         Raises:
             `ValueError`: for data that cannot be evaluated on.
         """
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        if isinstance(eval_dataset, str) and eval_dataset not in names:
+            raise ValueError(
+                f"There is no evaluation data {eval_dataset!r}; the trainer was given "
+                f"{', '.join(map(repr, names)) or 'none by name'}. Give a dataset."
+            )
         self._evaluated = self._name_of(eval_dataset)
         # each dataset of a `dict` comes here by itself
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
