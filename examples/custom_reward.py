@@ -4,7 +4,8 @@
     python examples/custom_reward.py --reward last --output out/last
 
 Letters of the shapes: B sequences, J positions, G thoughts at each, L thought tokens, M talk tokens. A reward gets, by name,
-what the arguments of `trl_quietstar.rewards.thought_rewards` are called, and `text` and `thoughts`.
+what the arguments of `trl_quietstar.rewards.thought_rewards` are called, and `text` and `thoughts`. Any other parameter is
+a column of the data, a list of one value for each row: `def reward(logps_with, mask, answer, **others)` reads `answer`.
 """
 
 import argparse

@@ -200,7 +200,20 @@ MESSAGES = st.lists(
     max_size=3,
 )
 ODD_MESSAGES = st.sampled_from(
-    [[], [{}], [{"role": "user"}], [{"role": None, "content": "a"}], [{"role": "user", "content": None}], ["a"], [5]]
+    [
+        [],
+        [{}],
+        [{"role": "user"}],
+        [{"role": None, "content": "a"}],
+        [{"role": "user", "content": None}],
+        ["a"],
+        [5],
+        "[]",
+        '[{"role": "user", "content": "a"}]',
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {}}]}],
+    ]
 )
 
 
@@ -235,9 +248,9 @@ def row(draw, kind: str, odd: bool):
             pool = ODD_MESSAGES if kind in ("messages", "conversation", "conversations") else pools.get(column, WEIRD)
             made[column] = draw(st.one_of(pool, WEIRD))
     if odd and draw(st.booleans()):
-        made[draw(st.sampled_from(["label", "text", "prompt", "labels", "input_ids", "id"]))] = draw(
-            st.one_of(WORDS, WEIRD)
-        )
+        made[
+            draw(st.sampled_from(["label", "text", "prompt", "labels", "input_ids", "id", "image", "position_ids"]))
+        ] = draw(st.one_of(WORDS, WEIRD))
     return made
 
 
@@ -282,7 +295,7 @@ def check_data(given_data, args):
             ids, labels = found["input_ids"], found["labels"]
             assert len(ids) == len(labels) and all(0 <= i < VOCABULARY for i in ids)
             assert any(label != -100 for label in labels[1:])
-            assert all(label == -100 or 0 <= label < VOCABULARY for label in labels)
+            assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
             assert sum(found.get("seq_lengths") or [len(ids)]) == len(ids)
             assert len(found.get("thought_mask") or ids) == len(ids)
             assert args.max_length is None or len(ids) <= args.max_length

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 
@@ -123,34 +122,23 @@ def prepare_texts(
         `ValueError`: if it is empty, lacks the columns, contradicts an option, holds a bad row or no usable thought
             position. A bad row of a stream is refused when it comes.
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {name} dataset has a transform, which would run in preparation; apply it with `.map(...)`."
-        )
-    dataset = dataset.with_format(None)  # plain lists, not tensors
+    dataset, names, first = _plain(dataset, name)
     is_stream = isinstance(dataset, IterableDataset)
-    first = next(iter(dataset), None) if is_stream or len(dataset) == 0 else {}
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty; give at least one text.")
-    names = list(first) if is_stream else dataset.column_names
     kind, columns = columns_read(names, args.dataset_text_field, name)
-    if is_stream:  # which may give the same objects again, and TRL changes rows in place
-        dataset = dataset.map(copy.deepcopy if kind == "conversations" else dict)
-    kept = kept_columns(names, reward_function, args, name, packing)
-    if not is_stream:  # others are not even decoded
-        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
-        first = dataset[0]
     conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
     completion_only = _check_masks(names, kind, columns, conversation, tokenizer, args, name, packing)
+    kept = kept_columns(names, reward_function, args, name, packing)
+    if is_stream:  # which may give the same objects again, and TRL changes rows in place
+        dataset = dataset.map(copy.deepcopy if kind == "conversations" else dict)
+    else:  # others are not even decoded
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
     workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
     run = _Run(name) if is_stream else None
     assistant_only = args.assistant_only_loss and kind != "input_ids"
     check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation)
     dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
     if kept:
-        dataset = dataset.map(_set_aside, fn_kwargs={"columns": list(kept)}, **workers)
+        dataset = dataset.map(_set_aside, fn_kwargs={"columns": kept}, **workers)
     aside = [ASIDE + column for column in kept]
     read = [column for column in columns if column not in ("attention_mask", "position_ids")]  # checked, and done with
     dataset = dataset.select_columns([*read, *aside])
@@ -159,11 +147,41 @@ def prepare_texts(
     options = copy.copy(args)
     options.shuffle_dataset = args.shuffle_dataset and not packing
     dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
-    masked, packed = "thought_mask" in columns, "seq_lengths" in columns
-    if masked or packed:
+    if "thought_mask" in columns or "seq_lengths" in columns:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
-    looked_at = islice(dataset, MOST_UNUSABLE if is_stream else None)
+    _check_usable(dataset, given, name)
+    if packing:
+        return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
+    if kept:
+        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *columns)]
+        dataset = dataset.select_columns([*own, *aside]).rename_columns(dict(zip(aside, kept, strict=True)))
+    return dataset
+
+
+def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], dict]:
+    """A dataset that gives lists, not tensors; its columns, and its first row."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform, which would run in preparation; apply it with `.map(...)`."
+        )
+    dataset = dataset.with_format(None)
+    if is_stream:
+        first = next(iter(dataset), None)
+    else:  # of the column alone that says what kind it is: others may be costly to decode, or not decode at all
+        prompt = [column for column in dataset.column_names if column == "prompt"]
+        first = None if len(dataset) == 0 else dict(dataset.select_columns(prompt)[0]) if prompt else {}
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty; give at least one text.")
+    return dataset, list(first) if is_stream else dataset.column_names, first
+
+
+def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str) -> None:
+    """Whether there is a place for a thought; warns of the rows, of so many `given`, that are left out."""
+    looked_at = islice(dataset, MOST_UNUSABLE if given is None else None)
     if not any(has_position(row) for row in looked_at):
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
@@ -171,10 +189,6 @@ def prepare_texts(
         )
     if given is not None and len(dataset) < given:
         logger.warning(f"{given - len(dataset):,} of {given:,} rows of the {name} dataset {DROPPED}.")
-    if packing:
-        return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
-    own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *columns)]
-    return _put_back(dataset.select_columns([*own, *aside]), kept) if kept else dataset
 
 
 def kept_columns(
@@ -230,10 +244,6 @@ ASIDE = "kept "  # before a name: no library then takes the column for one that 
 def _set_aside(row: dict, columns: list[str]) -> dict:
     """Copies of columns, under names that pass through preparation, which changes messages in place."""
     return {ASIDE + column: copy.deepcopy(row.get(column)) for column in columns}
-
-
-def _put_back(dataset: Dataset | IterableDataset, columns: Collection[str]) -> Dataset | IterableDataset:
-    return dataset.rename_columns({ASIDE + column: column for column in columns})
 
 
 DROPPED = (
