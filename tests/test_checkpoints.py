@@ -130,9 +130,9 @@ def test_an_adapter_checkpoint_holds_the_heads(tmp_path):
     """Under PEFT a checkpoint has the heads beside the adapter, and no base weights."""
     run(tmp_path / "run", saved_model(tmp_path / "model"), peft_config=LoraConfig(**LORA))
     files = {path.name for path in (tmp_path / "run/checkpoint-3").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "quietstar.safetensors", "config.json"} <= files
+    assert {"adapter_model.safetensors", "adapter_config.json", "quietstar.safetensors", "quietstar.json"} <= files
     assert "model.safetensors" not in files
-    assert json.loads((tmp_path / "run/checkpoint-3/config.json").read_text())["quietstar"]["thought_length"] == 3
+    assert json.loads((tmp_path / "run/checkpoint-3/quietstar.json").read_text())["thought_length"] == 3
 
 
 def test_a_checkpoint_of_the_model_alone_resumes(tmp_path):

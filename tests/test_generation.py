@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria, TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.geometry import Branches, Positions, Text
@@ -32,8 +32,11 @@ def thinking_model(name: str = "llama", settings: QuietStarSettings = SETTINGS):
 
 
 @torch.no_grad()
-def naive(model, prompt, new: int, every: int = 1, threshold: float | None = None) -> list[int]:
-    """One row: for each token the whole text is read, the thought sampled and read again, by replay."""
+def naive(
+    model, prompt, new: int, every: int = 1, threshold: float | None = None, reach: int | None = None
+) -> list[int]:
+    """One row: for each token the whole text is read, the thought sampled and read again, by replay. Thoughts are `every`
+    tokens apart or more, and each is read for `reach` tokens."""
     ids, settings = prompt.clone(), thought_sampling(model.quietstar_settings, None)
     embed, heads, path = model.get_input_embeddings(), model.quietstar, Replay()
     anchor, thought = -1, None
@@ -41,9 +44,10 @@ def naive(model, prompt, new: int, every: int = 1, threshold: float | None = Non
         text = Text.from_batch(ids[None])
         here = len(ids) - 1
         hidden = path.text_hidden(model, text)[:, -1]
-        if thought is not None and here - anchor >= every:
+        if thought is not None and here - anchor >= (every if reach is None else reach):
             thought = None
-        if thought is None and (threshold is None or float(normalized_entropy(model, hidden)) >= threshold):
+        due = anchor < 0 or here - anchor >= every
+        if due and (threshold is None or float(normalized_entropy(model, hidden)) >= threshold):
             positions = Positions(torch.tensor([[here]]), torch.tensor([[True]]))
             draws = fixed_draws(positions.index, settings)
             thought = sample_thoughts(model, path.read(model, text), text, positions, settings, draws).token_ids[
@@ -257,7 +261,7 @@ def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"think": "often"}, "`think` is 'often'; choose one of always, never, adaptive"),
+        ({"think": "often"}, "`think` is 'often'; choose one of always, adaptive, prompt_end, never"),
         ({"think_every": 0}, "`think_every` is 0, below its limit of 1"),
         ({"think_every": 5}, "`think_every` is 5, but the model reads a thought for `talk_length` 4 tokens"),
         ({"think": "adaptive", "thinking_threshold": 1.5}, "`thinking_threshold` is 1.5; it lies between 0 and 1"),
@@ -325,3 +329,130 @@ def test_a_cache_to_go_on_from_is_refused():
     cache = next(value for name, value in cache.items() if name in CACHE_NAMES)
     with pytest.raises(ValueError, match="cannot go on from"):
         model.generate(prompt[None], past_key_values=cache, max_new_tokens=2)
+
+
+def stops_at(model, prompt, tokenizer) -> tuple[str, list[int]]:
+    """A string that greedy text holds, and that text up to it."""
+    ids = generated(model, padded([prompt]), new=8)[0].tolist()
+    string = tokenizer.decode(ids[2])
+    end = next(i for i in range(8) if string in tokenizer.decode(ids[: i + 1]))
+    return string, ids[: end + 1]
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "model", "both"])
+@pytest.mark.parametrize("think", ["always", "never"])
+def test_stop_strings_stop_wherever_they_are_given(given, think):
+    """As an argument, which wins, in a generation config, or in the model's own; beside other criteria or none."""
+    model, tokenizer, (prompt,) = thinking_model(), byte_tokenizer(), prompts(5)
+    prompt = prompt % 250 + 1
+    string, expected = stops_at(model, prompt, tokenizer)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if think == "never":
+        expected = model.generate(prompt[None], think="never", stop_strings=string, tokenizer=tokenizer, **options)
+        expected = expected[0, 5:].tolist()
+    config = GenerationConfig(**options, stop_strings="plus" if given == "both" else string)
+    arguments = {
+        "argument": dict(stop_strings=string, **options),
+        "config": dict(generation_config=config),
+        "model": options,
+        "both": dict(generation_config=config, stop_strings=string),
+    }[given]
+    if given == "model":
+        model.generation_config.stop_strings = [string]
+    for criteria in (None, [], [MaxTimeCriteria(1e6)]):
+        out = model.generate(prompt[None], stopping_criteria=criteria, think=think, tokenizer=tokenizer, **arguments)
+        assert out[0, 5:].tolist() == expected
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(prompt[None], think=think, **arguments)
+
+
+def test_arguments_may_stand_in_their_places():
+    """As Transformers' own `generate` takes them."""
+    model, (prompt,) = thinking_model(), prompts(5)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(prompt[None], generation_config=config)
+    assert torch.equal(model.generate(prompt[None], config, None, None, None), expected)
+    assert torch.equal(model.generate(prompt[None], config, stopping_criteria=None, logits_processor=None), expected)
+
+
+# of `GenerationConfig`: values that thinking follows or that change nothing but how fast it goes, and what shows it
+FOLLOWED = {
+    "max_length": 9, "max_new_tokens": 3, "min_length": 9, "min_new_tokens": 3, "max_time": 100.0, "do_sample": True,
+    "use_cache": False, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.2, "top_h": 0.5, "typical_p": 0.5,
+    "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2, "max_cache_len": 64, "encoder_repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2, "bad_words_ids": [[5]], "renormalize_logits": True, "forced_bos_token_id": 3,
+    "forced_eos_token_id": 3, "remove_invalid_values": True, "exponential_decay_length_penalty": (2, 1.5),
+    "suppress_tokens": [5], "begin_suppress_tokens": [5], "sequence_bias": [[[5], 2.0]], "guidance_scale": 1.5,
+    "watermarking_config": {"bias": 2.0}, "num_return_sequences": 1, "output_scores": True, "output_logits": True,
+    "return_dict_in_generate": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 7, "prefill_chunk_size": 4,
+    "cache_implementation": "static",
+}  # fmt: skip
+# and values that it cannot follow, each refused by what it asks for
+REFUSED = {
+    "num_beams": 2, "penalty_alpha": 0.6, "dola_layers": "low", "prompt_lookup_num_tokens": 2, "output_attentions": True,
+    "output_hidden_states": True, "token_healing": True, "assistant_early_exit": 1,
+}  # fmt: skip
+# of no effect in one of the modes above, of encoders, or on how an assistant drafts
+WITHOUT_EFFECT = (
+    *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"),
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "decoder_start_token_id", "low_memory"),
+    *(
+        "cache_config",
+        "return_legacy_cache",
+        "compile_config",
+        "disable_compile",
+        "transformers_version",
+        "stop_strings",
+    ),
+    *("speculation_type", "use_mtp", "assistant_ensemble_weight", "continuous_batching_config", "generation_kwargs"),
+)
+
+
+def test_every_field_of_a_generation_config_is_followed_or_refused():
+    """None is accepted and forgotten: where thoughts change nothing, each gives what plain generation gives."""
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known - set(FOLLOWED) - set(REFUSED) - set(WITHOUT_EFFECT) == set()
+    model, (prompt,) = thinking_model(), prompts(5)
+    with torch.no_grad():  # a thought then says what the text does
+        model.quietstar.mixing_head.bias.fill_(-60)
+        model.quietstar.mixing_head.MIN_WEIGHT = 0.0
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for name, value in FOLLOWED.items():
+        if name not in known:
+            continue
+        changed = {**options, name: value}
+        if name == "max_length":
+            del changed["max_new_tokens"]
+        if "decay" in name:
+            changed["eos_token_id"] = 7
+        found = []
+        for think in ("always", "never"):
+            torch.manual_seed(0)
+            found.append(model.generate(prompt[None], think=think, **changed))
+        if changed.get("return_dict_in_generate"):
+            found = [out.sequences for out in found]
+        if not changed["do_sample"]:
+            assert torch.equal(*found), name
+    for name, value in REFUSED.items():
+        if name in known:
+            with pytest.raises((ValueError, TypeError)):
+                model.generate(prompt[None], **{**options, name: value})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"custom_generate": "transformers-community/dola"}, "`custom_generate` .* does not go with thoughts"),
+        ({"assistant_model": torch.nn.Identity()}, "`assistant_model` .a `Identity`. does not go with thoughts"),
+        ({"synced_gpus": True}, "`synced_gpus` .True. does not go with thoughts"),
+        ({"cache_implementation": "paged"}, "`cache_implementation` .'paged'. does not go with thoughts"),
+        ({"cache_implementation": "quantized"}, "`cache_implementation` .'quantized'. does not go with thoughts"),
+        ({"output_attentions": True}, "`output_attentions` .*does not go with thoughts"),
+        ({"think": "never", "thought_streamer": object()}, "no thoughts to return or to stream"),
+    ],
+)
+def test_what_a_custom_loop_would_not_be_told_is_refused(options, message):
+    """Transformers keeps these from it without a word, or runs something else in its place."""
+    with pytest.raises(ValueError, match=message):
+        thinking_model().generate(prompts(5)[0][None], max_new_tokens=2, **options)

@@ -1,5 +1,6 @@
 """What is uploaded, and the ways in which others load it: plainly, trusting remote code, as a thinking model, with PEFT."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.modeling import base_of
+from trl_quietstar.modeling import base_of, save_config
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_trainer
@@ -124,6 +126,80 @@ def test_an_adapter_run_uploads_the_adapter_and_the_heads_only(hub, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = PeftModel.from_pretrained(base, repo)
     assert torch.equal(adapted.generate(input_ids=prompt(), **GREEDY), plain_text)
+    auto = AutoModelForCausalLM.from_pretrained(repo)
+    assert torch.equal(auto.generate(input_ids=prompt(), **GREEDY), plain_text)
+    spoken = pipeline("text-generation", model=str(repo))("7 plus 8 is", **GREEDY)[0]["generated_text"]
+    assert spoken == byte_tokenizer().decode(plain_text[0])
+
+
+def test_an_older_adapter_loads(tmp_path):
+    """With the `config.json` that was once saved beside it in place of `quietstar.json`; training it on leaves the new file."""
+    trainer = trained(tmp_path, peft_config=LoraConfig(**LORA))
+    trainer.save_model()
+    folder, model = tmp_path / "out", trainer.model.eval()
+    (folder / "quietstar.json").unlink()
+    save_config(base_of(model), folder)
+    again = QuietStarForCausalLM.from_pretrained(folder).eval()
+    assert base_of(again).quietstar_settings == base_of(model).quietstar_settings
+    assert torch.equal(again.generate(input_ids=prompt(), **GREEDY), model.generate(input_ids=prompt(), **GREEDY))
+    trainer.save_model()
+    assert (folder / "quietstar.json").is_file() and not (folder / "config.json").exists()
+
+
+def loaded_by_pattern(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """All weights of a folder, as vLLM and SGLang take them: of the files that match, those in the index, if there is one."""
+    files, index = sorted(folder.glob(pattern)), folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        files = [file for file in files if file.name in named]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])
+def test_loaders_by_pattern_find_the_base_alone(max_shard_size, tmp_path):
+    """Every weight of the plain model and nothing else, in one file or several; by names too, as llama.cpp reads."""
+    model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "out", max_shard_size=max_shard_size)
+    assert len(list((tmp_path / "out").glob("model*.safetensors"))) == (1 if max_shard_size == "50GB" else 3)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    for pattern in ("*.safetensors", "model*.safetensors"):
+        found = loaded_by_pattern(tmp_path / "out", pattern)
+        assert set(found) <= set(plain) and all(torch.equal(tensor, plain[name]) for name, tensor in found.items())
+        left = set(plain) - set(found)
+        assert not left - {"lm_head.weight"}
+    names = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert set(names) == set(found)
+    again = QuietStarForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.quietstar.start_embedding, model.quietstar.start_embedding)
+
+
+def test_heads_are_saved_whatever_state_is_given(tmp_path):
+    """A state of the base alone leaves the model's own; a state with some of them is refused."""
+    model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "base"))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quietstar.")}
+    model.save_pretrained(tmp_path / "out", state_dict=state)
+    again = QuietStarForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    state["quietstar.start_embedding"] = model.quietstar.start_embedding
+    with pytest.raises(ValueError, match="`state_dict` holds some of the heads, but not end_embedding"):
+        model.save_pretrained(tmp_path / "other", state_dict=state)
+
+
+def test_what_pushing_takes_is_passed_on(tmp_path, monkeypatch):
+    """`token`, `private` and the like, which Transformers' own `save_pretrained(push_to_hub=True)` hands on."""
+    seen = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **kwargs: seen.append((repo_id, kwargs)) or _stop())
+    model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "base"))
+    options = dict(repo_id="me/thinker", token="secret", private=True)
+    with pytest.raises(ConnectionError):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True, **options)
+    ((repo, kwargs),) = seen
+    assert repo == "me/thinker" and kwargs["private"] is True and kwargs["token"] == "secret"
+
+
+def _stop():
+    raise ConnectionError
 
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])

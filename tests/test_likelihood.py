@@ -18,8 +18,7 @@ def of_generated(model, inputs: dict, thinking: Thinking, new: int = 8):
     """Greedy text with the log-probabilities that generation gave each new token, and those of scoring it."""
     options = dict(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
     options |= dict(return_dict_in_generate=True, output_logits=True)
-    options |= dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
-    out = model.generate(**inputs, **options)
+    out = model.generate(**inputs, think=thinking, **options)
     said = torch.stack(out.logits, dim=1).log_softmax(-1)
     start = inputs["input_ids"].shape[1]
     expected = said.gather(2, out.sequences[:, start:, None])[..., 0]

@@ -98,7 +98,7 @@ def test_the_whole_answer_is_rewarded(tmp_path, monkeypatch):
     model = QuietStarForCausalLM.from_pretrained(str(tmp_path))
     assert model.quietstar_settings.talk_length == "completion"
     ids = byte_tokenizer()("5 plus 5 is", return_tensors="pt")["input_ids"]
-    once = model.generate(ids, max_new_tokens=9, do_sample=False, think_every=9, return_thoughts=True)
+    once = model.generate(ids, max_new_tokens=9, do_sample=False, return_thoughts=True)
     assert len(once.thoughts[0]) == 1 and len(once.thoughts[0][0].mixing_weights) == 9
 
 

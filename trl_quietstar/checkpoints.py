@@ -58,8 +58,7 @@ from .distributed import (
     loaded_whole,
     save_optimizer,
 )
-from .heads import QuietStarSettings
-from .modeling import HEADS_NAME, base_of
+from .modeling import HEADS_NAME, base_of, saved_settings
 
 
 logger = logging.get_logger(__name__)
@@ -336,8 +335,11 @@ def _check_files(folder: Path, files: dict[str, int]) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
-    if any((folder / name).is_file() for name in names) or any(any(folder.glob(shards)) for shards in SHARDS):
+    index = folder / SAFE_WEIGHTS_INDEX_NAME  # which one file has too
+    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
+    if all((folder / name).is_file() for name in shards) or (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        return
+    if any(any(folder.glob(pattern)) for pattern in SHARDS):
         return
     for name in PICKLED_WEIGHTS:
         if (folder / name).is_file():
@@ -393,15 +395,13 @@ def check_fits(folder: str | Path, model: PreTrainedModel) -> None:
             was, now = getattr(config, name, None), getattr(base.config.get_text_config(), name, None)
             if was != now:
                 raise _other_model(folder, name, was, now)
-        if "quietstar" in saved:
-            settings = QuietStarSettings(**saved["quietstar"])
-            for name in ("value_head_type", "value_head_hidden_size"):
-                was, now = getattr(settings, name), getattr(base.quietstar_settings, name)
-                if was != now:
-                    raise ValueError(
-                        f"The heads in the checkpoint {str(folder)!r} have `{name}` {was!r}, not {now!r}; set "
-                        f"`{name}={was!r}`."
-                    )
+    settings = saved_settings(str(folder))
+    for name in () if settings is None else ("value_head_type", "value_head_hidden_size"):
+        was, now = getattr(settings, name), getattr(base.quietstar_settings, name)
+        if was != now:
+            raise ValueError(
+                f"The heads in the checkpoint {str(folder)!r} have `{name}` {was!r}, not {now!r}; set `{name}={was!r}`."
+            )
     base.read_heads(folder)
     if has_adapter:
         _check_adapter(folder, model)

@@ -145,12 +145,16 @@ class InspectArguments:
             Id on the Hub or local folder of a thinking model, an adapter with its heads, or a plain causal LM.
         text (`str`):
             UTF-8 file, or `-` for standard input.
+        prompt (`str`, *optional*):
+            UTF-8 file with what stands before the text and is not predicted, such as a question. Needed where the model
+            thinks at the end of a prompt.
         output (`str`):
             HTML file to write.
     """
 
     model: str | None = field(default=None, metadata={"help": "Hub id or local folder."})
     text: str | None = field(default=None, metadata={"help": "UTF-8 file, or - for standard input."})
+    prompt: str | None = field(default=None, metadata={"help": "UTF-8 file with what stands before the text."})
     output: str = field(default="report.html", metadata={"help": "HTML file to write."})
 
 
@@ -340,9 +344,11 @@ class TaskArguments:
     limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt."})
     batch_size: int = field(default=1, metadata={"help": "Texts at once."})
-    think: str = field(default="always", metadata={"help": "`always`, `never` or `adaptive`."})
-    think_every: int = field(default=1, metadata={"help": "Tokens that one thought serves."})
-    thinking_threshold: float = field(default=0.6, metadata={"help": "Least normalised entropy to think at."})
+    think: str | None = field(
+        default=None, metadata={"help": "`always`, `adaptive`, `prompt_end` or `never`; by default as it was trained."}
+    )
+    think_every: int | None = field(default=None, metadata={"help": "Tokens that one thought serves."})
+    thinking_threshold: float | None = field(default=None, metadata={"help": "Least normalised entropy to think at."})
     revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run model code from the Hub."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the outcomes."})
@@ -359,15 +365,17 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     for name in ("model", "tasks"):
         if getattr(args, name) is None:
             raise ValueError(f"`{name}` is missing; give `--{name}`.")
+    hub = {} if args.revision is None else {"revision": args.revision}
     model = QuietStarLM(
         args.model,
         args.think,
         args.think_every,
         args.thinking_threshold,
-        args.revision,
-        args.trust_remote_code,
-        args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        batch_size=args.batch_size,
+        **hub,
     )
+    print(f"{args.model} thinks {model.thinking}.")
     tasks = [task.strip() for task in args.tasks.split(",")]
     options = (tasks, args.include_path, args.limit, args.num_fewshot)
     outcomes, plain, p_values = evaluate_tasks(model, *options), None, []
@@ -411,6 +419,8 @@ def evaluate(argv: list[str]) -> None:
             eval_dataset=_cut(train_dataset, data_args) if eval_dataset is None else eval_dataset,
             quantization_config=get_quantization_config(model_args),
         )
+        if trainer.accelerator.is_main_process:
+            print(thinking_line(args))
         metrics = trainer.evaluate()
         report = trainer.validate_thoughts() if eval_args.anti_theater else None
         if report is not None:
@@ -465,9 +475,11 @@ class GenerateArguments:
     do_sample: bool = field(default=False, metadata={"help": "Whether to sample the visible text."})
     temperature: float = field(default=1.0, metadata={"help": "Of the visible text, if sampled."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the visible text, if sampled."})
-    think: str = field(default="always", metadata={"help": "`always`, `never` or `adaptive`."})
-    think_every: int = field(default=1, metadata={"help": "Tokens that one thought serves."})
-    thinking_threshold: float = field(default=0.6, metadata={"help": "Least normalised entropy to think at."})
+    think: str | None = field(
+        default=None, metadata={"help": "`always`, `adaptive`, `prompt_end` or `never`; by default as it was trained."}
+    )
+    think_every: int | None = field(default=None, metadata={"help": "Tokens that one thought serves."})
+    thinking_threshold: float | None = field(default=None, metadata={"help": "Least normalised entropy to think at."})
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     revision: str | None = field(default=None, metadata={"help": "Revision on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run model code from the Hub."})
@@ -494,8 +506,10 @@ def generate(argv: list[str]) -> None:
         raise ValueError("`prompt` has no tokens; give at least one, since a thought follows a token.")
     set_seed(args.seed)
     console = Console()
+    thinking = Thinking.of(base_of(model).quietstar_settings, args.think, args.think_every, args.thinking_threshold)
+    print(f"Thinks {thinking}.", file=sys.stderr)  # the standard output is the text
     options = {"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}
-    if args.show_thoughts:
+    if args.show_thoughts and thinking.mode != "never":
         options["thought_streamer"] = TerminalStreamer(tokenizer, console, thoughts=True)
     model.generate(
         input_ids=inputs["input_ids"],
@@ -503,9 +517,7 @@ def generate(argv: list[str]) -> None:
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
         pad_token_id=pad_token_id(tokenizer),
-        think=args.think,
-        think_every=args.think_every,
-        thinking_threshold=args.thinking_threshold,
+        think=thinking,
         tokenizer=tokenizer,
         streamer=TerminalStreamer(tokenizer, console),
         **options,
@@ -521,6 +533,15 @@ def saved_fields(source: str, **hub) -> dict:
     return {"reward_prediction": fields.pop("prediction"), **fields}
 
 
+def thinking_line(args: QuietStarConfig) -> str:
+    """Where and how a model thinks in an evaluation, in one sentence."""
+    read = "all that follow" if args.talk_length == "completion" else f"the next {args.talk_length}"
+    return (
+        f"Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, at the positions "
+        f"{args.thought_positions!r}, read for {read} tokens; temperature {args.temperature:g}, seed {args.seed}."
+    )
+
+
 def inspect(argv: list[str]) -> None:
     """Writes a page of what a model thinks after each token of a text, by its saved settings unless others are given."""
     parser = TrlParser((InspectArguments, QuietStarConfig), prog="trl-quietstar inspect")
@@ -531,25 +552,38 @@ def inspect(argv: list[str]) -> None:
             missing = "model" if inspect_args.model is None else "text"
             raise ValueError(f"`{missing}` is missing; give `--{missing}`.")
         fields = saved_fields(inspect_args.model)
+        if not isinstance(fields.get("thought_positions"), str):  # some of them, to save time in training
+            fields.pop("thought_positions", None)
         parser.set_defaults(**fields)
         inspect_args, args = parser.parse_args_and_config(argv)
+    if args.thought_positions == "prompt_end" and inspect_args.prompt is None:
+        raise ValueError(
+            "`thought_positions` is 'prompt_end', and there is no prompt; give its file with `--prompt`, or "
+            "`--thought_positions all` to think after every token."
+        )
     words = read_text(inspect_args.text)
+    prompt = "" if inspect_args.prompt is None else read_text(inspect_args.prompt)
     model, tokenizer = build_model(inspect_args.model, args, None, None, None)
     base = base_of(model.to(args.device).eval())
-    ids = tokenizer(words)["input_ids"]
-    kept = ids[: args.max_length]
-    if len(kept) < 2:
-        raise ValueError(f"The text {inspect_args.text!r} has fewer than two tokens; give a longer one.")
+    ids = tokenizer(prompt + words)["input_ids"]
+    kept, given = ids[: args.max_length], len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    if len(kept) < max(given + 1, 2):
+        raise ValueError(
+            f"The text {inspect_args.text!r} has {len(kept) - given} tokens within `max_length` ({args.max_length}) of which "
+            f"the prompt takes {given}; give a longer one, or raise `max_length`."
+            if given
+            else f"The text {inspect_args.text!r} has fewer than two tokens; give a longer one."
+        )
     check_length(len(kept), args.thought_length, max_positions(base.config))
-    text = Text.from_batch(torch.tensor([kept])).to(args.device)
+    token_ids = torch.tensor([kept])
+    labels = token_ids.masked_fill(torch.arange(len(kept)) < given, -100)
+    text = Text.from_batch(token_ids, labels=labels).to(args.device)
     texts = inspect_texts(tokenizer, text, *think_about(base, text, tokenizer, args))
     warnings = _warnings(inspect_args.model, bool(fields), len(kept), len(ids))
     for warning in warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    settings = (
-        f"Model {inspect_args.model}. Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, "
-        f"read for {'all' if args.talk_length == 'completion' else f'the next {args.talk_length}'} tokens; temperature {args.temperature:g}, seed {args.seed}."
-    )
+    settings = f"Model {inspect_args.model}. {thinking_line(args)}"
+    print(settings)
     name = "standard input" if inspect_args.text == "-" else Path(inspect_args.text).name
     write_page(Path(inspect_args.output), f"Thoughts on {name}", texts, [settings, *warnings])
     print(f"Wrote {inspect_args.output}")

@@ -456,6 +456,9 @@ class QuietStarConfig(_BaseConfig):
             min_p=self.min_p,
             min_thought_length=self.min_thought_length,
             thought_stop_string=self.thought_stop_string,
+            thought_positions=self.thought_positions,
+            difficulty_threshold=self.difficulty_threshold,
+            min_thought_interval=self.min_thought_interval,
         )
 
     def _check_types(self, names: Iterable[str]) -> None:

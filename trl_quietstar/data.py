@@ -150,7 +150,7 @@ def prepare_texts(
     if "thought_mask" in columns or "seq_lengths" in columns:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
-    _check_usable(dataset, given, name)
+    _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
     if packing:
         return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
     if kept:
@@ -179,10 +179,15 @@ def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], di
     return dataset, list(first) if is_stream else dataset.column_names, first
 
 
-def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str) -> None:
+def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str, prompt_end: bool) -> None:
     """Whether there is a place for a thought; warns of the rows, of so many `given`, that are left out."""
-    looked_at = islice(dataset, MOST_UNUSABLE if given is None else None)
-    if not any(has_position(row) for row in looked_at):
+    most = MOST_UNUSABLE if given is None else None
+    if not any(has_position(row, prompt_end) for row in islice(dataset, most)):
+        if prompt_end and any(has_position(row) for row in islice(dataset, most)):
+            raise ValueError(
+                f"`thought_positions` is 'prompt_end', and no text of the {name} dataset has a prompt before its labels; give "
+                "'prompt' and 'completion', or set `thought_positions='all'`."
+            )
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
             "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."

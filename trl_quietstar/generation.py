@@ -23,7 +23,7 @@ from .geometry import Branches, Text
 from .heads import ThinkingModel
 from .lm_head import logits_of, uncertainty
 from .paths import Replay, additive_masks, backbone, cache_name, forward_arguments, position_offset
-from .sampling import SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
+from .sampling import ENDLESS, SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
 from .transfer import exact_dtype, to_device, to_host
 
 
@@ -265,13 +265,14 @@ class Mind:
         self.lengths, self.width = mask.sum(1), prompt.shape[1]
         self.thoughts = [[] for _ in prompt]
         self.left = torch.zeros_like(self.lengths)  # tokens that each row's thought still serves
+        self.since = torch.full_like(self.lengths, ENDLESS)  # tokens since each row's last thought
         return self._logits(self.decoder.read(prompt, mask), None, torch.ones_like(self.left, dtype=torch.bool))
 
     def go_on(self, tokens: torch.Tensor, unfinished: torch.Tensor) -> torch.Tensor:
         """Reads the tokens that were emitted, `(B,)`; returns the next one's logits. Finished rows, by a mask in the host's
         memory, no longer think."""
         self.lengths, self.width = self.lengths + 1, self.width + 1
-        self.left = self.left * unfinished
+        self.left, self.since = self.left * unfinished, self.since + 1
         self.decoder.drop(~unfinished)
         hidden = self.decoder.read(tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.bool))
         alive, read = self.left > 0, None
@@ -280,14 +281,15 @@ class Mind:
         return self._logits(hidden, read, unfinished)
 
     def _logits(self, hidden: torch.Tensor, read: torch.Tensor | None, unfinished: torch.Tensor) -> torch.Tensor:
-        due, plain = (self.left == 0) & unfinished, None
+        due, plain = (self.since >= self.thinking.distance) & unfinished, None
         if self.thinking.mode == "adaptive":
             plain = logits_of(self.model, hidden)
             due &= (uncertainty(plain) >= self.thinking.threshold).cpu()
         if bool(due.any()):
             fresh = self._think(due)
             read = fresh if read is None else torch.where(to_device(due, hidden.device)[:, None], fresh, read)
-            self.left = torch.where(due, self.thinking.every, self.left)
+            self.left = torch.where(due, self.thinking.span, self.left)
+            self.since = self.since.masked_fill(due, 0)
         if read is None:
             return logits_of(self.model, hidden) if plain is None else plain
         served = self.left > 0

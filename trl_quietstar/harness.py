@@ -8,25 +8,36 @@ thoughts, log-likelihood tasks score with thoughts, and `think="never"` is lm-ev
 """
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import find_executable_batch_size
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils_hf import get_dtype
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import BitsAndBytesConfig
 
 from .heads import ThinkingModel
 from .loading import load_tokenizer
-from .modeling import QuietStarForCausalLM, base_of
+from .modeling import QuietStarForCausalLM, base_of, check_source, check_thinker, put_adapter
 from .sampling import Thinking
 
 
 FLIPS = 10_000  # of the paired test
 PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of rolling likelihoods, without errors in lm-eval
+
+
+# of lm-eval's own model: they load other weights than a thinking model's, or spread it over several GPUs
+REFUSED = ("delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "tp_plan", "device_map")
+OF_LOADING = ("peft", "revision", "subfolder", "dtype", "device", "trust_remote_code")
 
 
 @register_model("quietstar")
@@ -35,49 +46,87 @@ class QuietStarLM(HFLM):
     A thinking model in lm-eval.
 
     Args:
-        pretrained (`str`):
-            Hub id or local folder: a thinking model, or an adapter with its heads.
-        think (`str`), think_every (`int`), thinking_threshold (`float`):
-            As in `generate` of a thinking model.
-        revision (`str`, *optional*):
-            Of the model on the Hub.
-        trust_remote_code (`bool`):
-            Whether to run model code from the Hub. Off unless you say so.
-        batch_size (`int`):
-            Texts at once.
-        device (`str`, *optional*):
-            Defaults to the accelerator, if any.
-        dtype (`str`):
-            Of the weights.
+        pretrained (`str` or [`~transformers.PreTrainedModel`]):
+            Hub id or local folder of a thinking model, or of an adapter with its heads; or a thinking model that is loaded.
+        think (`str`), think_every (`int`), thinking_threshold (`float`), *optional*:
+            As in `generate` of a thinking model, whose own way to think is the default.
+        kwargs:
+            As for lm-eval's own model, `hf`: `tokenizer`, `revision`, `dtype`, `device`, `batch_size` (also `"auto"`),
+            `load_in_4bit`, `peft` (an adapter, with heads or without, to put on `pretrained`) and so on.
 
     Raises:
-        `ValueError`: if a value is outside its limits.
+        `TypeError`: if an argument is not known.
+        `ValueError`: if a value is outside its limits, or an argument does not go with thoughts.
     """
 
     def __init__(
         self,
-        pretrained: str,
-        think: str = "always",
-        think_every: int = 1,
-        thinking_threshold: float = 0.6,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        batch_size: int = 1,
-        device: str | None = None,
-        dtype: str = "auto",
+        pretrained,
+        think: str | None = None,
+        think_every: int | None = None,
+        thinking_threshold: float | None = None,
         **kwargs,
     ):
-        self.thinking = Thinking(think, int(think_every), float(thinking_threshold))
-        hub: dict = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model = QuietStarForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub).eval()
-        model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
-        super().__init__(
-            pretrained=model,
-            backend="causal",
-            tokenizer=load_tokenizer(pretrained, **hub),
-            batch_size=batch_size,
-            **kwargs,
-        )
+        refused = {name: value for name, value in kwargs.items() if value and name in REFUSED}
+        if kwargs.pop("backend", "causal") not in ("causal", "default"):
+            refused["backend"] = "seq2seq"
+        if not isinstance(pretrained, str):
+            check_thinker(pretrained)
+            refused |= {name: value for name, value in kwargs.items() if value and name in OF_LOADING}
+        if refused:
+            raise ValueError(
+                f"{', '.join(f'`{name}={value!r}`' for name, value in refused.items())} does not go with "
+                f"{'a thinking model' if isinstance(pretrained, str) else 'a model that is loaded already'}; leave it out."
+            )
+        if isinstance(pretrained, str):
+            check_source(pretrained)
+        kwargs["device"] = kwargs.get("device") or str(torch.accelerator.current_accelerator() or "cpu")
+        super().__init__(pretrained, backend="causal", **kwargs)
+        self.thinking = Thinking.of(self.thinker.quietstar_settings, think, think_every, thinking_threshold)  # type: ignore[arg-type]
+        if self.softmax_dtype not in (None, torch.float32) and self.thinking.mode != "never":
+            raise ValueError(
+                f"`softmax_dtype={kwargs['softmax_dtype']!r}` does not go with thoughts, whose log-probabilities are taken in "
+                "float32; leave it out."
+            )
+
+    def _get_config(self, *args, **kwargs) -> None:
+        self._config: Any = None  # that of the model, once it is loaded: an adapter's folder need not have one
+
+    def _create_tokenizer(self, pretrained, tokenizer, **kwargs) -> None:
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        except (OSError, ValueError):
+            if isinstance(pretrained, str) and not tokenizer:
+                load_tokenizer(pretrained)  # which says what is missing
+            raise
+
+    def _create_model(
+        self,
+        pretrained: str,
+        revision: str | None = "main",
+        dtype: str | torch.dtype | None = "auto",
+        peft: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Loads the thinking model, as lm-eval loads a plain one; on one device."""
+        for name in (
+            *REFUSED,
+            "gpus",
+            "max_memory_per_gpu",
+            "max_cpu_memory",
+            "offload_folder",
+            "quantization_config",
+        ):
+            kwargs.pop(name, None)
+        names = set(inspect.signature(BitsAndBytesConfig).parameters) & set(kwargs)
+        if names:
+            kwargs["quantization_config"] = BitsAndBytesConfig(**{name: kwargs.pop(name) for name in names})
+        model = QuietStarForCausalLM.from_pretrained(pretrained, revision=revision, dtype=get_dtype(dtype), **kwargs)
+        if peft is not None:
+            model = put_adapter(model, peft, revision=revision)
+        if not names:  # which quantization has placed
+            model.to(self.device)
+        self._model, self._config = model, base_of(model).config
 
     @property
     def thinker(self) -> ThinkingModel:
@@ -86,18 +135,17 @@ class QuietStarLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a text, leaving room for a thought after it."""
+        """
+        Tokens that are read before the last one that is predicted. One more token of text takes `thought_length` and two
+        positions more, where a thought stands before it.
+        """
         if self.thinking.mode == "never":
             return super().max_length
-        return super().max_length - self.thinker.quietstar_settings.thought_length - 1
-
-    def _when(self) -> dict:
-        """When to think, as the model's methods take it."""
-        thinking = self.thinking
-        return dict(think=thinking.mode, think_every=thinking.every, thinking_threshold=thinking.threshold)
+        positions = resolve_max_length(self.model.config, self.tokenizer, default=self._DEFAULT_MAX_LENGTH)
+        return min(super().max_length, positions - self.thinker.quietstar_settings.thought_length - 2)
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
-        options = self._when()
+        options: dict = {"think": self.thinking}
         if self.thinking.mode != "never":
             options["tokenizer"] = self.tokenizer
         return super()._model_generate(context, max_length, stop, **generation_kwargs, **options)
@@ -105,26 +153,46 @@ class QuietStarLM(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         if self.thinking.mode == "never":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        size = override_bs or self.batch_size_per_gpu
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for start in tqdm(range(0, len(order), size), disable=disable_tqdm, desc="Scoring with thoughts"):
-            batch = order[start : start + size]
-            for index, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
-                results[index] = result
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
-        return results
+        results: dict[int, tuple[float, bool]] = {}
+        progress = tqdm(total=len(order), disable=disable_tqdm, desc="Scoring with thoughts")
+
+        def score(size: int, indices: list[int]) -> None:
+            left = [i for i in indices if i not in results]
+            for batch in (left[start : start + size] for start in range(0, len(left), size)):
+                for index, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
+                    results[index] = result
+                    if requests[index][0] is not None:  # a window of a text, which is cached as a whole
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
+                progress.update(len(batch))
+
+        if override_bs or self.batch_size_per_gpu != "auto":
+            score(override_bs or self.batch_size_per_gpu, order)
+        else:  # as many as fit, found anew for each part: shorter texts come later
+            part = max(math.ceil(len(order) / self.batch_schedule), 1)
+            for start in range(0, len(order), part):
+                find_executable_batch_size(score, self.max_batch_size)(order[start : start + part])
+        return [results[i] for i in range(len(requests))]
 
     def _score(self, requests) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation, and whether greedy decoding would write it."""
-        rows = [(context + continuation)[-self.max_length :] for _, context, continuation in requests]
+        longest = max(len(continuation) for *_, continuation in requests)
+        if longest > self.max_length:
+            raise ValueError(
+                f"A continuation has {longest} tokens, and with a thought the model scores {self.max_length} at most; shorten "
+                "it, or use `think='never'`."
+            )
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         width = max(map(len, rows))
         ids, mask, wanted = (torch.zeros(len(rows), width, dtype=torch.long, device=self.device) for _ in range(3))
         for b, (row, (_, _, continuation)) in enumerate(zip(rows, requests, strict=True)):
             ids[b, : len(row)] = torch.tensor(row, device=self.device)
             mask[b, : len(row)] = 1
-            wanted[b, max(len(row) - len(continuation), 1) : len(row)] = 1
-        logps, correct = self.thinker.log_likelihoods(ids, mask, wanted, **self._when(), tokenizer=self.tokenizer)
+            wanted[b, len(row) - len(continuation) : len(row)] = 1
+        dtype = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            options = dict(think=self.thinking, tokenizer=self.tokenizer)
+            logps, correct = self.thinker.log_likelihoods(ids, mask, wanted, **options)
         totals, all_correct = logps.sum(1), (correct | ~wanted[:, 1:].bool()).all(1)
         return [(float(total), bool(greedy)) for total, greedy in zip(totals, all_correct, strict=True)]
 

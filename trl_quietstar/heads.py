@@ -12,6 +12,14 @@ from transformers import PreTrainedModel
 
 
 VALUE_HEAD_TYPES = ("linear", "mlp", "transformer")
+SAVED_TYPES: dict[str, tuple[type, ...]] = {  # of settings that are not simply of their default's type
+    "talk_length": (int, str),
+    "thought_positions": (str, int, float),
+    **dict.fromkeys(("temperature", "top_p", "difficulty_threshold"), (int, float)),
+    "min_p": (int, float, type(None)),
+    "min_thought_length": (int, type(None)),
+    "thought_stop_string": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class QuietStarSettings:
             Width of the last two.
         temperature, top_k, top_p, min_p, min_thought_length, thought_stop_string:
             How thoughts are drawn and end, as in [`QuietStarConfig`].
+        thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
+            Where the model learned to think, as in [`QuietStarConfig`]; [`~sampling.Thinking.of`] says what generation and
+            scoring make of it.
     """
 
     thought_length: int = 8
@@ -45,6 +56,9 @@ class QuietStarSettings:
     min_p: float | None = None
     min_thought_length: int | None = None
     thought_stop_string: str | None = None
+    thought_positions: str | int | float = "all"
+    difficulty_threshold: float = 0.6
+    min_thought_interval: int = 3
 
     def to_dict(self) -> dict:
         return asdict(self)

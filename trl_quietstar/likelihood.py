@@ -111,9 +111,11 @@ def log_likelihoods(
     settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
     draws = fixed_draws(text.position_ids.gather(1, positions.index), settings)
     prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
-    _, scores = think_in_chunks(model, path, text, positions, settings, draws, thinking.every, prediction)
-    served = positions.index[..., None] + torch.arange(thinking.every, device=logps.device)
-    valid = positions.mask[..., None] & (served < logps.shape[1])
+    ends = _ends(wanted, positions)
+    reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
+    _, scores = think_in_chunks(model, path, text, positions, settings, draws, reach, prediction)
+    served = positions.index[..., None] + torch.arange(reach, device=logps.device)
+    valid = positions.mask[..., None] & (served < ends[..., None])
     valid &= wanted.gather(1, served.clamp(max=logps.shape[1] - 1).flatten(1)).view(served.shape)
     rows = torch.arange(len(logps), device=logps.device)[:, None, None].expand_as(served)
     logps[rows[valid], served[valid]] = scores.talk_logps[:, :, 0][valid].to(logps.dtype)
@@ -132,7 +134,14 @@ def _positions(wanted: torch.Tensor, thinking: Thinking, hidden: torch.Tensor, m
     free = torch.zeros(len(due), dtype=torch.long, device=due.device)  # from where a row may think again
     for t in range(due.shape[1]):
         chosen[:, t] = due[:, t] & (free <= t)
-        free = torch.where(chosen[:, t], t + thinking.every, free)
+        free = torch.where(chosen[:, t], t + thinking.distance, free)
     width = max(int(chosen.sum(1).max()), 1)
     order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
     return Positions(order, chosen.gather(1, order))
+
+
+def _ends(wanted: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """Of shape `(B, J)`: where a thought's predictions end at the latest, at the next thought or the last wanted token."""
+    last = (wanted * torch.arange(1, wanted.shape[1] + 1, device=wanted.device)).amax(1, keepdim=True)
+    following = torch.where(positions.mask, positions.index, last)[:, 1:]
+    return torch.where(positions.mask, torch.cat([following, last], dim=1), positions.index)

@@ -4,13 +4,16 @@ The model is the family's own class with a mixin (`QuietStarLlamaForCausalLM`, �
 their names, so plain loading, adapters, merging and serving keep working. On disk:
 
 - `model.safetensors`, `config.json`: the base, with its own `model_type` and `architectures`, and a `quietstar` entry;
+- `model.safetensors.index.json`: which file the base's weights are in, for loaders that read all `*.safetensors` else;
 - `quietstar.safetensors`: the heads;
 - `custom_generate/`: what makes `generate` think where remote code is trusted.
 
-An adapter repository (PEFT) holds the adapter's files, `config.json` and `quietstar.safetensors`.
+An adapter repository (PEFT) holds the adapter's files, `quietstar.safetensors` and `quietstar.json`, the settings: beside a
+`config.json` Transformers would take it for a whole model. Adapters were once saved with one, and load here all the same.
 """
 
 import functools
+import inspect
 import json
 import shutil
 import types
@@ -40,11 +43,13 @@ from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     cached_file,
 )
 
 from ._compat import set_unsaved_keys
+from .concurrency import LOCK, eval_mode
 from .distributed import load_full
 from .generation import think_and_speak
 from .heads import QuietStarHeads, QuietStarSettings
@@ -55,8 +60,13 @@ from .self_check import choose_path, takes_masks
 
 
 HEADS_NAME = "quietstar.safetensors"
+SETTINGS_NAME = "quietstar.json"
 CUSTOM_GENERATE = "custom_generate"
 PUBLISHED_HEADS = ("talk_head.", "start_embedding", "end_embedding")  # names in the published code's weights
+NOT_WITH_THOUGHTS = (
+    *("custom_generate", "assistant_model", "assistant_tokenizer", "synced_gpus", "token_healing"),
+    *("output_attentions", "output_hidden_states"),
+)  # arguments of `generate`
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -83,17 +93,31 @@ class QuietStarMixin:
     @property
     def quietstar_settings(self) -> QuietStarSettings:
         """The settings saved in the config."""
-        return QuietStarSettings(**self.config.quietstar)
+        return QuietStarSettings.from_dict(self.config.quietstar, self.config.name_or_path)
 
-    @functools.cached_property
+    @property
+    def quietstar_thinking(self) -> Thinking:
+        """When the model thinks unless it is told otherwise: as it was trained."""
+        return Thinking.of(self.quietstar_settings)
+
+    @property
     def thought_path(self) -> Path:
         """How thoughts are run on this model, by the start-up check."""
-        return choose_path(self)
+        return self._checked("_thought_path", lambda: choose_path(self))
 
-    @functools.cached_property
+    @property
     def branches_in_cache(self) -> bool:
         """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
-        return isinstance(self.thought_path, SharedPrefix) and takes_masks(self)
+        return self._checked(
+            "_branches_in_cache", lambda: isinstance(self.thought_path, SharedPrefix) and takes_masks(self)
+        )
+
+    def _checked(self, name: str, check: Callable[[], Any]) -> Any:
+        """What a check found when it was first asked for; it runs once, in whichever thread."""
+        with LOCK:
+            if name not in vars(self):
+                vars(self)[name] = check()
+            return vars(self)[name]
 
     def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
         """
@@ -115,9 +139,9 @@ class QuietStarMixin:
     def generate(
         self,
         *args,
-        think: str = "always",
-        think_every: int = 1,
-        thinking_threshold: float = 0.6,
+        think: str | Thinking | None = None,
+        think_every: int | None = None,
+        thinking_threshold: float | None = None,
         return_thoughts: bool = False,
         thought_streamer: BaseStreamer | None = None,
         **kwargs,
@@ -127,11 +151,12 @@ class QuietStarMixin:
         with greedy search and sampling.
 
         Args:
-            think (`str`):
-                `"always"`; `"never"`, as the base model; or `"adaptive"`: where its prediction is uncertain.
-            think_every (`int`):
+            think (`str`, *optional*):
+                `"always"`; `"adaptive"`: where the prediction is uncertain; `"prompt_end"`: once, before the first new token;
+                or `"never"`, as the base model. Defaults to what the model was trained for (`quietstar_thinking`).
+            think_every (`int`, *optional*):
                 How many tokens a thought serves, up to the model's `talk_length`.
-            thinking_threshold (`float`):
+            thinking_threshold (`float`, *optional*):
                 Least entropy of the no-thought prediction, divided by log V, to think at (adaptive).
             return_thoughts (`bool`):
                 Whether to return [`~generation.GenerateThoughtfulOutput`], with the thoughts.
@@ -144,41 +169,52 @@ class QuietStarMixin:
         Raises:
             `ValueError`: if a value is outside its limits, or the decoding method cannot think.
         """
-        thinking = self._thinking(think, think_every, thinking_threshold)
-        if think == "never":
-            if return_thoughts:
-                raise ValueError("There are no thoughts to return with `think='never'`.")
+        thinking = Thinking.of(self.quietstar_settings, think, think_every, thinking_threshold)
+        if thinking.mode == "never":
+            if return_thoughts or thought_streamer is not None:
+                raise ValueError(
+                    "There are no thoughts to return or to stream: this model does not think (`think='never'`)."
+                )
             return super().generate(*args, **kwargs)
-        # Transformers keeps the streamer and the tokenizer from a custom loop, and so from its own stop strings
-        tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError(f"`stop_strings={stop_strings!r}` needs `tokenizer=...`.")
-            criterion = StopStringCriteria(tokenizer, stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs.pop("stopping_criteria", ()), criterion])
+        bound = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
+        options = {**bound.pop("kwargs", {}), **bound}
+        check_options(options)
+        tokenizer = options.pop("tokenizer", None)
+        self._take_stop_strings(options, tokenizer)
         loop = functools.partial(
             think_and_speak,
             thinking=thinking,
             return_thoughts=return_thoughts,
             tokenizer=tokenizer,
-            streamer=kwargs.get("streamer"),
+            streamer=options.get("streamer"),
             thought_streamer=thought_streamer,
         )
-        training = self.training
-        self.eval()  # no dropout, and a cache even where layers are checkpointed
-        try:
-            return super().generate(*args, custom_generate=loop, **kwargs)
-        finally:
-            self.train(training)
+        with eval_mode(self):
+            return super().generate(custom_generate=loop, **options)
+
+    def _take_stop_strings(self, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Makes a stopping criterion of stop strings, wherever they are given: Transformers keeps the tokenizer, which says
+        what they are, from a custom loop."""
+        configs = (options.get("generation_config"), self.generation_config)
+        saved = next((config.stop_strings for config in configs if config is not None and config.stop_strings), None)
+        stop_strings = options.pop("stop_strings", saved)
+        if saved is not None:
+            options["stop_strings"] = None
+        if stop_strings is None:
+            return
+        if tokenizer is None:
+            raise ValueError(f"`stop_strings={stop_strings!r}` needs `tokenizer=...`.")
+        criterion = StopStringCriteria(tokenizer, stop_strings)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), criterion])
 
     def log_likelihoods(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         score_mask: torch.Tensor | None = None,
-        think: str = "always",
-        think_every: int = 1,
-        thinking_threshold: float = 0.6,
+        think: str | Thinking | None = None,
+        think_every: int | None = None,
+        thinking_threshold: float | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -190,7 +226,8 @@ class QuietStarMixin:
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 1 on text; padding on either side.
             score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
-                1 on the tokens to score, a run in each row. Defaults to all tokens but the first.
+                1 on the tokens to score, a run in each row; what stands before the run is the prompt. Defaults to all
+                tokens but the first.
             think, think_every, thinking_threshold:
                 As in [`~modeling.QuietStarMixin.generate`]; with `"never"`, as the base model.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -203,22 +240,9 @@ class QuietStarMixin:
         Raises:
             `ValueError`: if a value is outside its limits.
         """
-        thinking, training = self._thinking(think, think_every, thinking_threshold), self.training
-        self.eval()
-        try:
+        thinking = Thinking.of(self.quietstar_settings, think, think_every, thinking_threshold)
+        with eval_mode(self):
             return log_likelihoods(self, input_ids, attention_mask, score_mask, thinking, tokenizer)
-        finally:
-            self.train(training)
-
-    def _thinking(self, think: str, think_every: int, threshold: float) -> Thinking:
-        """When to think, if this model can."""
-        thinking, talk_length = Thinking(think, think_every, threshold), self.quietstar_settings.talk_length
-        if talk_length != "completion" and think_every > talk_length:
-            raise ValueError(
-                f"`think_every` is {think_every}, but the model reads a thought for `talk_length` {talk_length} tokens; "
-                "lower it."
-            )
-        return thinking
 
     def initialize_thought_embeddings(
         self, tokenizer: PreTrainedTokenizerBase, start: str = "—", end: str = "—", only_fresh: bool = False
@@ -283,10 +307,17 @@ class QuietStarMixin:
         self.config.quietstar = settings.to_dict()
 
     def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes `quietstar.safetensors`; from the state of the whole model, where its parameters are sharded."""
-        state = self.quietstar.state_dict()
-        if state_dict is not None:
-            state = {n.split("quietstar.")[1]: tensor for n, tensor in state_dict.items() if "quietstar." in n}
+        """Writes `quietstar.safetensors`; of the heads in the state of the whole model, where there are any (parameters may be
+        sharded), or of the model's own."""
+        given = state_dict or {}
+        state = {n.split("quietstar.")[1]: tensor for n, tensor in given.items() if "quietstar." in n}
+        state = state or self.quietstar.state_dict()
+        missing = sorted(set(self.quietstar.state_dict()) - set(state))
+        if missing:
+            raise ValueError(
+                f"`state_dict` holds some of the heads, but not {', '.join(missing)}; give all of them, or none to save the "
+                "model's own."
+            )
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         save_file(tensors, FilePath(save_directory) / HEADS_NAME, metadata={"format": "pt"})
 
@@ -341,26 +372,63 @@ class QuietStarMixin:
         self._fresh_embedding = None
 
     def save_pretrained(
-        self, save_directory: str, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory: str,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
         """Saves the base model in its family's own format, and the heads and what generates with them beside it."""
         repo_id = kwargs.pop("repo_id", FilePath(save_directory).name)
         set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
-        state_dict = kwargs.pop("state_dict", None)
         own = None if state_dict is None else dict(state_dict)  # Transformers takes out what is not to be saved
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=own, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, own, **kwargs)
         if is_main_process:
             save_config(self, save_directory)
+            save_index(save_directory)
             self.save_heads(save_directory, state_dict)
             save_custom_generate(save_directory)
         if push_to_hub:  # not by Transformers, which would upload before the heads are there
-            self.push_to_hub(repo_id)
+            known = inspect.signature(PreTrainedModel.push_to_hub).parameters
+            self.push_to_hub(repo_id, **{name: value for name, value in kwargs.items() if name in known})
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses what Transformers' `generate` would do in place of thinking, or keep from a custom loop without a word."""
+    config = options.get("generation_config")
+    for name in (*NOT_WITH_THOUGHTS, "cache_implementation"):
+        value = options.get(name, getattr(config, name, None))
+        if value if name in NOT_WITH_THOUGHTS else value in ("paged", "quantized"):
+            shown = repr(value) if isinstance(value, (str, bool)) else f"a `{type(value).__name__}`"
+            raise ValueError(f"`{name}` ({shown}) does not go with thoughts; leave it out, or use `think='never'`.")
 
 
 def save_config(model: PreTrainedModel, save_directory: str) -> None:
     """Writes `config.json` with the plain class as architecture, so that plain loading finds it."""
     model.config.architectures = [model._plain_class.__name__]
     model.config.save_pretrained(save_directory)
+
+
+def save_settings(model: PreTrainedModel, save_directory: str) -> None:
+    """Writes `quietstar.json`, the settings beside an adapter."""
+    (FilePath(save_directory) / CONFIG_NAME).unlink(missing_ok=True)  # of an older save
+    (FilePath(save_directory) / SETTINGS_NAME).write_text(json.dumps(model.config.quietstar, indent=2) + "\n")
+
+
+def save_index(save_directory: str) -> None:
+    """Writes the index of a model that is one file, as Transformers does of one that is several: vLLM and others take all
+    `*.safetensors` of a folder without one for the model's, the heads among them."""
+    weights, index = (FilePath(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if not weights.is_file():
+        return
+    with safe_open(weights, framework="pt") as file:
+        names = sorted(file.keys())
+    content = {
+        "metadata": {"total_size": weights.stat().st_size},
+        "weight_map": dict.fromkeys(names, SAFE_WEIGHTS_NAME),
+    }
+    index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_custom_generate(save_directory: str) -> None:
@@ -420,14 +488,14 @@ def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrai
             plain = functools.wraps(own)(lambda self, *args, **kwargs: own(*args, **kwargs))
             model.forward = types.MethodType(_thinking_forward(plain), model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    heads = QuietStarHeads(head.weight.shape[1], embeddings.weight.shape[1], settings)
-    with torch.no_grad():  # overwritten as soon as a tokenizer is at hand
-        mean = embeddings.weight.mean(0)
+    with torch.inference_mode(False), torch.no_grad():  # heads made in inference could never be trained
+        heads = QuietStarHeads(head.weight.shape[1], embeddings.weight.shape[1], settings)
+        mean = embeddings.weight.mean(0)  # overwritten as soon as a tokenizer is at hand
         heads.start_embedding.copy_(mean)
         heads.end_embedding.copy_(mean)
-    dtype = torch.float64 if embeddings.weight.dtype == torch.float64 else torch.float32
-    model.quietstar = heads.to(device=head.weight.device, dtype=dtype)
-    model._fresh_embedding = mean.detach().cpu().double()
+        dtype = torch.float64 if embeddings.weight.dtype == torch.float64 else torch.float32
+        model.quietstar = heads.to(device=head.weight.device, dtype=dtype)
+        model._fresh_embedding = mean.detach().cpu().double()
     model.config.quietstar = settings.to_dict()
     return model
 
@@ -446,16 +514,17 @@ def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         `FileNotFoundError`: if there are no heads where it was loaded from.
     """
-    if isinstance(model, QuietStarMixin):
+    with LOCK:  # another thread may have asked for it too
+        if isinstance(model, QuietStarMixin):
+            return model
+        source = model.config.name_or_path
+        hub = {} if FilePath(source).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
+        settings, heads = _settings_in(model.config), _find(source, HEADS_NAME, hub)
+        if settings is None or heads is None:
+            raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+        attach_heads(model, settings)
+        model.load_heads(heads)
         return model
-    source = model.config.name_or_path
-    hub = {} if FilePath(source).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
-    settings, heads = _settings_in(model.config), _find(source, HEADS_NAME, hub)
-    if settings is None or heads is None:
-        raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
-    attach_heads(model, settings)
-    model.load_heads(heads)
-    return model
 
 
 @contextmanager
@@ -467,6 +536,14 @@ def heads_aside(model: PreTrainedModel):
         yield
     finally:
         model.quietstar = heads
+
+
+def check_thinker(model: PreTrainedModel) -> None:
+    """Refuses a model that has no heads to think with."""
+    if not isinstance(base_of(model), QuietStarMixin):
+        raise ValueError(
+            f"The model is a {type(model).__name__}, without heads; load it with `QuietStarForCausalLM.from_pretrained`."
+        )
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
@@ -553,16 +630,21 @@ class QuietStarForCausalLM:
         adapter = _find(source, ADAPTER_CONFIG_NAME, hub)
         if adapter is not None:
             return _load_adapter(source, _read_json(adapter), settings, hub, kwargs)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-            source, trust_remote_code=kwargs["trust_remote_code"], **hub
-        )
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):  # Transformers reads it again, with what the arguments change
+            names = ("trust_remote_code", "gguf_file", "code_revision")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            config = AutoConfig.from_pretrained(config or source, **options, **hub)
         _check_config(config, source)
         heads = _find(source, HEADS_NAME, hub)
         if heads is not None:
+            if kwargs.get("use_safetensors") is False:
+                raise ValueError(
+                    "`use_safetensors=False`: thinking models are read from safetensors only; leave it out."
+                )
             kwargs["use_safetensors"] = True
         settings = settings or _settings_in(config) or QuietStarSettings()
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **{**kwargs, "output_loading_info": True})
         model, info = loaded
         _check_published(info["unexpected_keys"], source)
         attach_heads(model, settings)
@@ -571,7 +653,7 @@ class QuietStarForCausalLM:
             model.load_heads(heads)
         else:
             _load_trl_value_head(model, _find(source, SAFE_WEIGHTS_NAME, hub))
-        return (model, info) if wants_info else model
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
     def from_config(
@@ -604,8 +686,10 @@ def saved_settings(source: str, **hub) -> QuietStarSettings | None:
         hub:
             `revision` and the like, as for `from_pretrained`.
     """
-    config_file = _find(source, CONFIG_NAME, hub)
+    config_file, settings_file = (_find(source, name, hub) for name in (CONFIG_NAME, SETTINGS_NAME))
     saved = None if config_file is None else _read_json(config_file).get("quietstar")
+    if settings_file is not None:
+        saved = _read_json(settings_file)
     return None if saved is None else QuietStarSettings.from_dict(saved, source)
 
 
@@ -652,10 +736,15 @@ def _check_reads_text(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def _find(source: str, filename: str, hub: dict) -> str | None:
-    """Local path of a file of a local directory or Hub repository; None where there is no such file."""
+def check_source(source: str) -> None:
+    """Refuses a path of no folder, which would be looked for on the Hub."""
     if not FilePath(source).is_dir() and (source[:1] in "./~" or source.count("/") > 1):
         raise FileNotFoundError(f"There is no model folder {source!r}; give a local folder or a Hub id.")
+
+
+def _find(source: str, filename: str, hub: dict) -> str | None:
+    """Local path of a file of a local directory or Hub repository; None where there is no such file."""
+    check_source(source)
     return cached_file(
         source,
         filename,
@@ -672,25 +761,15 @@ def has_file(source: str, filename: str, hub: dict) -> bool:
 
 
 def _load_adapter(source, adapter_config, settings, hub, kwargs):
-    from peft import PeftConfig, PeftModel
-
-    from .adapters import check_method  # which imports this module
-
     heads = _find(source, HEADS_NAME, hub)
     if heads is None:
         raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
-    weights = _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
-    if weights is None:
-        raise FileNotFoundError(
-            f"The adapter {source!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}, the only form in which trl-quietstar saves one and "
-            "reads it."
-        )
+    _check_adapter(source, hub)
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()
     if kwargs.pop("output_loading_info", False):
         raise ValueError(
             f"`output_loading_info=True` is for whole models, and {source!r} is an adapter; leave it out."
         )
-    check_method(PeftConfig.from_pretrained(source, **hub))
     base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     base_hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     if adapter_config.get("revision") is not None:
@@ -698,11 +777,58 @@ def _load_adapter(source, adapter_config, settings, hub, kwargs):
     base = QuietStarForCausalLM.from_pretrained(
         adapter_config["base_model_name_or_path"], settings=settings, **base_kwargs, **base_hub
     )
-    with heads_aside(base):
-        _resize_as(base, weights)
-        model = PeftModel.from_pretrained(base, source, is_trainable=True, **hub)  # as any model is that was loaded
-    base.load_heads(heads)
-    return model
+    return put_adapter(base, source, settings, **hub)
+
+
+def _check_adapter(source: str, hub: dict) -> str:
+    """Refuses an adapter that cannot be read; returns the file of its weights."""
+    from peft import PeftConfig
+
+    from .adapters import check_method  # which imports this module
+
+    weights = _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
+    if weights is None:
+        raise FileNotFoundError(
+            f"The adapter {source!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}, the only form in which trl-quietstar saves one and "
+            "reads it."
+        )
+    check_method(PeftConfig.from_pretrained(source, **hub))
+    return weights
+
+
+def put_adapter(model: PreTrainedModel, source: str, settings: QuietStarSettings | None = None, **hub):
+    """
+    Puts a saved adapter on a thinking model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Its base, with heads.
+        source (`str`):
+            Of the adapter: Hub id or local folder. Heads and settings that are saved there become the model's.
+        settings ([`QuietStarSettings`], *optional*):
+            In place of the saved ones.
+        hub:
+            `revision` and the like.
+
+    Returns:
+        [`~peft.PeftModel`]
+
+    Raises:
+        `FileNotFoundError`: if the adapter is not saved as safetensors.
+        `ValueError`: if it is of a method that does not go with thoughts, or its heads do not fit.
+    """
+    from peft import PeftModel
+
+    weights, heads = _check_adapter(source, hub), _find(source, HEADS_NAME, hub)
+    settings = settings or saved_settings(source, **hub)
+    if heads is not None and settings is not None:
+        attach_heads(model, settings)
+    with heads_aside(model):
+        _resize_as(model, weights)
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=True, **hub)  # as any model is that was loaded
+    if heads is not None:
+        model.load_heads(heads)
+    return adapted
 
 
 def _resize_as(base: PreTrainedModel, weights: str) -> None:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from . import branch_attention
 from .branch_attention import BranchReading, TextMemory, TextReading
+from .concurrency import without_head
 from .embeddings import embed_tokens, embedding_inputs
 from .geometry import (
     Branches,
@@ -142,23 +143,10 @@ def backbone(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> torch.Te
 
 def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> tuple[torch.Tensor, ModelOutput]:
     """The same, and what the forward returned: a cache, say."""
-    head, taken = model.get_output_embeddings(), []
     if has_router_loss(model.config):  # not by the family's forward, which misreads a 4D mask
         inputs["output_router_logits"] = False
-
-    def take(hidden: torch.Tensor) -> torch.Tensor:
-        taken.append(hidden)
-        return hidden
-
-    own = vars(head).get("forward")  # a hook's, if any
-    head.forward = take
-    try:
+    with without_head(model.get_output_embeddings()) as taken:
         output = type(model).forward(model, **embedding_inputs(model, embeds), **inputs)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
     return taken[0], output
 
 

@@ -60,7 +60,8 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
         [thoughts.token_ids, thoughts.mask, p_with, p_without, experience.rewards]
     )
     places = thoughts.positions.host.mask.nonzero().tolist()
-    places = [places[i * len(places) // count] for i in range(min(count, len(places)))] if places else []
+    count = min(count, len(places))
+    places = [places[i * len(places) // count] for i in range(count)]
     table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
     for b, j in places:
         at = int(thoughts.positions.host.index[b, j])

@@ -4,6 +4,7 @@ The family's own forward counts padding by a 2D mask, which a packed pass does n
 from the backbone and given to Transformers' own loss.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,11 +73,15 @@ def recorded_routing(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor
         yield calls
         return
 
+    thread = threading.get_ident()  # others may run the same model
+
     def ask(module, args, kwargs):
-        return args, {**kwargs, "output_router_logits": True}
+        return args, {**kwargs, "output_router_logits": True} if threading.get_ident() == thread else kwargs
 
     def take(module, args, output):
-        if output.router_logits:  # a family of experts may be configured without any
+        if (
+            threading.get_ident() == thread and output.router_logits
+        ):  # a family of experts may be configured without any
             calls.append(output.router_logits)
 
     handles = [

@@ -284,7 +284,10 @@ def has_prediction(row: dict) -> bool:
     return any(label != -100 for label in row["labels"][1:])
 
 
-def has_position(row: dict) -> bool:
-    """Whether a thought may stand before such a token."""
-    allowed = row.get("thought_mask") or [1] * len(row["labels"])
-    return any(label != -100 and mask for label, mask in zip(row["labels"][1:], allowed, strict=False))
+def has_position(row: dict, prompt_end: bool = False) -> bool:
+    """Whether a thought may stand before such a token; or before one that no label stands before."""
+    allowed, labels = row.get("thought_mask") or [1] * len(row["labels"]), row["labels"]
+    return any(
+        label != -100 and mask and not (prompt_end and before != -100)
+        for before, label, mask in zip(labels, labels[1:], allowed, strict=False)
+    )

@@ -8,6 +8,7 @@ import torch
 from . import branch_attention
 from ._compat import full_float32, is_fault_of_device
 from .cached_replay import CachedReplay
+from .concurrency import eval_mode
 from .distributed import check_one_device
 from .embeddings import embed_tokens, embed_vector
 from .geometry import Text, Thoughts, choose_positions, seeded_generators
@@ -141,12 +142,9 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
         paths = tuple(path for path in paths if type(path) is not SharedPrefix)
-    training = model.training
-    model.eval()
-    try:
+    # in the model's own precision, wherever it is asked for
+    with eval_mode(model), torch.autocast(model.device.type, enabled=False):
         path, problems = _first_exact(model, paths)
-    finally:
-        model.train(training)
     if path is None and wanted == "shared_prefix":
         raise ValueError(f"The shared prefix is not exact on this model: {problems[-1]}. Use `thought_path='auto'`.")
     if path is None:

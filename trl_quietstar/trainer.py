@@ -66,7 +66,7 @@ from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
 from .memory import branches_that_fit, kept_per_token, memory_budget, suits_one_pass
 from .metrics import BatchResult, MetricSums, batch_metrics
-from .modeling import base_of, save_config
+from .modeling import base_of, save_settings
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .optimizers import check_optimizers, combine, hold_all
 from .paths import Replay, SharedPrefix
@@ -1011,7 +1011,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         super()._save(output_dir, state_dict)
         if is_peft_model(self.model) and self.args.should_save:
             base, directory = base_of(self.model), output_dir or self.args.output_dir
-            save_config(base, directory)
+            save_settings(base, directory)
             base.save_heads(directory, state_dict)
 
     def create_model_card(
