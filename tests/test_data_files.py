@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -63,7 +64,7 @@ def test_files_hold_what_was_written(name, tmp_path):
 
 def test_text_is_read_by_lines(tmp_path):
     """Each line is a text."""
-    assert read(write(tmp_path, "a.TXT", "a b\n\nc d")) == [{"text": "a b"}, {"text": ""}, {"text": "c d"}]
+    assert read(write(tmp_path, "a.TXT", "\ufeffa b\n\nc d")) == [{"text": "a b"}, {"text": ""}, {"text": "c d"}]
 
 
 @pytest.mark.parametrize("name", ["run[1].jsonl", "a?.jsonl", "a*.jsonl", "data[1]/a.csv", "data[1]/a.txt"])
@@ -163,23 +164,71 @@ def test_files_of_another_ending_are_refused(tmp_path):
         load_splits(write(tmp_path, "a.jsonl", TEXT), "main")
 
 
+def splits_of(folder: Path, **options) -> dict[str, list[dict]]:
+    return {split: list(rows) for split, rows in load_splits(str(folder), None, **options).items()}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_hold_what_was_written(streaming, tmp_path):
+    """Splits by the names of files, of one kind or another, in any case; CSV as it is read by itself; notes are none."""
+    frame("to_csv", tmp_path, "train.csv"), frame("to_csv", tmp_path, "test.tsv", sep="\t")
+    write(tmp_path, "validation.JSONL", LINES), write(tmp_path, "LICENSE.txt", "no data")
+    write(tmp_path, "README.md", "# Sums")
+    wanted = {"train": ROWS, "test": ROWS, "validation": ROWS}
+    assert splits_of(tmp_path, streaming=streaming) == wanted
+    for part in "01":
+        write(tmp_path, f"parts/{part}.csv", f"text,id\n{part},{part}\n")
+    rows = [{"text": "0", "id": "0"}, {"text": "1", "id": "1"}]
+    assert splits_of(tmp_path / "parts", streaming=streaming) == {"train": rows}
+    card = "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
+    (
+        write(tmp_path, "card/README.md", card),
+        write(tmp_path, "card/a.jsonl", TEXT),
+        write(tmp_path, "card/b.jsonl", TEXT),
+    )
+    assert len(splits_of(tmp_path / "card", streaming=streaming)["train"]) == 2
+
+
 def test_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch):
-    """Refused by name, since the files of another folder would be read in its place."""
+    """It names that folder, also from within; with a card that the library reads, it is refused by name."""
     write(tmp_path, "data1/train.jsonl", TEXT)
-    folder = Path(write(tmp_path, "data[1]/train.jsonl", TEXT)).parent
+    folder = Path(write(tmp_path, "data[1]/train.jsonl", '{"text": "right"}\n')).parent
+    assert splits_of(folder) == {"train": [{"text": "right"}]}
+    monkeypatch.chdir(folder)
+    assert splits_of(Path(".")) == {"train": [{"text": "right"}]}
+    write(folder, "README.md", "---\nconfigs: []\n---\n")
     with pytest.raises(ValueError, match=r"data\[1\]' .*rename"):
         load_splits(str(folder), None)
-    monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match="rename"):
-        load_splits(".", None)
 
 
-def test_a_broken_file_of_a_folder_is_named(tmp_path):
+def test_a_folder_of_several_kinds(tmp_path, caplog):
+    """Most files of a split say of which kind it is, and the others are named; as many of each are refused."""
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path, name, TEXT)
+    write(tmp_path, "c.csv", "text\na\n")
+    logger = logging.getLogger("trl_quietstar.data_files")
+    said = []
+    logger.warning, kept = (lambda words: said.append(words)), logger.warning
+    try:
+        assert len(splits_of(tmp_path)["train"]) == 4
+    finally:
+        logger.warning = kept
+    assert "['c.csv']" in said[0]
+    Path(tmp_path, "b.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"The split 'train' has files of several kinds \(a.jsonl, c.csv\); keep one"):
+        load_splits(str(tmp_path), None)
+    write(tmp_path, "parts/0.csv", "text\na\n"), write(tmp_path, "parts/1.csv", "body\na\n")
+    with pytest.raises(ValueError, match=r"1.csv' has the columns body, and '0.csv' has text; give them the same"):
+        load_splits(str(tmp_path / "parts"), None)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_file_of_a_folder_is_named(streaming, tmp_path):
     """With its line, as one that was named by itself."""
     write(tmp_path, "train.jsonl", TEXT)
     write(tmp_path, "test.jsonl", TEXT + '{"text": "e')
     with pytest.raises(ValueError, match="Line 3 of the data file '.*test.jsonl' is no JSON"):
-        load_splits(str(tmp_path), None)
+        splits_of(tmp_path, streaming=streaming)
 
 
 def test_a_saved_dataset_streams(tmp_path):

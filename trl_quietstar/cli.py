@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import glob
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -33,7 +34,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import QuietStarConfig
 from .data import check_length, max_positions
-from .data_files import READERS, fault_in, load_file, reader_of
+from .data_files import READERS, load_files, load_folder, reader_of
 from .geometry import Text, Thoughts, choose_positions, seeded_generators, talk_span
 from .inspection import inspect_texts
 from .inspection_page import write_page
@@ -172,7 +173,7 @@ def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[
 
     Raises:
         `FileNotFoundError`: if a path to a file does not exist.
-        `ValueError`: for a file that is not read or broken, or a folder whose name is a pattern.
+        `ValueError`: for a file that is not read or broken, or a folder with a card whose name is a pattern.
     """
     path = Path(name)
     if path.is_file() or (reader_of(path) is not None and not path.is_dir()):
@@ -186,26 +187,23 @@ def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[
             )
         if config is not None:
             raise ValueError(f"`dataset_config` is {config!r}, and a file has none; leave it out.")
-        return {"train": load_file(path, streaming)}
+        return {"train": load_files([path], streaming)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(name)
         loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return {split: x.to_iterable_dataset() if streaming else x for split, x in loaded.items()}
-    return _load_folder(path, config, streaming) if path.is_dir() else load_dataset(name, config, streaming=streaming)
-
-
-def _load_folder(path: Path, config: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a folder of data files."""
-    if glob.has_magic(str(path.absolute())):  # the library looks for files by patterns
+    card = path / "README.md"
+    is_described = card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE)
+    if path.is_dir() and config is None and not is_described:
+        splits = load_folder(path, streaming)
+        if splits:
+            return splits
+    if path.is_dir() and glob.has_magic(str(path.absolute())):  # the library looks for files by patterns
         raise ValueError(
             f"The folder {str(path.absolute())!r} has one of *?[ in its name, and files of another would be taken for its "
-            "own; rename it, or name a file in it."
+            "own; rename it."
         )
-    try:
-        return load_dataset(str(path), config, streaming=streaming)
-    except Exception as error:
-        fault = next(filter(None, map(fault_in, sorted(path.rglob("*")))), None)
-        raise (error if fault is None else fault) from None
+    return load_dataset(name, config, streaming=streaming)
 
 
 def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:

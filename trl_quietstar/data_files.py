@@ -11,15 +11,20 @@ import json
 import lzma
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.data_files import DataFilesDict, get_data_patterns
 from pyarrow.parquet import ParquetFile
+from transformers.utils import logging
 
 from .rows import has_half_pair, shown
 
+
+logger = logging.get_logger(__name__)
 
 READERS = {
     "json": "json",
@@ -35,61 +40,120 @@ COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 csv.field_size_limit(sys.maxsize)  # a field may be a book
 
 
-def reader_of(path: Path) -> str | None:
-    """What reads a file, by its ending in any case, with or without that of a compression; None for other endings."""
+def ending_of(path: Path) -> str:
+    """The ending of a file, in small letters and without that of a compression."""
     endings = path.name.lower().split(".")[1:]
     if endings and endings[-1] in COMPRESSIONS:
         endings.pop()
-    return READERS.get(endings[-1]) if endings else None
+    return endings[-1] if endings else ""
 
 
-def load_file(path: Path, streaming: bool = False) -> Dataset | IterableDataset:
+def reader_of(path: Path) -> str | None:
+    """What reads a file, by its ending; None for endings that are not read."""
+    return READERS.get(ending_of(path))
+
+
+def load_folder(path: Path, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     """
-    The rows of a data file.
+    The splits of a folder of data files: `train`, `test` and `validation` by the names of files and folders, as in
+    `datasets.load_dataset`.
 
     Args:
         path (`Path`):
-            Of a file with one of the endings of `READERS`.
+            Of the folder.
+        streaming (`bool`):
+            Whether to stream.
+
+    Returns:
+        `dict`: Datasets by the names of their splits; empty if no file is of a kind that is read.
+
+    Raises:
+        `ValueError`: naming the file, the line and the fault, if one cannot be read; or if a split has as many files of one
+            kind as of another.
+    """
+    base = glob.escape(str(path.absolute()))  # a name and no pattern, which may match others
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    except FileNotFoundError:
+        return {}
+    splits = {}
+    for split, names in found.items():
+        files = _of_one_kind([file for file in map(Path, names) if reader_of(file) is not None], str(split))
+        if files:
+            splits[str(split)] = load_files(files, streaming)
+    return splits
+
+
+def _of_one_kind(files: list[Path], split: str) -> list[Path]:
+    """Most of a split's files are of its kind. Texts beside others are notes, and a warning names the others."""
+    counts = Counter(map(reader_of, files)).most_common()
+    counts = [pair for pair in counts if pair[0] != "text"] or counts
+    if len(counts) > 1 and counts[0][1] == counts[1][1]:
+        names = ", ".join(sorted(file.name for file in files)[:4])
+        raise ValueError(f"The split {split!r} has files of several kinds ({names}); keep one kind, or name a file.")
+    others = [file.name for file in files if reader_of(file) not in (counts[0][0], "text")]
+    if others:
+        logger.warning(f"Of the split {split!r} these files are not read, since most are of another kind: {others}.")
+    return [file for file in files if reader_of(file) == counts[0][0]]
+
+
+def load_files(paths: list[Path], streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    The rows of data files of one kind, one after the other.
+
+    Args:
+        paths (`list[Path]`):
+            Of files with endings of `READERS`.
         streaming (`bool`):
             Whether to stream.
 
     Raises:
-        `ValueError`: naming the file, the line and the fault, if it cannot be read; of a stream, when the line comes.
+        `ValueError`: naming the file, the line and the fault, if one cannot be read; of a stream, when the line comes.
     """
-    try:
-        if reader_of(path) == "csv":
-            return _load_csv(path, streaming)
-        if reader_of(path) == "json" and not streaming:
-            _check_lines(path, is_json=False)  # Arrow takes any bytes, and fails at them later
-        # the name of a file and no pattern, which may match others
-        files = {"train": glob.escape(str(path.absolute()))}
-        rows = load_dataset(reader_of(path), data_files=files, streaming=streaming)["train"]
-        if not streaming:
-            return rows
-        return IterableDataset.from_generator(_watched, rows.features, gen_kwargs={"path": path, "rows": rows})
-    except Exception as error:  # of any of the libraries that read
-        raise _fault(path, error) from None
-
-
-def _load_csv(path: Path, streaming: bool) -> Dataset | IterableDataset:
-    features = Features({name: Value("string") for name in next(_csv_lines(path))})
     if streaming:
-        return IterableDataset.from_generator(_watched, features, gen_kwargs={"path": path})
-    found = path.stat()  # so that a file that has changed is read anew
-    stamp = (found.st_mtime_ns, found.st_size)
-    return Dataset.from_generator(_watched, features, gen_kwargs={"path": path, "stamp": stamp})
-
-
-def _watched(path: Path, rows: IterableDataset | None = None, stamp: tuple | None = None) -> Iterator[dict]:
-    """Rows of a file, by default of CSV, whose faults are named when they come."""
-    row = None
+        return IterableDataset.from_generator(_rows, gen_kwargs={"paths": list(paths)})
+    reader = reader_of(paths[0])
     try:
-        for row in _csv_rows(path) if rows is None else rows:
-            yield row
-    except Exception as error:
-        raise _fault(path, error) from None
-    if row is None:
-        check_file(path)
+        if reader == "csv":
+            return _load_csv(paths)
+        for path in paths if reader == "json" else ():
+            _check_lines(path, is_json=False)  # Arrow takes any bytes, and fails at them later
+        return _load(paths)
+    except Exception as error:  # of any of the libraries that read
+        faults = filter(None, map(fault_in, paths))
+        raise next(faults, None) or _unreadable(paths[0], error) from None
+
+
+def _load(paths: list[Path], streaming: bool = False) -> Dataset | IterableDataset:
+    options = {"encoding": "utf-8-sig"} if reader_of(paths[0]) == "text" else {}
+    files = {"train": [glob.escape(str(path.absolute())) for path in paths]}
+    return load_dataset(reader_of(paths[0]), data_files=files, streaming=streaming, **options)["train"]
+
+
+def _load_csv(paths: list[Path]) -> Dataset:
+    header, *others = [next(_csv_lines(path)) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        if set(other) != set(header):
+            raise ValueError(
+                f"The data file {str(path)!r} has the columns {', '.join(other)}, and {paths[0].name!r} has {', '.join(header)}; "
+                "give them the same."
+            )
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]  # so that a change is read anew
+    features = Features({name: Value("string") for name in header})
+    return Dataset.from_generator(_rows, features, gen_kwargs={"paths": list(paths), "stamps": stamps})
+
+
+def _rows(paths: list[Path], stamps: list[tuple] | None = None) -> Iterator[dict]:
+    """Rows of files, whose faults are named when they come."""
+    for path in paths:
+        row = None
+        try:
+            for row in _csv_rows(path) if reader_of(path) == "csv" else _load([path], streaming=True):
+                yield row
+        except Exception as error:
+            raise fault_in(path) or _unreadable(path, error) from None
+        if row is None:
+            check_file(path)
 
 
 def _csv_rows(path: Path) -> Iterator[dict]:
@@ -101,7 +165,7 @@ def _csv_rows(path: Path) -> Iterator[dict]:
 
 def _csv_lines(path: Path) -> Iterator[list[str]]:
     """The header of a CSV file and its rows, of as many fields."""
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    delimiter = "\t" if ending_of(path) == "tsv" else ","
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(lines, [])
@@ -134,11 +198,10 @@ def fault_in(path: Path) -> ValueError | None:
     return None
 
 
-def _fault(path: Path, error: Exception) -> ValueError:
-    """What is wrong with a file that could not be read, by the line if it can be found."""
-    found = fault_in(path)
-    if found is not None:
-        return found
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """What is said of a file in which no fault was found."""
+    if isinstance(error, ValueError) and error.__traceback__ is not None and str(path) in str(error):
+        return error
     reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
     return ValueError(f"The data file {str(path)!r} cannot be read ({reason}).")
 
