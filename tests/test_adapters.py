@@ -266,7 +266,7 @@ def gradients(folder, model, **options) -> dict[str, torch.Tensor]:
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    tiny_trainer(folder, model=model, max_steps=1, callbacks=[Recorder()], **options).train()
+    tiny_trainer(folder, model=model, max_steps=1, max_grad_norm=0.0, callbacks=[Recorder()], **options).train()
     return found
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.cli import main
 from trl_quietstar.loading import build_model
 from trl_quietstar.modeling import heads_aside
 
@@ -117,6 +118,23 @@ def test_the_tokenizer_of_a_loaded_model_is_of_its_revision(cache, tmp_path):
     assert tokenizer.pad_token == model.thought_tokenizer().pad_token == f"<pad-v2-{REVISIONS['v2']}>"
 
 
+def test_heads_of_a_plainly_loaded_model_are_of_its_revision(cache, tmp_path, monkeypatch):
+    """Where its user trusts the code beside it, which thinks with the heads of that revision and not of `main`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name, commit in REVISIONS.items():
+        model = QuietStarForCausalLM.from_pretrained(REPO, revision=name, settings=SETTINGS)
+        randomize(model.quietstar, seed=len(name))
+        model.save_pretrained(Path(cache, "models--someone--tiny/snapshots", commit))
+    for name in REVISIONS:
+        expected = QuietStarForCausalLM.from_pretrained(REPO, revision=name)
+        plain = AutoModelForCausalLM.from_pretrained(REPO, revision=name, trust_remote_code=True)
+        options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, return_thoughts=True)
+        assert plain.generate(IDS, **options).thoughts == expected.generate(IDS, **options).thoughts
+        assert torch.equal(plain.quietstar.start_embedding, expected.quietstar.start_embedding)
+
+
 def test_an_adapter_in_a_subfolder(cache, tmp_path):
     """A local one is a folder like any other; of the Hub's an adapter could not say where it is."""
     kwargs = {"subfolder": "sub"}
@@ -200,6 +218,23 @@ def test_a_damaged_adapter_configuration_is_named(tmp_path):
     (tmp_path / "out/adapter_config.json").write_text('{"peft_type": "LO')
     with pytest.raises(ValueError, match=r"adapter_config.json' is damaged.*Copy it again"):
         QuietStarForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_plain_model_that_is_to_think_is_said_to_be_one(tmp_path, caplog, capsys):
+    """By the command line, whether it generates or evaluates; not where it shall not think, nor of a trained one."""
+    path = saved_model(tmp_path / "m")
+    generate = ["generate", "--prompt", "1 plus 2 is", "--max_new_tokens", "2", "--model"]
+    (tmp_path / "data.jsonl").write_text('{"text": "1 plus 2 is 3 ."}\n' * 2)
+    evaluate = ["eval", "--dataset_name", str(tmp_path / "data.jsonl"), "--thought_length", "2", "--model", path]
+    word = f"{path!r} is a plain model without thinking heads"
+    for argv in (evaluate, [*generate, path]):
+        assert main(argv) in (None, 0)
+        assert caplog.text.count(word) == 1
+        caplog.clear()
+    tiny_trainer(tmp_path / "out", model=path).save_model()
+    for argv in ([*generate, path, "--think", "never"], [*generate, str(tmp_path / "out")]):
+        assert main(argv) in (None, 0)
+    assert word not in caplog.text
 
 
 # Arguments of `from_pretrained`

@@ -40,7 +40,7 @@ from .inspection import inspect_texts
 from .inspection_page import write_page
 from .likelihood import think_in_chunks
 from .lm_head import normalized_entropy
-from .loading import build_model, load_tokenizer, pad_token_id
+from .loading import build_model, load_tokenizer, pad_token_id, warn_of_untrained_heads
 from .modeling import QuietStarForCausalLM, base_of, saved_settings
 from .report import (
     TerminalStreamer,
@@ -407,6 +407,8 @@ def evaluate(argv: list[str]) -> None:
         if model_args.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
         fields = saved_fields(model_args.model_name_or_path, revision=model_args.model_revision)
+        if not fields:
+            warn_of_untrained_heads(model_args.model_name_or_path)
         parser.set_defaults(output_dir=scratch, report_to="none", **fields)
         eval_args, data_args, args, model_args = parser.parse_args_and_config(argv)
         train_dataset, eval_dataset = load_data(data_args)
@@ -491,6 +493,8 @@ def generate(argv: list[str]) -> None:
             raise ValueError(f"`{name}` is missing; give `--{name}`.")
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     model = QuietStarForCausalLM.from_pretrained(args.model, **hub).eval()
+    if base_of(model).fresh_thought_embeddings and args.think != "never":
+        warn_of_untrained_heads(args.model)
     tokenizer = load_tokenizer(args.model, **hub)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.chat:

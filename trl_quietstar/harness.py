@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
 from .heads import ThinkingModel
-from .loading import load_tokenizer
+from .loading import load_tokenizer, warn_of_untrained_heads
 from .modeling import QuietStarForCausalLM, base_of, check_source, check_thinker, put_adapter
 from .sampling import Thinking
 
@@ -83,6 +83,8 @@ class QuietStarLM(HFLM):
         kwargs["device"] = kwargs.get("device") or str(torch.accelerator.current_accelerator() or "cpu")
         super().__init__(pretrained, backend="causal", **kwargs)
         self.thinking = Thinking.of(self.thinker.quietstar_settings, think, think_every, thinking_threshold)  # type: ignore[arg-type]
+        if self.thinker.fresh_thought_embeddings and self.thinking.mode != "never":
+            warn_of_untrained_heads(self.thinker.config.name_or_path)
         if self.softmax_dtype not in (None, torch.float32) and self.thinking.mode != "never":
             raise ValueError(
                 f"`softmax_dtype={kwargs['softmax_dtype']!r}` does not go with thoughts, whose log-probabilities are taken in "

@@ -198,6 +198,15 @@ def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> Non
         )
 
 
+def warn_of_untrained_heads(source: str) -> None:
+    """Says that a model that is to think, a plain one, has not learned to."""
+    logger.warning(
+        "%r is a plain model without thinking heads: its thoughts are read by untrained ones and hardly count. Train it first, "
+        "or let it not think.",
+        source,
+    )
+
+
 def check_quantization(model, args: QuietStarConfig, peft_config, training: bool) -> None:
     """
     Refuses a `quantization_config` that cannot be followed.

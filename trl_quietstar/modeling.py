@@ -15,6 +15,7 @@ An adapter repository (PEFT) holds the adapter's files, `quietstar.safetensors` 
 import functools
 import inspect
 import json
+import re
 import shutil
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -518,13 +519,21 @@ def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, QuietStarMixin):
             return model
         source = model.config.name_or_path
-        hub = {} if FilePath(source).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
+        hub = {} if FilePath(source).is_dir() else {"revision": _commit_of(model)}
         settings, heads = _settings_in(model.config), _find(source, HEADS_NAME, hub)
         if settings is None or heads is None:
             raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
         attach_heads(model, settings)
         model.load_heads(heads)
         return model
+
+
+def _commit_of(model: PreTrainedModel) -> str | None:
+    """The commit of the Hub that a model was plainly loaded from: in the path of the code that came with it."""
+    generate = getattr(vars(model).get("generate"), "func", None)
+    parts = FilePath(generate.__code__.co_filename).parts if generate is not None else ()
+    noted = getattr(model.config, "_commit_hash", None)  # by Transformers until 5.23
+    return next((part for part in parts if re.fullmatch("[0-9a-f]{40}", part)), noted)
 
 
 @contextmanager
