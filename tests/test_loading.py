@@ -22,7 +22,7 @@ from transformers import (
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.cli import main
 from trl_quietstar.loading import build_model
-from trl_quietstar.modeling import heads_aside
+from trl_quietstar.modeling import SETTINGS_NAME, heads_aside
 
 from .tiny import byte_tokenizer, randomize
 from .training import plain_model, saved_model, tiny_args, tiny_trainer
@@ -205,18 +205,22 @@ def test_settings_that_cannot_be_read_are_named(entry, match, adapter, tmp_path)
     path = saved_model(tmp_path / "m")
     options = dict(peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM")) if adapter else {}
     tiny_trainer(tmp_path / "out", path, **options).save_model()
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    (tmp_path / "out/config.json").write_text(json.dumps({**config, "quietstar": entry}))
+    if adapter:
+        (tmp_path / "out" / SETTINGS_NAME).write_text(json.dumps(entry))
+    else:
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        (tmp_path / "out/config.json").write_text(json.dumps({**config, "quietstar": entry}))
     with pytest.raises(ValueError, match=match):
         QuietStarForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_a_damaged_adapter_configuration_is_named(tmp_path):
-    """By its file."""
+@pytest.mark.parametrize("name", ["adapter_config.json", SETTINGS_NAME])
+def test_a_damaged_file_of_an_adapter_is_named(name, tmp_path):
+    """Whichever it is."""
     path = saved_model(tmp_path / "m")
     tiny_trainer(tmp_path / "out", path, peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM")).save_model()
-    (tmp_path / "out/adapter_config.json").write_text('{"peft_type": "LO')
-    with pytest.raises(ValueError, match=r"adapter_config.json' is damaged.*Copy it again"):
+    (tmp_path / "out" / name).write_text('{"peft_type": "LO')
+    with pytest.raises(ValueError, match=rf"{name}' is damaged.*Copy it again"):
         QuietStarForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -84,7 +84,7 @@ class QuietStarLM(HFLM):
         super().__init__(pretrained, backend="causal", **kwargs)
         self.thinking = Thinking.of(self.thinker.quietstar_settings, think, think_every, thinking_threshold)  # type: ignore[arg-type]
         if self.thinker.fresh_thought_embeddings and self.thinking.mode != "never":
-            warn_of_untrained_heads(self.thinker.config.name_or_path)
+            warn_of_untrained_heads(str(self.thinker.config.name_or_path))
         if self.softmax_dtype not in (None, torch.float32) and self.thinking.mode != "never":
             raise ValueError(
                 f"`softmax_dtype={kwargs['softmax_dtype']!r}` does not go with thoughts, whose log-probabilities are taken in "

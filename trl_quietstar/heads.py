@@ -70,14 +70,14 @@ class QuietStarSettings:
 
         Args:
             saved (`dict`):
-                The `quietstar` entry of a `config.json`.
+                The `quietstar` entry of a `config.json`, or what is saved beside an adapter.
             source (`str`):
                 Where it is from, for errors.
 
         Raises:
             `ValueError`: if it has settings that this version does not know, or values of another kind.
         """
-        where = f"The `quietstar` entry in `config.json` of {source!r}"
+        where = f"What {source!r} saves as its `quietstar` settings"
         if not isinstance(saved, dict):
             raise ValueError(f"{where} is damaged: {saved!r} is no JSON object. Copy the file again.")
         hints = get_type_hints(cls)
