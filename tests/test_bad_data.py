@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset, IterableDataset, List, Value
 from datasets import Features as DataFeatures
 
@@ -301,6 +303,18 @@ def test_tensors_are_read_as_lists(tmp_path):
     features = DataFeatures({"input_ids": List(Value("int64"))})
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]]}, features=features).with_format("torch")
     assert tiny_trainer(tmp_path, data=data).train_dataset[0]["input_ids"] == [5, 6, 7]
+
+
+def test_ids_of_a_stream_may_be_arrays(tmp_path):
+    """Or tensors, or tuples, as a `Dataset` takes them; what they hold is checked as that of lists is."""
+    for make in (np.array, torch.tensor, tuple):
+        row = {"input_ids": make([5, 6, 7]), "thought_mask": make([1, 0, 1])}
+        (found,) = prepared(stream([row]), tmp_path)
+        assert found == {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "thought_mask": [1, 0, 1]}
+        for wrong, words in (([5.0], "5.0 (`float`) in 'input_ids'"), ([[5, 6]], "[5, 6] (`list`) in")):
+            bad = stream([{"input_ids": [5, 6]}, {"input_ids": make(wrong)}])
+            with pytest.raises(ValueError, match=re.escape(f"Row 1 of the train dataset has {words}")):
+                prepared(bad, tmp_path)
 
 
 def test_a_chat_template_that_refuses(tmp_path):

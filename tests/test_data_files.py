@@ -153,6 +153,17 @@ def test_the_command_prints_the_words_alone(tmp_path, monkeypatch, capfd):
     assert printed.splitlines()[-1].startswith("trl-quietstar: Line 3 of the data file") and "Traceback" not in printed
 
 
+def test_rows_checked_by_several_processes_are_named_alike(tmp_path, monkeypatch, capfd):
+    """A pool's traceback is left out too."""
+    file = write(tmp_path, "a.jsonl", TEXT + '{"text": null}\n')
+    model = saved_model(tmp_path / "model")
+    flags = ["--model_name_or_path", model, "--dataset_name", file, "--dataset_num_proc", "2"]
+    monkeypatch.setattr("sys.argv", ["trl-quietstar", "train", "--output_dir", str(tmp_path / "out"), *flags])
+    assert console() == 1
+    printed = capfd.readouterr().err
+    assert printed.splitlines()[-1].startswith("trl-quietstar: Row 2 of the train dataset has nothing in 'text'; give")
+
+
 def test_files_of_another_ending_are_refused(tmp_path):
     """By name, with the endings that are read; a missing file too, and options that a file has no use for."""
     with pytest.raises(ValueError, match=r"a\.xlsx' .* \.json, \.jsonl, \.ndjson, \.parquet, \.csv, \.tsv or \.txt"):

@@ -655,6 +655,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if argv[:1] in (["-h"], ["--help"]) else 2
 
 
+def _is_own(error: Exception) -> bool:
+    """Whether this package worded an error, in this process or in one of a pool's, whose traceback is text."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if type(error.__cause__).__name__ == "RemoteTraceback":
+        raised_in = re.findall(r'^  File "(.*?)", line', str(error.__cause__), re.MULTILINE)[-1]
+    return Path(raised_in).parent == Path(__file__).parent
+
+
 def console() -> int:
     """Entry point of the console script: of an error that this package words itself, prints the words alone."""
     if not sys.warnoptions:  # what libraries deprecate in each other would break into the text that streams
@@ -662,8 +670,7 @@ def console() -> int:
     try:
         return main()
     except (ValueError, OSError, ImportError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(raised_in).parent != Path(__file__).parent:
+        if not _is_own(error):
             raise
         print(f"trl-quietstar: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -48,8 +49,8 @@ class TextCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         if "thought_mask" in examples[0]:
             batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
-        if self.with_columns:
-            others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+        others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+        if self.with_columns and others:
             batch["columns"] = {name: [example[name] for example in examples] for name in others}
         return batch
 
@@ -128,8 +129,8 @@ def prepare_texts(
     conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
     completion_only = _check_masks(names, kind, columns, conversation, tokenizer, args, name, packing)
     kept = kept_columns(names, reward_function, args, name, packing)
-    if is_stream:  # which may give the same objects again, and TRL changes rows in place
-        dataset = dataset.map(copy.deepcopy if kind == "conversations" else dict)
+    if is_stream:
+        dataset = dataset.map(_own_row, fn_kwargs={"kind": kind})
     else:  # others are not even decoded
         dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
     workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
@@ -177,6 +178,25 @@ def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], di
     if first is None:
         raise ValueError(f"The {name} dataset is empty; give at least one text.")
     return dataset, list(first) if is_stream else dataset.column_names, first
+
+
+def _own_row(row: dict, kind: str) -> dict:
+    """A stream may give the same objects again, and TRL changes rows in place; its ids may be arrays, tensors or tuples."""
+    if kind == "conversations":
+        return copy.deepcopy(row)
+    if kind != "input_ids":
+        return dict(row)
+    return {name: _listed(value) if name in TOKEN_COLUMNS else value for name, value in row.items()}
+
+
+def _listed(value):
+    return (
+        value.tolist()
+        if isinstance(value, (np.ndarray, torch.Tensor))
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
 
 
 def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str, prompt_end: bool) -> None:

@@ -907,10 +907,11 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 f"There is no evaluation data {eval_dataset!r}; the trainer was given "
                 f"{', '.join(map(repr, names)) or 'none by name'}. Give a dataset."
             )
-        self._evaluated = self._name_of(eval_dataset)
+        evaluated = self._name_of(eval_dataset)
         # each dataset of a `dict` comes here by itself
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._prepared_as(eval_dataset, metric_key_prefix.removeprefix("eval_"))
+        self._evaluated = evaluated
         try:
             with self._untimed():
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
