@@ -45,6 +45,7 @@ from trl_quietstar.cached_replay import CachedReplay  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.harness import QuietStarLM  # noqa: E402
 from trl_quietstar.paths import MaskedPrefix, SharedPrefix  # noqa: E402
+from trl_quietstar.transfer import exact_dtype  # noqa: E402
 
 from .test_generation import padded, prompts, thinking_model  # noqa: E402
 from .tiny import byte_tokenizer  # noqa: E402
@@ -212,6 +213,7 @@ def launches(layers: int, shape: dict, texts: int, length: int, **options):
     return act
 
 
+SMOLLM2 = dict(vocab_size=49_152, hidden_size=18, intermediate_size=16, num_attention_heads=9, num_key_value_heads=3)
 LLAMA_1B = dict(
     vocab_size=128_256, hidden_size=64, intermediate_size=64, num_attention_heads=32, num_key_value_heads=8
 )
@@ -228,6 +230,7 @@ OF_1B = dict(
     thought_length=16,
     talk_length=8,
 )
+OF_135M = {**OF_1B, "layers": 30, "shape": SMOLLM2}
 OF_ALL = dict(
     layers=2, shape=SMALL_LLAMA, texts=1, length=256, thought_positions="all", thought_length=7, talk_length=4
 )
@@ -320,6 +323,21 @@ def harness(folder: Path) -> Counts:
     return Counts.now()
 
 
+def without_float64(act):
+    """A scenario on a device as Apple's MPS."""
+
+    def refused(folder: Path) -> Counts:
+        exact_dtype.cache_clear()
+        Device.refuses_float64, before = True, Device.refuses_float64
+        try:
+            return act(folder)
+        finally:
+            Device.refuses_float64 = before
+            exact_dtype.cache_clear()
+
+    return refused
+
+
 SCENARIOS = {
     **{f"train/{name}": train(**options) for name, options in RUNS.items()},
     "evaluate": evaluate,
@@ -335,9 +353,16 @@ SCENARIOS = {
     "score/adaptive": score(think="adaptive", thinking_threshold=0.1),
     "inspect": inspect,
     "lm-eval": harness,
-    "launches/llama-1b": launches(**OF_1B, single_pass=True),
+    "float32/train": without_float64(train()),
+    "float32/validate": without_float64(validate),
+    "float32/generate": without_float64(generate(do_sample=True)),
+    "float32/score": without_float64(score()),
     "launches/llama-1b-two-passes": launches(**OF_1B, single_pass=False),
     "launches/llama-1b-groups": launches(**OF_1B, branch_batch_size=82),
+    "launches/llama-1b-full": launches(**OF_1B),
+    "launches/llama-1b-lora": launches(**OF_1B, peft_config=peft.LoraConfig(target_modules="all-linear")),
+    "launches/smollm2-135m-full": launches(**OF_135M),
+    "launches/smollm2-135m-lora": launches(**OF_135M, peft_config=peft.LoraConfig(target_modules="all-linear")),
     "launches/all-positions": launches(**OF_ALL),
 }
 

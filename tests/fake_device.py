@@ -297,7 +297,7 @@ def run(func, args, kwargs):
     return mapped(lambda x: _wrapped(x, wrapped), out)
 
 
-SMALL = 2**16  # elements of a new tensor that is filled also where others are hollow
+SMALL = 2**16  # elements up to which numbers are computed where all that goes in is real
 TRUTHS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isnan, aten.isinf, aten.isfinite}
 TRUTHS |= {aten.any, aten.all, aten.logical_not, aten.logical_and, aten.logical_or, aten.equal, aten.is_nonzero}
 _known: dict = {}  # what an operation gave, by the shapes that it was given
@@ -308,8 +308,11 @@ def hollow(func, args: tuple, kwargs: dict):
     which shapes depend, are real."""
     tensors = tensors_in((args, kwargs))
     packet = func.overloadpacket
-    if not any(x.is_floating_point() for x in tensors) and (tensors or not _is_large(func, args, kwargs)):
-        return func(*args, **kwargs)
+    if not any(x.is_meta or (x.is_floating_point() and x.numel() > SMALL) for x in tensors):
+        if tensors or not _is_large(func, args, kwargs):
+            return func(*args, **kwargs)
+    if func is aten.view.dtype:  # the bytes of numbers that go to the host together
+        args = (_ones(args[0]).contiguous(), *args[1:])
     if func.is_view or packet in (aten.detach, aten.alias, aten.lift_fresh):
         return func(*args, **kwargs)
     if packet is aten._local_scalar_dense:
@@ -361,8 +364,7 @@ def _meta(x: torch.Tensor, again: bool = False) -> torch.Tensor:
 
 
 def _ones(x):
-    is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
-    return torch.ones((), dtype=x.dtype).expand(x.shape) if is_float else x
+    return torch.ones((), dtype=x.dtype).expand(x.shape) if isinstance(x, torch.Tensor) and x.is_meta else x
 
 
 def _is_large(func, args: tuple, kwargs: dict) -> bool:

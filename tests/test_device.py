@@ -19,21 +19,17 @@ WAITS = {
 }
 # most kernels of the same, and of a step of the shapes that docs/results.md counts
 KERNELS = {
-    "train/default": 3_760,
-    "generate/greedy": 902,
+    "train/default": 3_700,
+    "generate/greedy": 900,
     "launches/all-positions": 6_140,
-    "launches/llama-1b": 87_820,
-    "launches/llama-1b-two-passes": 64_100,
+    "launches/llama-1b-full": 88_100,
+    "launches/llama-1b-lora": 84_900,
+    "launches/llama-1b-two-passes": 64_300,
     "launches/llama-1b-groups": 167_300,
 }
 QUICK = (
-    "train/default",
-    "train/single_pass",
-    "train/groups",
-    "train/lora",
-    "generate/greedy",
-    "score",
-    "launches/all",
+    *("train/default", "train/groups", "train/dropout", "train/tf32", "train/full_determinism"),
+    *("float32/train", "float32/generate", "generate/greedy", "score", "launches/all"),
 )
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason=WITHOUT_COMPILER)

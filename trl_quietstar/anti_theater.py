@@ -23,6 +23,7 @@ from .paths import Path
 from .rewards import coherence, masked_mean
 from .sampling import greedy_continuation
 from .scoring import ScoreRequest, Scores, at_talk, score, score_thoughts
+from .transfer import exact_dtype, to_device
 
 
 CONDITIONS = ("none", *CONTROLS)
@@ -124,8 +125,9 @@ def text_sums(
             Of the random control's tokens.
 
     Returns:
-        `torch.Tensor` of shape `(B, len(SUMS))`, float64.
+        `torch.Tensor` of shape `(B, len(SUMS))`, in float64 where the device has it.
     """
+    exact = exact_dtype(text.input_ids.device)
     talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
     exists = thoughts.positions.mask[..., None].expand(thoughts.mask.shape[:3])
     scored: dict[str, Scores] = {}
@@ -137,8 +139,8 @@ def text_sums(
     plain = score_thoughts(model, text, thoughts, path, start=False)
     coherent = coherence(
         real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps_without, talk_mask
-    ).double()
-    correct = masked_mean(real.talk_correct.double(), talk_mask, dim=-1)
+    ).to(exact)
+    correct = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
     continuation = greedy_continuation(model, path.read(model, text), thoughts.positions, thoughts.mask.shape[-1])
     said = talk_mask.expand_as(real.talk_logps)
     per_thought = {
@@ -156,9 +158,9 @@ def text_sums(
     for name in CONDITIONS:
         logps = logps_without if name == "none" else scored[name].talk_logps
         top1 = correct_without if name == "none" else scored[name].talk_correct
-        sums[f"nll_{name}"] = -(logps.double() * said).sum((1, 2, 3))
-        sums[f"correct_{name}"] = (top1.double() * said).sum((1, 2, 3))
-    return torch.stack([sums[name].double() for name in SUMS], dim=1)
+        sums[f"nll_{name}"] = -(logps.to(exact) * said).sum((1, 2, 3))
+        sums[f"correct_{name}"] = (top1.to(exact) * said).sum((1, 2, 3))
+    return torch.stack([sums[name].to(exact) for name in SUMS], dim=1)
 
 
 def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,7 @@ def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Ten
         for g, (thought, kept) in enumerate(zip(token_ids[b][j], mask[b][j], strict=True)):
             length = sum(kept)
             distances[b, j, g] = Levenshtein.normalized_distance(thought[:length], plain[b][j][:length])
-    return distances.to(thoughts.mask.device)
+    return to_device(distances, thoughts.mask.device)
 
 
 def judge(sums: torch.Tensor, seed: int = 0) -> AntiTheaterReport:
@@ -188,7 +190,7 @@ def judge(sums: torch.Tensor, seed: int = 0) -> AntiTheaterReport:
     Raises:
         `ValueError`: for fewer than two texts, which allow no interval.
     """
-    rows = sums.double().cpu().numpy()
+    rows = sums.cpu().double().numpy()
     check_texts(len(rows))
     total = rows.sum(0, keepdims=True)
     draws = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)

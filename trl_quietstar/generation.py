@@ -336,7 +336,7 @@ class Mind:
         length = self.sampling.thought_length
         if self.fixed:
             draws = fixed_draws(self.lengths[:, None] - 1, self.sampling)[:, 0, 0]
-            return to_device(draws.to(exact_dtype(device)), device)
+            return to_device(draws, device)
         return torch.rand(len(self.lengths), length, dtype=exact_dtype(device), device=device)
 
     def _note(self, rows: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor) -> None:

@@ -502,7 +502,7 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
     """
     greedy = SamplingSettings(length, do_sample=False)
     hidden = gather_hidden(reader.text_hidden, positions.index)
-    unused = torch.zeros(positions.index.shape, dtype=torch.float64, device=hidden.device)
+    unused = torch.zeros(positions.index.shape, device=hidden.device)
     tokens = [draw_tokens(model, hidden, unused, greedy)]
     while len(tokens) < length:
         hidden = reader.extend(positions.host.index, embed_tokens(model, tokens[-1]))
@@ -553,28 +553,36 @@ def draw_with_statistics(
 
 def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
-    The token at which the cumulative probability passes `u`, of shape `(rows,)`; probabilities, `(rows, V)`, are relative.
+    The token at which the cumulative probability passes `u`, of shape `(rows,)`; probabilities, `(rows, V)`, are relative to
+    the greatest, which is 1.
 
-    The sum runs over blocks of the vocabulary first, then within one, so that no second array of `(rows, V)` is made.
+    The sum runs over blocks of the vocabulary first, then within one, so that no second array of `(rows, V)` is made. It is a
+    sum of whole numbers: that of others depends on the order, which a GPU does not keep, and MPS knows no float64.
     """
     V = probs.shape[1]
     whole = V // BLOCK * BLOCK
     sums = torch.cat(
         [probs[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)], dim=1
     )
-    cumulative = sums.double().cumsum(-1)
+    cumulative = _whole(sums).cumsum(-1)
     threshold = _share(cumulative, u[:, None])
-    # of a sum that is NaN nothing is passed: the last token, as good as any, is drawn
+    # of a sum that is NaN nothing is passed: a token as good as any is drawn
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
-    mass = sums.gather(1, block).double()
-    share = (threshold - cumulative.gather(1, block) + mass) / mass
+    mass = sums.gather(1, block)
+    left = threshold - cumulative.gather(1, block) + _whole(mass)
+    share = left.to(u.dtype) / _whole(mass)
     index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
-    within = (probs.gather(1, index.clamp(max=V - 1)) * (index < V)).double().cumsum(-1)
+    within = _whole(probs.gather(1, index.clamp(max=V - 1)) * (index < V) / mass).cumsum(-1)
     offset = torch.searchsorted(within, _share(within, share.clamp(min=0)), right=True)
     return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)
+
+
+def _whole(probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities as multiples of 2^-40; a vocabulary of them still fits into 64 bits."""
+    return (probs * 2.0**40).long()
 
 
 def _share(cumulative: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """A share, from 0 to 1, of a cumulative sum's total, and always less than that: something is left to be passed."""
     total = cumulative[:, -1:]
-    return torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.minimum((share * total).long(), total - 1)

@@ -17,6 +17,7 @@ from .lm_head import token_statistics
 from .paths import MaskedPrefix, Path, Reader, Replay, SharedPrefix
 from .sampling import SamplingSettings, sample_thoughts, uniforms
 from .scoring import ScoreRequest, score
+from .transfer import exact_dtype
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
     plain = Text.from_batch(text.input_ids, text.attention_mask)  # which a path may read without a mask
     pairs.append((_text_logps(model, path, plain), _text_logps(model, Replay(), plain)))
-    differences = [(a - b).double().abs().max() / b.double().abs().max().clamp(min=1) for a, b in pairs]
+    exact = exact_dtype(text.input_ids.device)
+    differences = [(a - b).to(exact).abs().max() / b.to(exact).abs().max().clamp(min=1) for a, b in pairs]
     return float(torch.stack(differences).max())
 
 

@@ -12,9 +12,13 @@ from dataclasses import fields
 import torch
 from typing_extensions import Self
 
+from ._compat import is_fault_of_device
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a tensor of the host on the device, without waiting for what the device is at."""
+    """Returns a tensor of the host on the device, without waiting for what the device is at; float64 as [`exact_dtype`]."""
+    if tensor.dtype == torch.float64:
+        tensor = tensor.to(exact_dtype(device))
     # MPS reads the host's memory later, when it may hold something else
     return tensor.to(device, non_blocking=device.type != "mps")
 
@@ -29,9 +33,17 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copy.clone().view(x.dtype).view(x.shape) for copy, x in zip(copies, tensors, strict=True)]
 
 
+@functools.cache
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the most exact floating-point type of a device: float64, but float32 on Apple's MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Returns the most exact floating-point type of a device: float64, or float32 where it has none, as Apple's MPS and some
+    of Intel's GPUs."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError) as error:
+        if is_fault_of_device(error):
+            raise
+        return torch.float32
+    return torch.float64
 
 
 class Placed:
