@@ -16,7 +16,7 @@ EVAL_TASKS ?= chain_sum,chain_sum_choice,gsm_symbolic_solution
 EVAL_LIMIT ?= 20
 GSM8K ?=
 
-.PHONY: help train demo-data report eval test test-all bench models lint format clean
+.PHONY: help train demo-data report eval test test-all bench gpu models lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 2 hours on two cores)"
+	@echo "make gpu       what thinking costs on an accelerator, of 135 million parameters and of a billion"
 	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
 	@echo "make lint      check style and types"
 	@echo "make format    apply the style"
@@ -71,6 +72,10 @@ test: $(VENV)/dev
 
 test-all: demo-data
 	$(OFFLINE) $(BIN)/python -m pytest
+
+# where there is no accelerator, only launches and waits are counted, on a faked one
+gpu: demo-data
+	$(OFFLINE) $(BIN)/python -m benchmarks.gpu --output out/gpu.json
 
 models: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m tests.conformance --output docs/models.md

@@ -44,8 +44,8 @@ class Stopwatch:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def in_fresh_process(function, *args, **environment: str):
@@ -57,11 +57,11 @@ def in_fresh_process(function, *args, **environment: str):
 def peak_above(function) -> int:
     """
     Bytes that a call takes at its peak, above those in use before it: resident memory of the process on the CPU (Linux),
-    allocated memory on CUDA. For a process that did little else: see [`in_fresh_process`].
+    allocated memory on an accelerator. For a process that did little else: see [`in_fresh_process`].
     """
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
     else:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory would hide what is taken anew
         _reset_resident_peak()
@@ -72,8 +72,8 @@ def peak_above(function) -> int:
 
 def memory_in_use() -> tuple[int, int]:
     """Bytes now, and at their peak."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    if torch.accelerator.is_available():
+        return torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     now, peak = (1024 * int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) for name in ("VmRSS", "VmHWM"))
     return now, peak
@@ -94,5 +94,13 @@ def machine() -> dict[str, str | int]:
         "cpu": cpu[0] if cpu else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device_name(),
     }
+
+
+def _device_name() -> str:
+    if not torch.accelerator.is_available():
+        return "cpu"
+    device = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(device)
+    return module.get_device_name() if hasattr(module, "get_device_name") else device.type

@@ -1,6 +1,7 @@
 """The benchmarks run and say what they promise to, at a size that proves nothing else."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from benchmarks import (
     ablations,
     early_stopping,
     generation,
+    gpu,
     gradient_variance,
     learning,
     long_thoughts,
@@ -299,3 +301,35 @@ def test_long_thoughts_are_measured(monkeypatch, tmp_path):
         (way, length) for way in long_thoughts.WAYS for length in (2, 4)
     ]
     assert all(step["seconds"] > 0 and step["peak_mb"] >= 0 for step in steps)
+
+
+def test_gpu_reports_every_number(tmp_path, monkeypatch):
+    """Of both models, trained whole and with LoRA, at a tiny size; a cell of the table for each."""
+    monkeypatch.setattr(gpu, "GENERATED_TOKENS", 2)
+    output = tmp_path / "out/gpu.json"
+    flags = ("--cpu", "--repeats", "1", "--measures", *(name for name in gpu.MEASURES if name != "launches"))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--output", str(output), *flags])
+    gpu.main()
+    result = json.loads(output.read_text())
+    assert [(row["model"], row["way"]) for row in result["rows"]] == [
+        (name, way) for name in ("smollm2-135m", "llama-1b") for way in ("full", "LoRA")
+    ]
+    assert result["machine"]["device"]
+    for row in result["rows"]:
+        numbers = {key: row[key] for key, _ in gpu.COLUMNS.values() if key not in ("launches", "waits")}
+        assert set(numbers.pop("generation units")) == {"plain", "always", "every 4"}
+        assert all(value > 0 for name, value in numbers.items() if name != "peak GB")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the faked device is compiled")
+def test_gpu_counts_where_it_cannot_measure(tmp_path, monkeypatch, capsys):
+    """Launches and waits of the faked device, and no time."""
+    output = tmp_path / "gpu.json"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--output", str(output), "--models", "llama-1b"])
+    gpu.main()
+    for row in json.loads(output.read_text())["rows"]:
+        assert row["launches"] > 1_000 and row["waits"] > 0 and row["faked"]
+        assert not any("seconds" in key for key in row)
+    assert gpu.NOT_MEASURED in capsys.readouterr().out
