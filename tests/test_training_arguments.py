@@ -39,6 +39,9 @@ REFUSED = {
     "length_column_name": "n_tokens",
     "optim_target_modules": ["q_proj"],
     "torch_compile": True,
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "neftune_noise_alpha": 5.0,
 }
 
 # Seen in the log, the weights or the files of a run: what the other run has besides, and the value that makes the difference
@@ -119,9 +122,6 @@ UNCHANGED = {
     "activation_checkpointing_kwargs": "handed to the model by the Trainer; reentrant ones are refused",
     "gradient_checkpointing": "an older name of `activation_checkpointing`",
     "gradient_checkpointing_kwargs": "an older name of `activation_checkpointing_kwargs`",
-    "torch_compile_backend": "turns on `torch_compile`",
-    "torch_compile_mode": "turns on `torch_compile`",
-    "neftune_noise_alpha": "a hook that the Trainer puts on the embedding",
     "use_cache": "set in the model's config by the Trainer",
     "dataloader_pin_memory": LOADER,
     "dataloader_persistent_workers": LOADER,
@@ -130,7 +130,7 @@ UNCHANGED = {
     "dataloader_in_order": LOADER,
     "remove_unused_columns": "which columns reach a reward function: test_columns.py",
     "enable_jit_checkpoint": "a signal handler of the Trainer; below",
-    "fp16": ENGINE,
+    "fp16": ENGINE + "; without effect on a CPU, which a warning says",
     "tf32": ENGINE,
     "use_cpu": ENGINE,
     "parallelism_config": ENGINE + "; what splits texts is refused, below",
@@ -219,7 +219,6 @@ def test_unchanged_fields_are_the_trainers_alone():
         "remove_unused_columns",
         "report_to",
     }
-    told_apart |= {"neftune_noise_alpha"}
     assert not (lost | ours) & UNCHANGED.keys() - told_apart
 
 
@@ -294,6 +293,14 @@ def test_several_processes_are_told_apart(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"`parallelism_config` has {name} above 1"):
             check_engine(accelerator)
     check_engine(SimpleNamespace(parallelism_config=ParallelismConfig(dp_replicate_size=2), state=SimpleNamespace()))
+
+
+def test_half_precision_on_a_cpu_is_told(tmp_path, caplog):
+    """Accelerate leaves `fp16` out there, and says nothing."""
+    tiny_args(tmp_path)
+    assert not caplog.records
+    tiny_args(tmp_path, fp16=True)
+    assert [r for r in caplog.records if "`fp16=True` does nothing on a CPU" in r.getMessage()]
 
 
 class Terminate(TrainerCallback):

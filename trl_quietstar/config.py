@@ -8,11 +8,14 @@ from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 import torch
+from transformers.utils import logging
 
 from ._compat import _BaseConfig
 from .heads import VALUE_HEAD_TYPES, QuietStarSettings
 from .rewards import REWARD_TYPES
 
+
+logger = logging.get_logger(__name__)
 
 VALUE_BASELINES = ("value", "both")
 BASELINES = ("value", "leave_one_out", "both", "mean", "none")
@@ -409,6 +412,10 @@ class QuietStarConfig(_BaseConfig):
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            logger.warning(
+                "`fp16=True` does nothing on a CPU, where training is in float32; take `bf16=True`, or leave it out."
+            )
         if not self.average_tokens_across_devices and self.world_size > 1:
             raise ValueError(
                 "`average_tokens_across_devices=False` is not supported: a step's means are over the tokens of all "
