@@ -1,5 +1,6 @@
 """Settings that must stand before any library is imported, and the fixtures that most tests share."""
 
+import gc
 import os
 
 
@@ -27,6 +28,12 @@ hypothesis_settings.load_profile("default")
 def pytest_configure(config):
     """TRL's base configuration still goes by the old name of activation checkpointing."""
     config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def pytest_collection_finish():
+    """Each `train` collects garbage several times, most of which was spent on what the imports had left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
