@@ -26,9 +26,9 @@ def main() -> None:
     texts = texts.select(range(min(len(texts), 2_000))).train_test_split(test_size=16, seed=0)
     args = QuietStarConfig(
         arguments.output,
-        **saved_fields(arguments.model),  # thought_length, talk_length, temperature and so on, as it was trained with
+        # thought_length, talk_length, temperature and so on, as it was trained with
+        **{**saved_fields(arguments.model), "thought_positions": 16},
         max_length=128,
-        thought_positions=16,
         learning_rate=1e-5,
         per_device_train_batch_size=2,
         max_steps=arguments.steps,

@@ -176,6 +176,7 @@ def test_a_saved_model_thinks_as_it_was_trained(options, tmp_path, capsys):
     """One thought after the prompt in every command, each of which says so; its evaluation is the trainer's."""
     trainer = trained(tmp_path, **options)
     folder, metrics = str(tmp_path / "out"), trainer.evaluate()
+    assert sorted(trainer.sampled_thoughts()["context"]) == sorted(row["prompt"] for row in PROBLEMS[:4])  # each once
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
     assert base_of(model).quietstar_settings.thought_positions == "prompt_end"
     ids = byte_tokenizer()("5 plus 6 is 11 .", return_tensors="pt")["input_ids"]
