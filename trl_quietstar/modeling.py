@@ -106,6 +106,10 @@ class QuietStarMixin:
         """How thoughts are run on this model, by the start-up check."""
         return self._checked("_thought_path", lambda: choose_path(self))
 
+    @thought_path.setter
+    def thought_path(self, path: Path) -> None:
+        vars(self)["_thought_path"] = path
+
     @property
     def branches_in_cache(self) -> bool:
         """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
