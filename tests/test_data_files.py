@@ -105,6 +105,11 @@ BAD_FILES = {
         (TEXT + '{"text": "é"}\n').encode("latin-1"),
         "Line 3 of the data file {} is not UTF-8 (byte 0xe9",
     ),
+    "Latin-1 list": (
+        "a.json",
+        '[{"text": "é"}]'.encode("latin-1"),
+        "Line 1 of the data file {} is not UTF-8 (byte 0xe9",
+    ),
     "UTF-16": ("a.jsonl", TEXT.encode("utf-16"), "Line 1 of the data file {} is not UTF-8 (byte 0xff"),
     "half a pair": (
         "a.jsonl",
@@ -118,6 +123,12 @@ BAD_FILES = {
     "no Parquet": ("a.parquet", TEXT, "{} cannot be read as Parquet"),
     "Latin-1 text": ("a.txt", "a\né\n".encode("latin-1"), "Line 2 of the data file {} is not UTF-8"),
     "Latin-1 CSV": ("a.csv", "text\né\n".encode("latin-1"), "Line 2 of the data file {} is not UTF-8"),
+    "a header alone": ("a.csv", "text,id\n", "{} has no rows below its header"),
+    "an open quote in the header": (
+        "a.csv",
+        '"text\na\n',
+        "Line 2 of the data file {} is no CSV (unexpected end of data)",
+    ),
     "a field more": (
         "a.csv",
         "text\na\nb, c\n",
@@ -129,6 +140,19 @@ BAD_FILES = {
     "a quote that swallows lines": ("a.tsv", 'a\tb\n"c\td\ne\tf"\n', "Line 3 of the data file {} has 1 fields"),
     "a column twice": ("a.csv", "text,text\na,b\n", "Line 1 of the data file {} names a column twice (text, text)"),
 }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_with_text_that_is_none(streaming, tmp_path):
+    """Of a byte that was changed: found when it is read, not in the middle of preparation."""
+    pd.DataFrame({"text": ["plain ascii"] * 2}).to_parquet(
+        tmp_path / "a.parquet", compression=None, write_statistics=False
+    )
+    content = Path(tmp_path, "a.parquet").read_bytes()
+    assert content.count(b"plain ascii") == 1
+    file = write(tmp_path, "b.parquet", content.replace(b"plain ascii", b"pla\xffn ascii"))
+    with pytest.raises(ValueError, match="b.parquet' cannot be read"):
+        read(file, streaming=streaming)
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

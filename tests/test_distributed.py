@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
-from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.checkpoints import check_whole
 from trl_quietstar.distributed import check_engine, check_optimizer_file, load_sharded
 from trl_quietstar.rewards import thought_rewards
@@ -222,3 +223,25 @@ def test_optimizer_of_deepspeed_is_not_dropped(tmp_path):
     (tmp_path / "global_step2").mkdir()
     with pytest.raises(ValueError, match="only DeepSpeed reads it"):
         check_optimizer_file(str(tmp_path))
+
+
+def test_columns_of_a_stream_that_one_process_reads_for_all():
+    """They are no tensors, which are all that is dealt out: refused by name where a reward function takes them."""
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "a b"}]))
+
+    def trainer(processes, reward, dispatches=None, data=stream):
+        return SimpleNamespace(
+            accelerator=SimpleNamespace(num_processes=processes, dispatch_batches=dispatches),
+            train_dataset=data,
+            eval_dataset={"one": None},
+            reward_function=reward,
+            args=SimpleNamespace(remove_unused_columns=True),
+        )
+
+    check = QuietStarREINFORCETrainer._check_streams
+    with pytest.raises(ValueError, match="takes columns of a stream, .*'dispatch_batches': False"):
+        check(trainer(2, lambda answer, **_: 0))
+    check(trainer(2, lambda text, **_: 0))
+    check(trainer(1, lambda answer, **_: 0))
+    check(trainer(2, lambda answer, **_: 0, dispatches=False))
+    check(trainer(2, lambda answer, **_: 0, data=None))

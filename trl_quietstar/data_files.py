@@ -118,7 +118,10 @@ def load_files(paths: list[Path], streaming: bool = False) -> Dataset | Iterable
             return _load_csv(paths)
         for path in paths if reader == "json" else ():
             _check_lines(path, is_json=False)  # Arrow takes any bytes, and fails at them later
-        return _load(paths)
+        rows = _load(paths)
+        if reader == "parquet":
+            rows.data.validate(full=True)
+        return rows
     except Exception as error:  # of any of the libraries that read
         faults = filter(None, map(fault_in, paths))
         raise next(faults, None) or _unreadable(paths[0], error) from None
@@ -148,6 +151,8 @@ def _rows(paths: list[Path], stamps: list[tuple] | None = None) -> Iterator[dict
     for path in paths:
         row = None
         try:
+            if reader_of(path) == "json" and not _has_rows_by_lines(path):  # read whole, and in any encoding
+                _check_lines(path, is_json=False)
             for row in _csv_rows(path) if reader_of(path) == "csv" else _load([path], streaming=True):
                 yield row
         except Exception as error:
@@ -168,8 +173,8 @@ def _csv_lines(path: Path) -> Iterator[list[str]]:
     delimiter = "\t" if ending_of(path) == "tsv" else ","
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(lines, [])
         try:
+            header = next(lines, [])
             if len(set(header)) < len(header):
                 raise ValueError(f"Line 1 of the data file {str(path)!r} names a column twice ({', '.join(header)}).")
             yield header
@@ -229,9 +234,19 @@ def check_file(path: Path) -> None:
             ) from None
         return
     _check_lines(path, is_json=reader == "json")
-    if reader == "csv":
-        for _ in _csv_lines(path):
-            pass
+    if reader == "csv" and sum(1 for _ in _csv_lines(path)) < 2:
+        raise ValueError(f"The data file {str(path)!r} has no rows below its header.")
+
+
+def _has_rows_by_lines(path: Path) -> bool:
+    """Whether a JSON file is not a list of objects, nor one object over several lines."""
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        first = next((line.strip() for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    return not _is_whole(first.decode("utf-8-sig", "replace"))
+
+
+def _is_whole(first_line: str) -> bool:
+    return first_line[:1] == "[" or first_line == "{"
 
 
 def _check_lines(path: Path, is_json: bool) -> None:
@@ -242,7 +257,7 @@ def _check_lines(path: Path, is_json: bool) -> None:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text and not first:  # a list of objects, or one object over several lines
-                    first, is_whole = text, text[0] == "[" or text == "{"
+                    first, is_whole = text, _is_whole(text)
                 if is_json and text and not is_whole:
                     _check_json(path, number, text)
             if is_json and is_whole:
