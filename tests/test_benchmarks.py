@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import (
     ablations,
+    early_ends,
     early_stopping,
     generation,
     gpu,
@@ -333,3 +334,12 @@ def test_gpu_counts_where_it_cannot_measure(tmp_path, monkeypatch, capsys):
         assert row["launches"] > 1_000 and row["waits"] > 0 and row["faked"]
         assert not any("seconds" in key for key in row)
     assert gpu.NOT_MEASURED in capsys.readouterr().out
+
+
+def test_early_ends_cost_what_they_hold(monkeypatch, tmp_path):
+    """At most two tokens are run for each that exists."""
+    sizes = ["--length", "12", "--positions", "4", "--thought_length", "32", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["early_ends", *sizes, "--output", str(tmp_path / "out.json")])
+    early_ends.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert 1 <= row["run for each that exists"] <= 2 and row["of the time without ends"] > 0

@@ -12,7 +12,7 @@ from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
 from .conformance import tiny_model
 from .test_generation import SETTINGS, generated, padded, prompts, thinking_model
-from .tiny import mixed_text, positions_of, think
+from .tiny import mixed_text, positions_of, sampling, think
 
 
 CHUNKED, BY_TOKEN = CachedReplay(), CachedReplay(by_token=True)
@@ -92,7 +92,7 @@ def test_sampling_reads_no_token_twice(name, monkeypatch):
     positions, path = positions_of(text), PATHS[name]
     B, J = positions.index.shape
     counter = Counter(model, monkeypatch)
-    think(model, text, path, positions)
+    think(model, text, path, positions, sampling(min_thought_length=None, stop=None))
     documents, longest = 7, int(text.position_ids.gather(1, positions.index).max()) + 1
     assert counter.tokens == documents * longest + B * J * 2 * 4
     assert counter.forwards == longest + 4

@@ -159,8 +159,16 @@ class CachedReplayReader:
     def text_hidden(self) -> torch.Tensor:
         return Replay().text_hidden(self.model, self.text)
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "CachedReplayReader":
+        assert self.forks is not None
+        states, order = self.forks
+        fresh, wanted = copy.copy(self), (rows[:, None] * self.branches + columns).flatten()
+        fresh.forks = states.select(order.argsort()[wanted]), torch.arange(len(wanted))
+        return fresh
+
     @torch.no_grad()
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.branches = anchors.shape[1]
         if self.forks is None:
             self.forks = self._read_text(anchors)
         states, order = self.forks

@@ -10,7 +10,7 @@ that the last thought token predicts nothing and the end slot predicts the first
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -83,6 +83,11 @@ class Text(Placed):
         """Whether each row is one document, padded on the right if at all: a causal mask is all it needs."""
         mask, documents = self.host.attention_mask, self.host.document_ids
         return bool((documents <= 1).all() and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())
+
+    def rows(self, index: torch.Tensor) -> "Text":
+        """The texts at an index `(rows,)` in the host's memory."""
+        chosen = (getattr(self.host, field.name)[index] for field in fields(self))
+        return Text(*chosen).to(self.input_ids.device)
 
     def predicted(self) -> torch.Tensor:
         """Mask of shape `(B, T - 1)`: the token after this one belongs to the same document and is a label."""

@@ -90,6 +90,18 @@ class Reader(Protocol):
         """
         ...
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "Reader":
+        """
+        Some of the branches as they are, to go on with alone; this reader keeps all.
+
+        Args:
+            rows (`torch.Tensor` of shape `(R,)`):
+                Which texts, in the host's memory.
+            columns (`torch.Tensor` of shape `(R, W)`):
+                Which of each text's branches, in the host's memory.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -225,6 +237,30 @@ class BranchReader:
         fresh.own, fresh.length = {}, 0
         return fresh
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "BranchReader":
+        fresh, places = copy.copy(self), _places(rows, columns, self.text_hidden.device)
+        if len(rows) < len(self.text.input_ids):
+            kept = {module: tuple(x[places[0][:, 0]] for x in pair) for module, pair in self.memory.layers.items()}
+            fresh.text, fresh.memory = self.text.rows(rows), TextMemory(kept, self.memory.has_windows)  # type: ignore[arg-type]
+        used = slice(self.length)
+        fresh.own = {
+            module: tuple(x[:, :, :, used].transpose(1, 2)[places].transpose(1, 2) for x in pair)
+            for module, pair in self.own.items()
+        }
+        return fresh
+
+    def take_back(self, grown: "BranchReader", places: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Adds the slots that a selection of the branches, at their rows and columns, has grown since; others have zeros."""
+        for module, pair in self.own.items():
+            joined = []
+            for old, new in zip(pair, grown.own[module], strict=True):
+                added = new[:, :, :, self.length : grown.length].transpose(1, 2)
+                room = added.new_zeros(*old.transpose(1, 2).shape[:3], *added.shape[3:])
+                room = room.index_put(places, added).transpose(1, 2)
+                joined.append(torch.cat([old[:, :, :, : self.length], room], dim=3))
+            self.own[module] = tuple(joined)
+        self.length = grown.length
+
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
         return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
@@ -296,6 +332,11 @@ class BranchReader:
             use_cache=False,
             quietstar_reading=reading.attend,  # a function, since FSDP2 copies any dataclass on its way to a layer
         )
+
+
+def _places(rows: torch.Tensor, columns: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the branches at columns `(R, W)` of rows `(R,)` into tensors of shape `(B, N, ...)`."""
+    return to_device(rows[:, None], device), to_device(columns, device)
 
 
 def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
@@ -391,14 +432,27 @@ class CachedReader:
     """Keeps the text and the branches' slots, step after step, in one KV cache (a 4D mask tells them apart)."""
 
     def __init__(self, model: PreTrainedModel, text: Text):
-        self.model, self.text = model, text
+        self.model, self.text, self.branches = model, text, 0
         self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
         self.key_positions = text.position_ids
         embeds = embed_tokens(model, text.input_ids)
         self.text_hidden = self._forward(embeds, text_attention(text), text.position_ids)
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "CachedReader":
+        T, fresh = self.text.input_ids.shape[1], copy.copy(self)
+        slots = (self.key_positions.shape[1] - T) // self.branches
+        own = T + self.branches * torch.arange(slots)[:, None] + columns[:, None]  # (R, slots, W)
+        index = torch.cat([torch.arange(T).expand(len(rows), T), own.flatten(1)], dim=1)
+        places = _places(rows, index, self.text_hidden.device)
+        fresh.cache, fresh.text = copy.copy(self.cache), self.text.rows(rows)
+        fresh.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in fresh.cache.layers:
+            layer.keys, layer.values = (x.transpose(1, 2)[places].transpose(1, 2) for x in (layer.keys, layer.values))
+        fresh.key_positions = self.key_positions[places]
+        return fresh
+
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        anchors = to_device(anchors, embeds.device)
+        anchors, self.branches = to_device(anchors, embeds.device), anchors.shape[1]
         N, T = anchors.shape[1], self.text.input_ids.shape[1]
         steps = (self.key_positions.shape[1] - T) // N + 1
         position_ids = self.text.position_ids.gather(1, anchors) + steps
@@ -511,6 +565,11 @@ class ReplayReader:
         self.model, self.text, self.path = model, text, Replay()
         self.text_hidden = self.path.text_hidden(model, text)
         self.embeds: list[torch.Tensor] = []
+
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "ReplayReader":
+        fresh, places = copy.copy(self), _places(rows, columns, self.text_hidden.device)
+        fresh.text, fresh.embeds = self.text.rows(rows), [x[places] for x in self.embeds]
+        return fresh
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         self.embeds.append(embeds)

@@ -6,7 +6,7 @@ of the model, the text up to its position, and its own random numbers: the same 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
@@ -26,6 +26,7 @@ from .transfer import to_device
 
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first when one is drawn
+TOKENS_BETWEEN_LOOKS = 4  # for ends of thoughts on a device, each of which is waited for
 MODES = ("always", "adaptive", "prompt_end", "never")
 ENDLESS = 2**31  # tokens: more than any text has
 
@@ -314,11 +315,77 @@ def sample_thoughts(
         [`Thoughts`] with tensors of shape `(B, J, G, L)`.
     """
 
-    def draw(hidden: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def draw(hidden: torch.Tensor, u: torch.Tensor, running: _Running) -> torch.Tensor:
         return draw_tokens(model, hidden, u, settings)
 
     embed = functools.partial(embed_tokens, model)
-    return _write(model, reader, positions, settings, draws, draw, embed, greatest)
+    return _write(model, reader, positions, settings, draws, draw, embed, greatest)[0]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """
+    Branches that the model runs on: all `(B, N)`, or a selection `(R, W)` of them where many have ended.
+
+    Parameters:
+        reader ([`Reader`]):
+            Of these branches.
+        places (`tuple` of `torch.Tensor`, *optional*):
+            Row and column of each among those of `of`; None: these are all.
+        anchors (`torch.Tensor` of shape `(R, W)`):
+            As in [`Reader`].
+        draws, token_ids, mask (`torch.Tensor` of shape `(R, W, L)`):
+            Uniform numbers, tokens so far, and which of them exist.
+        alive (`torch.Tensor` of shape `(R, W)`, bool):
+            Which have not ended.
+        of ([`_Running`], *optional*):
+            What they were selected from.
+    """
+
+    reader: Reader
+    anchors: torch.Tensor
+    draws: torch.Tensor
+    token_ids: torch.Tensor
+    mask: torch.Tensor
+    alive: torch.Tensor
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+    of: "_Running | None" = None
+
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "_Running":
+        """Of these rows, `(R,)`, the branches at columns, `(R, W)`; both in the host's memory."""
+        device = self.token_ids.device
+        places = (to_device(rows[:, None], device), to_device(columns, device))
+        draws, token_ids, mask, alive = (x[places] for x in (self.draws, self.token_ids, self.mask, self.alive))
+        reader, anchors = self.reader.select(rows, columns), self.anchors[rows[:, None], columns]
+        return _Running(reader, anchors, draws, token_ids, mask, alive, places, self)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of these branches, `(R, W, ...)`, among all, `(B, N, ...)`, where others have 0."""
+        if self.of is None or self.places is None:
+            return values
+        room = values.new_zeros(*self.of.alive.shape, *values.shape[2:])
+        return self.of.spread(room.index_put(self.places, values))
+
+    def everything(self) -> "_Running":
+        """All branches, each as far as it was run."""
+        now = self
+        while now.of is not None and now.places is not None:
+            for name in ("token_ids", "mask"):
+                getattr(now.of, name)[now.places] = getattr(now, name)
+            now = now.of
+        return now
+
+
+def _fewer(alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows and columns, for [`_Running.select`], of at most half as many branches with all that are `alive`, `(R, W)`, in the
+    host's memory; None if there are none so few."""
+    counts = alive.sum(1)
+    rows, width = torch.arange(len(alive)), max(int(counts.max()), 1)
+    if 2 * int((counts > 0).sum()) <= len(alive):  # of any fewer, the text's keys and values would be copied often
+        rows = (counts > 0).nonzero().flatten() if bool(alive.any()) else rows[:1]
+    if 2 * len(rows) * width > alive.numel():
+        return None
+    return rows, torch.argsort((~alive[rows]).int(), dim=1, stable=True)[:, :width]
 
 
 def _write(
@@ -327,34 +394,43 @@ def _write(
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
-    draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    draw: Callable[[torch.Tensor, torch.Tensor, _Running], torch.Tensor],
     embed: Callable[[torch.Tensor], torch.Tensor],
     greatest: Callable[[int], int],
-) -> Thoughts:
-    """The loop over a thought's tokens: `draw` gives them for hidden states `(B, N, H)` and uniform numbers `(B, N)`,
-    `embed` their embeddings."""
-    B, J = positions.index.shape
-    G, L = settings.num_thoughts, settings.thought_length
-    device = positions.index.device
-    anchors = positions.host.index.repeat_interleave(G, dim=1)
-    draws = to_device(draws, device).flatten(1, 2)
-    embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
+    finishes: bool = False,
+) -> tuple[Thoughts, _Running]:
+    """
+    The loop over a thought's tokens: `draw` gives them for hidden states `(R, W, H)`, uniform numbers `(R, W)` and the
+    branches they are of; `embed` their embeddings. Thoughts that have ended are left out as soon as they are half of what is
+    run; where the branches will go on, `finishes` has the last token run before.
+    """
+    (B, J), G, L = positions.index.shape, settings.num_thoughts, settings.thought_length
+    shape, device = (B, J, G, L), positions.index.device
     token_ids = torch.zeros(B, J * G, L, dtype=torch.long, device=device)
-    mask = positions.mask.repeat_interleave(G, dim=1)[..., None].repeat(1, 1, L)
-    running = mask[..., 0].clone()
+    alive = positions.mask.repeat_interleave(G, dim=1)
+    anchors = positions.host.index.repeat_interleave(G, dim=1)
+    mask = torch.zeros_like(token_ids, dtype=torch.bool)
+    now = _Running(reader, anchors, to_device(draws, device).flatten(1, 2), token_ids, mask, alive)
+    embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
     for step in range(L):
-        mask[..., step] &= running
-        hidden = reader.extend(anchors, embeds)
-        token_ids[..., step] = drawn = draw(hidden, draws[..., step])
-        if settings.stop is not None and step + 1 >= settings.min_thought_length:
-            running &= ~settings.stop(token_ids[..., : step + 1].flatten(0, 1)).view(B, J * G)
-            if not greatest(int(running.any())):
-                break
+        now.mask[..., step] = now.alive
+        drawn = draw(now.reader.extend(now.anchors, embeds), now.draws[..., step], now)
+        now.token_ids[..., step] = drawn
+        if settings.stop is not None and settings.min_thought_length <= step + 1 < L:
+            now.alive.logical_and_(~settings.stop(now.token_ids[..., : step + 1].flatten(0, 1)).view(drawn.shape))
+            if device.type == "cpu" or (step + 1) % TOKENS_BETWEEN_LOOKS == 0:
+                alive = now.alive.cpu()
+                if not greatest(int(alive.any())):
+                    break
+                fewer = _fewer(now.mask[..., step].cpu() if finishes else alive)
+                if fewer is not None:
+                    now = now.select(*fewer)
+                    drawn = now.token_ids[..., step].clone()  # no view of what goes on changing: a graph may keep it
         if step + 1 < L:
-            embeds = embed(drawn)  # no view of what goes on changing: a graph may keep it
-    shape = (B, J, G, L)
-    mask &= torch.arange(L, device=device) <= step
-    return _cut(Thoughts(positions, token_ids.view(shape), mask.view(shape)), L, settings)
+            embeds = embed(drawn)
+    whole = now.everything()
+    thoughts = Thoughts(positions, (whole.token_ids * whole.mask).view(shape), whole.mask.view(shape))
+    return _cut(thoughts, L, settings), now
 
 
 def _cut(thoughts: Thoughts, length: int, settings: SamplingSettings) -> Thoughts:
@@ -449,19 +525,25 @@ class ThoughtSampler:
             `tuple`: [`Thoughts`]; the hidden states that each token was drawn from, `(B, J, G, L, H)`; and what is known of
             each token, of shape `(B, J, G, L)`.
         """
-        states, drawn = [], []
+        states: list[torch.Tensor] = []  # of each token, all branches
+        drawn: list[tuple[torch.Tensor, ...]] = []
 
-        def draw(hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-            states.append(hidden)
-            drawn.append(draw_with_statistics(model, hidden, draws, self.settings))
-            return drawn[-1].token_ids
+        def draw(hidden: torch.Tensor, draws: torch.Tensor, running: _Running) -> torch.Tensor:
+            known = draw_with_statistics(model, hidden, draws, self.settings)
+            states.append(running.spread(hidden))
+            drawn.append(tuple(running.spread(getattr(known, field.name)) for field in fields(Drawn)))
+            return known.token_ids
 
         positions = self._positions(model, text, reader)
-        thoughts = _write(model, reader, positions, self.settings, self._draws(positions), draw, embed, self.greatest)
+        draws = self._draws(positions)
+        args = (model, reader, positions, self.settings, draws, draw, embed, self.greatest)
+        thoughts, running = _write(*args, finishes=True)
+        while running.of is not None and running.places is not None:
+            running.of.reader.take_back(running.reader, running.places)  # type: ignore[attr-defined]  # they branch
+            running = running.of
         thoughts = _cut(thoughts, len(states), self.settings)
         shape = thoughts.mask.shape
-        names = ("token_ids", "logps", "entropies", "log_z")
-        known = Drawn(*(torch.stack([getattr(d, name) for d in drawn], dim=2).view(shape) for name in names))
+        known = Drawn(*(torch.stack(x, dim=2).view(shape) for x in zip(*drawn, strict=True)))
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
 
     def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
