@@ -77,6 +77,8 @@ RUNS: dict[str, dict] = {
     "reference": dict(no_thought_model="reference", max_length=None),
     "lora": dict(peft_config=True, beta=0.1),
     "stop": dict(thought_stop_string="1", min_thought_length=2, unfinished_thought_penalty=0.1),
+    "early_ends": dict(thought_stop_string="1", min_thought_length=1, thought_length=12, single_pass=True),
+    "early_ends_ahead": dict(thought_stop_string="1", min_thought_length=1, thought_length=12, single_pass=False),
     "warpers": dict(top_k=5, top_p=0.9, min_p=0.01, temperature=0.7),
     "accumulation": dict(gradient_accumulation_steps=2, thought_stop_string="1", normalize_advantages=True),
     "iterations": dict(num_iterations=2),

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings, branch_attention
 from trl_quietstar.branch_attention import BranchReading
 from trl_quietstar.cached_replay import CachedReplay
-from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.paths import BranchReader, MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
 
@@ -178,13 +178,13 @@ class WiderBranchWindow(SharedPrefix):
 class WholeDocument(SharedPrefix):
     """Branches see the token after their anchor."""
 
+    class Reader(BranchReader):
+        def _branch_reading(self, anchors, *rest):
+            last = (anchors + 1).clamp(max=self.text.input_ids.shape[1] - 1)
+            return replace(super()._branch_reading(anchors, *rest), last=last)
+
     def read(self, model, text):
-        reader = super().read(model, text)
-        reading = reader._branch_reading
-        reader._branch_reading = lambda anchors, *rest: replace(
-            reading(anchors, *rest), last=(anchors + 1).clamp(max=text.input_ids.shape[1] - 1)
-        )
-        return reader
+        return self.Reader(model, text)
 
 
 class WiderChunk(MaskedPrefix):
@@ -201,11 +201,12 @@ class WiderChunk(MaskedPrefix):
 class LateReader(SharedPrefix):
     """Thoughts are sampled as if after the token before; scoring is right."""
 
+    class Reader(BranchReader):
+        def extend(self, anchors, embeds):
+            return super().extend((anchors - 1).clamp(min=0), embeds)
+
     def read(self, model, text):
-        reader = super().read(model, text)
-        extend = reader.extend
-        reader.extend = lambda anchors, embeds: extend((anchors - 1).clamp(min=0), embeds)
-        return reader
+        return self.Reader(model, text)
 
 
 @pytest.mark.parametrize(

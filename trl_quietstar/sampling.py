@@ -22,7 +22,7 @@ from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden
 from .heads import QuietStarSettings, ThinkingModel
 from .lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
 from .paths import BranchReader, Path, Reader
-from .transfer import to_device
+from .transfer import to_device, to_host
 
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -419,10 +419,10 @@ def _write(
         if settings.stop is not None and settings.min_thought_length <= step + 1 < L:
             now.alive.logical_and_(~settings.stop(now.token_ids[..., : step + 1].flatten(0, 1)).view(drawn.shape))
             if device.type == "cpu" or (step + 1) % TOKENS_BETWEEN_LOOKS == 0:
-                alive = now.alive.cpu()
+                alive, written = to_host([now.alive, now.mask[..., step]])
                 if not greatest(int(alive.any())):
                     break
-                fewer = _fewer(now.mask[..., step].cpu() if finishes else alive)
+                fewer = _fewer(written if finishes else alive)
                 if fewer is not None:
                     now = now.select(*fewer)
                     drawn = now.token_ids[..., step].clone()  # no view of what goes on changing: a graph may keep it
@@ -436,9 +436,13 @@ def _write(
 def _cut(thoughts: Thoughts, length: int, settings: SamplingSettings) -> Thoughts:
     """The first tokens of thoughts. Where none ends early, the host knows which exist without asking the device."""
     cut = Thoughts(thoughts.positions, thoughts.token_ids[..., :length], thoughts.mask[..., :length])
+    known = vars(thoughts).get("host_mask")
     if settings.stop is None:
-        known = thoughts.positions.host.mask[..., None, None].expand(cut.mask.shape)
-        cut.__dict__["host_mask"] = known  # no field: `dataclasses.replace` must not carry it to another mask
+        known = thoughts.positions.host.mask[..., None, None].expand(thoughts.mask.shape)
+    if known is not None:
+        vars(cut)["host_mask"] = known[
+            ..., :length
+        ]  # no field: `dataclasses.replace` must not carry it to another mask
     return cut
 
 
@@ -500,10 +504,10 @@ class ThoughtSampler:
             places = Positions(index, mask).to(device)
             parts.append(sample_thoughts(model, reader, text, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
-        longest = self.settings.thought_length
+        thoughts, longest = Thoughts(positions, token_ids, mask), self.settings.thought_length
         if self.settings.stop is not None:  # where all thoughts ended early, no slot is kept for more
-            longest = self.greatest(max(int(mask.sum(-1).max()), 1))
-        return _cut(Thoughts(positions, token_ids, mask), longest, self.settings)
+            longest = self.greatest(max(int(thoughts.host_mask.sum(-1).max()), 1))
+        return _cut(thoughts, longest, self.settings)
 
     def sample_in_graph(
         self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]

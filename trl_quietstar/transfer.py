@@ -61,5 +61,5 @@ class Placed:
         if all(x.device == device for x in tensors):
             return self
         moved = type(self)(*(to_device(x, device) for x in tensors))
-        moved.__dict__["host"] = self.host  # no field: `dataclasses.replace` must not carry it to other tensors
+        vars(moved)["host"] = self.host  # no field: `dataclasses.replace` must not carry it to other tensors
         return moved
