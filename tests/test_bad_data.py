@@ -108,6 +108,22 @@ BAD_ROWS = {
         "the label 9 beside the id 6, at token 1; labels only say which of `input_ids` are predicted",
     ),
     "shifted labels": (ids(labels=[5, 6, 7]), ids(labels=[6, 7, -100]), "the label 6 beside the id 5, at token 0"),
+    "labels that a mask leaves out": (
+        ids(labels=[5, -100, 7], completion_mask=[0, 0, 1]),
+        ids(labels=[5, 6, 7], completion_mask=[0, 0, 1]),
+        "a label at token 1, which 'completion_mask' leaves out; give -100 there",
+    ),
+    "labels that the first row has not": (ids(), ids(labels=[-100, 6, 7]), "'labels', which the first row has not"),
+    "a picture that the first row has not": (
+        {"text": "a b"},
+        {"text": "a b", "image": "a.png"},
+        "'image', which the first row has not; give it to each row, or to none",
+    ),
+    "tools that the first row has not": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}], "tools": "[]"},
+        "'tools', which the first row has not",
+    ),
     "ids that are switches": (ids(), {"input_ids": [True, False]}, "True (`bool`) in 'input_ids'; whole numbers"),
     "positions of packed texts": (
         ids(position_ids=[0, 1, 2]),

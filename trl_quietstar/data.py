@@ -136,7 +136,9 @@ def prepare_texts(
     workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
     run = _Run(name) if is_stream else None
     assistant_only = args.assistant_only_loss and kind != "input_ids"
-    check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation)
+    confining = ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
+    masks = tuple(column for column in confining if column in columns)
+    check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation, masks)
     dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
     if kept:
         dataset = dataset.map(_set_aside, fn_kwargs={"columns": kept}, **workers)

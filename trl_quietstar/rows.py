@@ -108,6 +108,8 @@ class RowCheck:
             Whether each conversation needs tokens of the assistant.
         is_conversation (`bool`):
             Whether the first row holds messages, so that all rows must.
+        loss_masks (`tuple[str, ...]`):
+            Columns that confine the loss; labels beside them must keep to them.
 
     Raises:
         `ValueError`: naming the row, the column, the value and the fix.
@@ -120,8 +122,12 @@ class RowCheck:
     vocab_size: int
     assistant_only: bool = False
     is_conversation: bool = False
+    loss_masks: tuple[str, ...] = ()
 
     def __call__(self, row: dict, index: int) -> bool:
+        for column in (*EXTRAS.get(self.kind, ()), *PICTURES):
+            if column not in self.columns and row.get(column) is not None:  # of a stream, which goes by its first row
+                self._refuse(index, f"{column!r}, which the first row has not", "give it to each row, or to none")
         for column in self.columns:
             if column not in row or (row[column] is None and column != "tools"):
                 self._refuse(index, f"nothing in {column!r}", "give it a value, or leave the row out")
@@ -173,6 +179,11 @@ class RowCheck:
                 found = f"the label {label} beside the id {token}, at token {place}"
                 fix = "labels only say which of `input_ids` are predicted: give the same id there, or -100"
                 self._refuse(index, found, fix)
+        for column in self.loss_masks if "labels" in self.columns else ():
+            for place, (label, mask) in enumerate(zip(row["labels"], row[column], strict=True)):
+                if place and label != -100 and not mask:  # the first token is predicted in no case
+                    found = f"a label at token {place}, which {column!r} leaves out"
+                    self._refuse(index, found, "give -100 there, or leave out the one or the other column")
         if list(row.get("position_ids") or ()) not in ([], list(range(len(ids)))):
             fix = "leave them out, and give `seq_lengths` where a row is packed of several texts"
             self._refuse(index, "'position_ids' that do not count its tokens from 0", fix)
