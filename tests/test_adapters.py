@@ -15,9 +15,10 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, TrainerCallback
 
-from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.adapters import AdapterReference
 from trl_quietstar.geometry import Text
-from trl_quietstar.modeling import base_of
+from trl_quietstar.modeling import attach_heads, base_of
 from trl_quietstar.self_check import _text_logps
 
 from .tiny import byte_tokenizer
@@ -241,6 +242,18 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(base, adapter, tmp_p
     after = trainer.evaluate()
     assert after["eval_nll_with"] != before["eval_nll_with"]
     assert after["eval_nll_without"] == before["eval_nll_without"]
+
+
+def test_a_copy_of_an_adapter_is_not_sharded(adapter):
+    """A new LoRA needs none, and is a reference under any engine."""
+    model = get_peft_model(plain_model(), LoraConfig(**LORA))
+    attach_heads(base_of(model), QuietStarSettings())
+    AdapterReference(model, sharded=True)
+    model = PeftModel.from_pretrained(plain_model(), adapter, is_trainable=True)
+    attach_heads(base_of(model), QuietStarSettings())
+    AdapterReference(model, sharded=False)
+    with pytest.raises(ValueError, match="FSDP and ZeRO-3 would not shard"):
+        AdapterReference(model, sharded=True)
 
 
 def test_an_adapter_on_a_resized_vocabulary_comes_back(tmp_path):

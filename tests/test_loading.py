@@ -241,6 +241,32 @@ def test_a_plain_model_that_is_to_think_is_said_to_be_one(tmp_path, caplog, caps
     assert word not in caplog.text
 
 
+def test_heads_of_a_plainly_loaded_thinker_are_trained_on(tmp_path, caplog):
+    """`AutoModelForCausalLM` drops them; where the folder has lost them, it is said that they are new."""
+    first = tiny_trainer(tmp_path / "out", model=saved_model(tmp_path / "m"))
+    randomize(first.model.quietstar)
+    first.save_model()
+    again = tiny_trainer(tmp_path / "again", model=AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for name, tensor in first.model.quietstar.state_dict().items():
+        assert torch.equal(again.model.quietstar.state_dict()[name], tensor), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not caplog.records or "its heads are new ones" not in caplog.text
+    (tmp_path / "out/quietstar.safetensors").unlink()
+    tiny_trainer(tmp_path / "again", model=model)
+    assert caplog.text.count("its heads are new ones") == 1
+    QuietStarForCausalLM.from_pretrained(tmp_path / "out")
+    assert caplog.text.count("its heads are new ones") == 2
+
+
+def test_the_command_line_reads_settings_where_it_reads_the_model(tmp_path, capsys):
+    """In a subfolder, too."""
+    tiny_trainer(tmp_path / "models/out", model=saved_model(tmp_path / "m"), thought_length=5).save_model()
+    (tmp_path / "data.jsonl").write_text('{"text": "1 plus 2 is 3 ."}\n' * 2)
+    flags = ["--model_init_kwargs", '{"subfolder": "out"}', "--model", str(tmp_path / "models")]
+    assert main(["eval", "--dataset_name", str(tmp_path / "data.jsonl"), *flags]) in (None, 0)
+    assert "Thoughts of up to 5 tokens" in capsys.readouterr().out
+
+
 # Arguments of `from_pretrained`
 
 

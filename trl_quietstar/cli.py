@@ -41,7 +41,7 @@ from .inspection_page import write_page
 from .likelihood import think_in_chunks
 from .lm_head import normalized_entropy
 from .loading import build_model, load_tokenizer, pad_token_id, warn_of_untrained_heads
-from .modeling import QuietStarForCausalLM, base_of, saved_settings
+from .modeling import HUB_KWARGS, QuietStarForCausalLM, base_of, saved_settings
 from .report import (
     TerminalStreamer,
     print_anti_theater,
@@ -402,11 +402,12 @@ def evaluate(argv: list[str]) -> None:
         prog="trl-quietstar eval",
         description=description,
     )
-    *_, model_args = parser.parse_args_and_config(argv)
+    *_, args, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
         if model_args.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
-        fields = saved_fields(model_args.model_name_or_path, revision=model_args.model_revision)
+        hub = {"revision": model_args.model_revision, **hub_kwargs(args)}
+        fields = saved_fields(model_args.model_name_or_path, **hub)
         if not fields:
             warn_of_untrained_heads(model_args.model_name_or_path)
         parser.set_defaults(output_dir=scratch, report_to="none", **fields)
@@ -526,6 +527,11 @@ def generate(argv: list[str]) -> None:
     )
 
 
+def hub_kwargs(args: QuietStarConfig) -> dict:
+    """Where on the Hub the model is, as `model_init_kwargs` say it."""
+    return {name: value for name, value in (args.model_init_kwargs or {}).items() if name in HUB_KWARGS}
+
+
 def saved_fields(source: str, **hub) -> dict:
     """The fields of `QuietStarConfig` that a saved thinking model keeps; none for a plain model."""
     settings = saved_settings(source, **hub)
@@ -549,11 +555,11 @@ def inspect(argv: list[str]) -> None:
     parser = TrlParser((InspectArguments, QuietStarConfig), prog="trl-quietstar inspect")
     with tempfile.TemporaryDirectory() as scratch:
         parser.set_defaults(output_dir=scratch, report_to="none", num_thoughts=3, seed=0)
-        inspect_args, _ = parser.parse_args_and_config(argv)
+        inspect_args, args = parser.parse_args_and_config(argv)
         if inspect_args.model is None or inspect_args.text is None:
             missing = "model" if inspect_args.model is None else "text"
             raise ValueError(f"`{missing}` is missing; give `--{missing}`.")
-        fields = saved_fields(inspect_args.model)
+        fields = saved_fields(inspect_args.model, **hub_kwargs(args))
         if not isinstance(fields.get("thought_positions"), str):  # some of them, to save time in training
             fields.pop("thought_positions", None)
         parser.set_defaults(**fields)

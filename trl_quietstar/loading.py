@@ -14,7 +14,17 @@ from .adapters import check_adapter_model, check_method
 from .config import QuietStarConfig
 from .distributed import check_one_device, check_whole, loaded_whole
 from .heads import QuietStarSettings
-from .modeling import HUB_KWARGS, QuietStarForCausalLM, QuietStarMixin, attach_heads, base_of, has_file, heads_aside
+from .modeling import (
+    HUB_KWARGS,
+    QuietStarForCausalLM,
+    QuietStarMixin,
+    attach_heads,
+    attach_saved_heads,
+    base_of,
+    has_file,
+    heads_aside,
+    warn_of_lost_heads,
+)
 
 
 if is_peft_available():
@@ -65,7 +75,7 @@ def build_model(
             module.support_avx512bf16_for_cpu = False
     _checkpoint_exactly(base)
     if not isinstance(base, QuietStarMixin):
-        attach_heads(base, settings)
+        _attach(base, settings)
         base._loaded_by = {"revision": getattr(base.config, "_commit_hash", None)}  # noted by Transformers until 5.23
     if tokenizer is None:
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
@@ -87,6 +97,17 @@ def build_model(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_token_id(tokenizer)
     return model, tokenizer
+
+
+def _attach(base, settings: QuietStarSettings) -> None:
+    """Gives a plainly loaded model its heads: those that it was saved with, if it was."""
+    if getattr(base.config, "quietstar", None) is not None:
+        try:
+            attach_saved_heads(base)
+            return
+        except FileNotFoundError:
+            warn_of_lost_heads(base.config.name_or_path)
+    attach_heads(base, settings)
 
 
 def _load(source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict):

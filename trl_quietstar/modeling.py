@@ -15,6 +15,7 @@ An adapter repository (PEFT) holds the adapter's files, `quietstar.safetensors` 
 import functools
 import inspect
 import json
+import logging
 import re
 import shutil
 import types
@@ -59,6 +60,8 @@ from .paths import Path, SharedPrefix
 from .sampling import Thinking
 from .self_check import choose_path, takes_masks
 
+
+logger = logging.getLogger(__name__)
 
 HEADS_NAME = "quietstar.safetensors"
 SETTINGS_NAME = "quietstar.json"
@@ -656,15 +659,17 @@ class QuietStarForCausalLM:
                     "`use_safetensors=False`: thinking models are read from safetensors only; leave it out."
                 )
             kwargs["use_safetensors"] = True
-        settings = settings or _settings_in(config) or QuietStarSettings()
+        saved = _settings_in(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **{**kwargs, "output_loading_info": True})
         model, info = loaded
         _check_published(info["unexpected_keys"], source)
-        attach_heads(model, settings)
+        attach_heads(model, settings or saved or QuietStarSettings())
         model._loaded_by = hub
         if heads is not None:
             model.load_heads(heads)
         else:
+            if saved is not None:
+                warn_of_lost_heads(source)
             _load_trl_value_head(model, _find(source, SAFE_WEIGHTS_NAME, hub))
         return (model, info) if kwargs.get("output_loading_info") else model
 
@@ -709,6 +714,15 @@ def saved_settings(source: str, **hub) -> QuietStarSettings | None:
 def _settings_in(config: PreTrainedConfig) -> QuietStarSettings | None:
     saved = getattr(config, "quietstar", None)
     return None if saved is None else QuietStarSettings.from_dict(saved, config.name_or_path)
+
+
+def warn_of_lost_heads(source: str) -> None:
+    """Says that a model that learned to think begins anew."""
+    logger.warning(
+        "%r was saved by trl-quietstar, but %s is not there: its heads are new ones. Copy the whole folder.",
+        source,
+        HEADS_NAME,
+    )
 
 
 def _read_json(file: str) -> dict:
