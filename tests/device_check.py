@@ -91,7 +91,7 @@ RUNS: dict[str, dict] = {
     "windows": dict(model="mistral-window"),
     "mixture": dict(model="mixtral", router_aux_loss_coef=0.01),
     "log_thoughts": dict(log_thoughts=True),
-    "full_determinism": dict(full_determinism=True),
+    "full_determinism": dict(full_determinism=True, top_p=0.9, top_k=20, min_p=0.01),
     "tf32": dict(tf32=True, bf16=False),
     "dropout": dict(peft_config=True, disable_dropout=False, branch_batch_size=4),
 }

@@ -82,7 +82,14 @@ WAITING = {  # their result, or its size, is needed on the host
     *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
 }
 PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
-NOT_DETERMINISTIC = {aten.cumsum, aten.cumsum_, aten.put_, aten.histc}  # of floating-point numbers
+NOT_DETERMINISTIC = {
+    aten.cumsum,
+    aten.cumsum_,
+    aten.put_,
+    aten.histc,
+    aten.median,
+    aten.nll_loss2d_forward,
+}  # of floating-point numbers
 
 
 class DeviceTensor(torch.Tensor):

@@ -343,3 +343,23 @@ def test_sampling_leaves_no_graph():
     thoughts = sample_thoughts(model, reader, text, places, sampling(), uniforms(places, sampling(), generators(text)))
     assert not thoughts.token_ids.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_top_p_is_the_same_under_full_determinism():
+    """Which sums whole numbers, on devices where PyTorch refuses the sum of others."""
+
+    class Elsewhere(torch.Tensor):
+        """Scores as on another device."""
+
+        device = torch.device("cuda")
+
+    scores = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    for top_p in (1e-9, 0.3, 0.9, 0.999):
+        (warper,) = SamplingSettings(3, top_p=top_p).warpers()
+        expected = warper(None, scores)
+        torch.use_deterministic_algorithms(True)
+        try:
+            found = warper(None, scores.as_subclass(Elsewhere))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(found.as_subclass(torch.Tensor), expected)

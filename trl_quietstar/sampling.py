@@ -69,7 +69,7 @@ class SamplingSettings:
         if self.top_k > 0:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(self.top_p))
+            warpers.append(_TopP(self.top_p))
         if self.min_p is not None:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers
@@ -661,6 +661,18 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     within = _whole(probs.gather(1, index.clamp(max=V - 1)) * (index < V) / mass).cumsum(-1)
     offset = torch.searchsorted(within, _share(within, share.clamp(min=0)), right=True)
     return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)
+
+
+class _TopP(TopPLogitsWarper):
+    """Transformers' own, whose sum PyTorch refuses on CUDA under `full_determinism`; there it is of whole numbers."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+            return super().__call__(input_ids, scores)  # type: ignore[arg-type]
+        ascending, index = scores.sort(-1)
+        below = _whole(ascending.softmax(-1)).cumsum(-1) <= int((1 - self.top_p) * 2**40)
+        below[:, -1] = False  # the likeliest token stays
+        return scores.masked_fill(below.scatter(1, index, below), self.filter_value)
 
 
 def _whole(probs: torch.Tensor) -> torch.Tensor:
