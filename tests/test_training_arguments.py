@@ -27,6 +27,10 @@ from .training import text_data, tiny_args, tiny_trainer
 
 
 FIELDS = [field.name for field in fields(TrainingArguments)]
+NEWER = {
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+}  # than the oldest Transformers that is supported
 
 # Refused, unless it is what the trainer does in any case: a value, and the options it needs to be a value at all
 REFUSED = {
@@ -172,7 +176,8 @@ UNCHANGED = {
 def test_every_field_is_entered_once():
     """A field that is new in Transformers must be tried, and one that is gone leaves this page."""
     entered = [*REFUSED, *CHANGES, *SAME, *UNCHANGED]
-    assert sorted(entered) == sorted(FIELDS)
+    assert len(entered) == len(set(entered))
+    assert not set(FIELDS) - set(entered) and not set(entered) - set(FIELDS) - NEWER
 
 
 # What the Trainer alone sees to
@@ -262,7 +267,7 @@ def test_a_field_changes_the_run(name, runs):
     assert traced(runs, options) != traced(runs, {**options, name: value})
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [name for name in SAME if name in FIELDS])
 def test_a_field_leaves_the_run_as_it_is(name, runs):
     """Two runs that differ in the field alone are the same run, with an evaluation."""
     options, (value, _) = dict(evaluates=True), SAME[name]
