@@ -300,6 +300,15 @@ def test_several_processes_are_told_apart(tmp_path, monkeypatch):
     check_engine(SimpleNamespace(parallelism_config=ParallelismConfig(dp_replicate_size=2), state=SimpleNamespace()))
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_rows_come_again_in_the_next_step(split, tmp_path, monkeypatch):
+    """With `num_iterations=2`, two processes and batches that they split, or that each has of its own."""
+    trainer = tiny_trainer(tmp_path, num_iterations=2, accelerator_config={"split_batches": split})
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    rows, step = list(trainer._get_train_sampler()), 4 if split else 8
+    assert rows[:step] == rows[step : 2 * step] and not set(rows[:step]) & set(rows[2 * step : 3 * step])
+
+
 def test_half_precision_on_a_cpu_is_told(tmp_path, caplog):
     """Accelerate leaves `fp16` out there, and says nothing."""
     tiny_args(tmp_path)

@@ -494,10 +494,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
         if args.num_iterations == 1:
             return super()._get_train_sampler(train_dataset)
+        batches = (
+            1 if self.accelerator.split_batches else self.accelerator.num_processes
+        )  # read at once, by all processes
         return RepeatedRows(
             dataset,
             mini_repeat_count=1,
-            batch_size=self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes,
+            batch_size=self._train_batch_size * args.gradient_accumulation_steps * batches,
             repeat_count=args.num_iterations,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
