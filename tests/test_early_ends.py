@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from trl_quietstar.cached_replay import CachedReplay
+from trl_quietstar.geometry import Positions, Thoughts
 from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.sampling import ThoughtSampler
-from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
 
 from .test_cached_replay import Counter
 from .tiny import exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model
@@ -90,3 +91,38 @@ def test_sampling_in_the_graph_is_scoring(monkeypatch):
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-8, rtol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(("name", "size"), [("attention", None), ("attention", 3), ("replay", None)])
+def test_scoring_runs_no_slots_that_no_thought_has(name, size, monkeypatch):
+    """Long and short thoughts are scored apart: numbers and gradients are those of each thought alone."""
+    model, text, path = exact_model(), mixed_text(), PATHS[name]
+    options = dict(thought_length=80, min_thought_length=1, temperature=9.0)
+    settings = sampling(**options, stop=lambda ids: ids[:, -1] % 9 == 0)
+    thoughts = think(model, text, positions=positions_of(text, 0.4), settings=settings)
+    fields = ("thought_logps", "thought_values", "talk_logps", "similarity")
+
+    def scored(thoughts):
+        scores = score(model, ScoreRequest(text, thoughts, 3, path, branch_batch_size=size))
+        both = (score_thoughts(model, text, thoughts, path, start=start).thought_logps for start in (True, False))
+        found = {**{field: scores[field] for field in fields}, **dict(zip(("reference", "plain"), both, strict=True))}
+        sum((values.sin().sum() for values in found.values()), torch.zeros(())).backward()
+        return found
+
+    def gradients():
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    counter = Counter(model, monkeypatch)
+    ours, ours_gradients = scored(thoughts), gradients()
+    (B, J, G, L), tokens = thoughts.mask.shape, counter.tokens
+    assert tokens < 0.8 * (B * J * G * (L + 4 + 2 * L) + 3 * text.input_ids.numel())
+    for j in range(J):
+        for g in range(G):
+            places = Positions(thoughts.positions.index[:, j : j + 1], thoughts.positions.mask[:, j : j + 1])
+            at = (slice(None), slice(j, j + 1), slice(g, g + 1))
+            for field, values in scored(Thoughts(places, thoughts.token_ids[at], thoughts.mask[at])).items():
+                torch.testing.assert_close(ours[field][at], values, atol=1e-9, rtol=0, msg=field)
+    for parameter, gradient in gradients().items():
+        torch.testing.assert_close(ours_gradients[parameter], gradient, atol=1e-8, rtol=1e-8, msg=parameter)

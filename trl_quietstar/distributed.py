@@ -122,6 +122,11 @@ def module_is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
+def model_is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only, so that all must run the layers equally often."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """What this process holds of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .distributed import model_is_sharded
 from .embeddings import LookupTape, embed_tokens, embed_vector
 from .geometry import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
 from .lm_head import Drawn, prediction_statistics, token_statistics
-from .paths import BranchReader, Path
-from .routing import Routing, router_loss
+from .paths import BranchReader, Encoded, Path
+from .routing import Routing, has_router_loss, router_loss
 from .sampling import ThoughtSampler
 from .transfer import to_device
+
+
+LEAST_SAVED = 4096  # tokens: an accelerator runs fewer in the time that it takes to launch a forward of their own
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,57 @@ def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> 
     text = request.text
     talk = talk_after(text, thoughts.positions, request.talk_length)
     branches = _full_branches(model, thoughts, talk, functools.partial(embed_tokens, model))
-    encoded = request.path.encode(model, text, branches, request.branch_batch_size)
+    L = thoughts.mask.shape[3]
+    lengths = thoughts.host_mask.sum(-1).flatten(1)
+    encoded = _encode_by_length(
+        model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size
+    )
     return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
+
+
+def _encode_by_length(
+    model: ThinkingModel,
+    text: Text,
+    path: Path,
+    branches: Branches,
+    lengths: torch.Tensor,
+    slots: slice,
+    batch_size: int | None,
+) -> Encoded:
+    """
+    What [`~paths.Path.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
+    ones have forwards of their own, which leave out those of the thought's `slots` that none of them has.
+    """
+    (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
+    order = lengths.argsort(dim=1, descending=True, stable=True)
+    blocks = _by_length(lengths.gather(1, order).amax(0).tolist())
+    saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
+    worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
+    if 2 * saved < N * S + T or not worthwhile or has_router_loss(model.config) or model_is_sharded(model):
+        return path.encode(model, text, branches, batch_size)
+    rows, parts, text_hidden = torch.arange(B)[:, None], [], None
+    for start, stop, longest in blocks:
+        columns, end = order[:, start:stop], slots.start + longest
+        places = tuple(to_device(x, branches.mask.device) for x in (rows, columns))
+        kept = to_device(torch.cat([torch.arange(end), torch.arange(slots.stop, S)]), branches.mask.device)
+        embeds, mask = (x[places].index_select(2, kept) for x in (branches.embeds, branches.mask))
+        encoded = path.encode(model, text, Branches(branches.anchors.gather(1, columns), embeds, mask), batch_size)
+        text_hidden, hidden = encoded.text if text_hidden is None else text_hidden, encoded.branches
+        left_out = hidden.new_zeros(B, stop - start, L - longest, hidden.shape[-1])
+        parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
+    back = tuple(to_device(x, branches.mask.device) for x in (rows, order.argsort(dim=1)))
+    return Encoded(text_hidden, torch.cat(parts, dim=1)[back], [])  # type: ignore[arg-type]
+
+
+def _by_length(longest: list[int]) -> list[tuple[int, int, int]]:
+    """Runs of columns, by first and last plus one, whose lengths, in descending order, halve from one to the next; and the
+    greatest length of each."""
+    blocks, start = [], 0
+    for column in range(1, len(longest) + 1):
+        if column == len(longest) or (longest[column] < longest[start] and 2 * longest[column] <= longest[start]):
+            blocks.append((start, column, longest[start]))
+            start = column
+    return blocks
 
 
 def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: ThoughtSampler) -> _Encoding:
@@ -230,7 +283,9 @@ def score_thoughts(
         embeds = torch.cat([_edge(model, model.quietstar.start_embedding, thoughts), embeds], dim=3)
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
     branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
-    encoded = path.encode(model, text, branches, branch_batch_size)
+    lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
+    slots = slice(int(start), int(start) + L - 1)
+    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
