@@ -16,12 +16,11 @@ pytest.importorskip("lm_eval", reason="needs `pip install trl-quietstar[eval]`")
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.cli import main
-from trl_quietstar.harness import Outcome, QuietStarLM, evaluate_tasks, paired_test, ratio_error
+from trl_quietstar.harness import Outcome, QuietStarLM, _tasks, evaluate_tasks, paired_test, ratio_error
 from trl_quietstar.likelihood import log_likelihoods
 from trl_quietstar.sampling import Thinking
 
@@ -35,11 +34,11 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture
-def tasks(tmp_path) -> str:
-    """A folder with a multiple-choice task, a generation task and a perplexity task, and their documents."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> str:
+    """A folder with a multiple-choice task, a generation task and a perplexity task, and their documents; one for all tests,
+    since lm-eval takes seconds to read its own beside it."""
+    folder = tmp_path_factory.mktemp("tasks")
     data = folder / "documents.jsonl"
     data.write_text("\n".join(json.dumps(document) for document in DOCUMENTS))
     common = dict(dataset_path="json", dataset_kwargs={"data_files": {"test": str(data)}}, test_split="test")
@@ -101,7 +100,7 @@ def test_without_thoughts_it_is_lm_evals_own_model(thinker, tasks):
     """Every task's numbers are those of stock `HFLM` on the plain base."""
     ours = values(evaluate_tasks(QuietStarLM(thinker, think="never"), NAMES, tasks))
     plain = HFLM(AutoModelForCausalLM.from_pretrained(thinker), tokenizer=AutoTokenizer.from_pretrained(thinker))
-    theirs = simple_evaluate(plain, tasks=NAMES, task_manager=TaskManager(include_path=tasks), bootstrap_iters=0)
+    theirs = simple_evaluate(plain, tasks=NAMES, task_manager=_tasks(tasks), bootstrap_iters=0)
     for (task, metric), value in ours.items():
         assert value == pytest.approx(theirs["results"][task][f"{metric},none"], rel=1e-6), task
     assert {task for task, _ in ours} == set(NAMES)

@@ -373,7 +373,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
         batch_size=args.batch_size,
         **hub,
     )
-    print(f"{args.model} thinks {model.thinking}.")
+    print(f"Thinks {model.thinking}.")
     tasks = [task.strip() for task in args.tasks.split(",")]
     options = (tasks, args.include_path, args.limit, args.num_fewshot)
     outcomes, plain, p_values = evaluate_tasks(model, *options), None, []
