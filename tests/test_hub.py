@@ -270,3 +270,15 @@ def test_the_tokenizer_comes_along(hub, tmp_path):
     trained(tmp_path).push_to_hub()
     tokenizer = AutoTokenizer.from_pretrained(hub.folder / "me/thinker")
     assert tokenizer("7 plus 8 is")["input_ids"] == prompt()[0].tolist()
+
+
+def test_a_variant_and_a_second_process(tmp_path):
+    """`variant` names the weights' file, as Transformers does; a process that is not the main one writes none of the heads."""
+    model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "out", variant="fp16")
+    assert (tmp_path / "out/model.fp16.safetensors").is_file()
+    again = QuietStarForCausalLM.from_pretrained(tmp_path / "out", variant="fp16")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    model.save_pretrained(tmp_path / "second", is_main_process=False)
+    assert not list((tmp_path / "second").glob("quietstar*"))

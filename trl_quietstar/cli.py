@@ -63,7 +63,8 @@ train     trains a causal language model to think, evaluates it before and after
 generate  writes on from a prompt, thinking; with --show-thoughts, the thoughts too
 eval      evaluates a model; with --anti-theater, also whether its thoughts are used or decoration; with --tasks, on any
           tasks of lm-evaluation-harness, and with --compare there also without thoughts
-inspect   writes a page of what a model thinks after each token of a text: --model PATH --text FILE --output PAGE.html
+inspect   writes a page of what a model thinks after each token of a text: --model PATH --text FILE --output PAGE.html; with
+          --prompt FILE, of what it thinks between a prompt and the text
 
 `trl-quietstar COMMAND --help` lists every field."""
 
