@@ -186,8 +186,11 @@ def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[
                 f"The data file {name!r} is of no kind that is read; give one that ends in .{', .'.join(others)} or .{last}, "
                 "compressed or not."
             )
-        if config is not None:
-            raise ValueError(f"`dataset_config` is {config!r}, and a file has none; leave it out.")
+        if config is not None:  # of a recipe, perhaps, whose data this file takes the place of
+            print(
+                f"Warning: `dataset_config` is {config!r}, and a file has none; all of {name!r} is read.",
+                file=sys.stderr,
+            )
         return {"train": load_files([path], streaming)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(name)
