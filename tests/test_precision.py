@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar.config import _has_bf16
 from trl_quietstar.paths import Replay, SharedPrefix
 from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import QUANTIZED_TOLERANCE, path_difference
@@ -154,3 +155,18 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
             model_init_kwargs={"quantization_config": config},
             data=text_data(),
         )
+
+
+def test_bf16_is_for_an_accelerator_that_has_it(tmp_path, monkeypatch):
+    """And is used: a run on the CPU of such a machine stays in float32."""
+    for module, name in (
+        (torch.accelerator, "is_available"),
+        (torch.cuda, "is_available"),
+        (torch.cuda, "is_bf16_supported"),
+    ):
+        monkeypatch.setattr(module, name, lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert _has_bf16()
+    assert not QuietStarConfig(str(tmp_path), use_cpu=True).bf16
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert not _has_bf16()

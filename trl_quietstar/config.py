@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 import torch
-from transformers.utils import logging
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ._compat import _BaseConfig
 from .heads import VALUE_HEAD_TYPES, QuietStarSettings
@@ -386,7 +386,7 @@ class QuietStarConfig(_BaseConfig):
     def __post_init__(self):
         self._check_types({**QuietStarConfig.__annotations__, **LIMITS})
         if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.use_cpu and _has_bf16()
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
         self.thought_positions = _parse_positions(self.thought_positions)
         self.talk_length = _parse_talk_length(self.talk_length)
@@ -668,3 +668,10 @@ def _parse_talk_length(value: int | str) -> int | str:
         return int(value)
     except ValueError:
         raise ValueError(f"`talk_length` is {value!r}; give a number of tokens, or 'completion'.") from None
+
+
+def _has_bf16() -> bool:
+    """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
+    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps":
+        return False
+    return is_torch_bf16_gpu_available()
