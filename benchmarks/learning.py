@@ -265,8 +265,8 @@ class Until90(TrainerCallback):
 class RandomThoughts(QuietStarREINFORCETrainer):
     """Trains on random tokens in place of the model's own thoughts."""
 
-    def _score_request(self, text, part, mode):
-        request = super()._score_request(text, part, mode)
+    def _score_request(self, text, part, mode, plan):
+        request = super()._score_request(text, part, mode, plan)
         if mode == "eval":
             return request
         generator = torch.Generator().manual_seed(self.state.global_step)

@@ -255,7 +255,10 @@ def sampling_rates(case: Case, repeats: int) -> dict:
             plain.append(plain_step(trainer, inputs)["plain"])
             trainer.model.train()
             sampler = trainer._sampler(StepPart([0]), "train")
-            ours.append(rate(lambda sampler=sampler: int(trainer._sample_thoughts(text, sampler).mask.sum())))
+            plan = trainer._plan(text, "train")
+            ours.append(
+                rate(lambda sampler=sampler, plan=plan: int(trainer._sample_thoughts(text, sampler, plan).mask.sum()))
+            )
             theirs.append(rate(lambda: sum(map(len, rloo._generate_single_turn(prompts, None, {})))))
     ours_rate, theirs_rate = statistics.median(ours[1:]), statistics.median(theirs[1:])  # the first warms up
     return {

@@ -86,8 +86,8 @@ class WatchedTrainer(QuietStarREINFORCETrainer):
 
     life: Life
 
-    def _note_metrics(self, batch, mode):
-        super()._note_metrics(batch, mode)
+    def _note_metrics(self, batch, mode, plan):
+        super()._note_metrics(batch, mode, plan)
         thoughts = batch.experience.thoughts
         entry = {
             "step": self.state.global_step,

@@ -126,9 +126,9 @@ def test_the_row_is_named(tmp_path, messages):
     batches = []
     original = trainer._score_request
 
-    def request(text, part, mode):
+    def request(text, part, mode, plan):
         batches.append(text)
-        return original(text, part, mode)
+        return original(text, part, mode, plan)
 
     trainer._score_request = request
     with spoilt("reward", {1}, row=2):

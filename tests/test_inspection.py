@@ -209,8 +209,8 @@ def test_chunks_change_nothing(path, monkeypatch):
     """A few positions at a time give the thoughts and scores of all at once."""
     model, text = tiny_model(), mixed_text()
     results = []
-    for branches in (1_000, 6):
-        monkeypatch.setattr("trl_quietstar.likelihood.BRANCHES_AT_ONCE", branches)
+    for tokens in (100_000, 250):
+        monkeypatch.setattr("trl_quietstar.likelihood.CPU_TOKENS", tokens)
         results.append(
             think_in_chunks(
                 model,

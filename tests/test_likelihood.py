@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_quietstar import QuietStarForCausalLM, likelihood
+from trl_quietstar.branch_attention import TextReading
 from trl_quietstar.likelihood import log_likelihoods
 from trl_quietstar.lm_head import uncertainty
 from trl_quietstar.sampling import Thinking
@@ -67,14 +68,50 @@ def test_a_batch_equals_its_rows(side):
         torch.testing.assert_close(scored, alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_change_nothing(monkeypatch):
-    """However few branches run at once."""
-    model, inputs = thinking_model(), padded(prompts(11, 6))
-    whole = log_likelihoods(model, **inputs)
-    monkeypatch.setattr(likelihood, "BRANCHES_AT_ONCE", 6)
+@pytest.mark.parametrize(
+    "limits", [{"tokens": 100}, {"free": 1.0}, {"rows": 2}], ids=["a CPU", "memory", "ragged rows"]
+)
+@pytest.mark.parametrize("name", ["llama", "gemma4_text", "bloom", "mamba"])
+def test_chunks_change_nothing(name, limits, monkeypatch):
+    """However few branches run at once, and where shorter rows are left out as soon as they have no more positions."""
+    model, inputs = thinking_model(name), padded(prompts(4, 9, 6))
+    monkeypatch.setattr(likelihood, "LEAST_GROUP", limits.get("rows", 16))
+    whole = log_likelihoods(model, **{key: x.clone() for key, x in inputs.items()})
+    monkeypatch.setattr(likelihood, "CPU_TOKENS", limits.get("tokens", 10**6))
+    if "free" in limits:
+        monkeypatch.setattr(likelihood, "free_bytes", lambda device: limits["free"])
     chunked = log_likelihoods(model, **inputs)
-    torch.testing.assert_close(chunked[0], whole[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(chunked[0], whole[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(chunked[1], whole[1])
+
+
+def tokens_of(model, score) -> tuple[int, int]:
+    """How many tokens went through the first layer, and in how many forwards."""
+    layer, sizes = model.model.layers[0], []
+    hook = layer.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2].numel()))
+    score()
+    hook.remove()
+    return sum(sizes), len(sizes)
+
+
+@pytest.mark.parametrize("lengths", [(40,) * 4, (60, 20, 20, 20)], ids=["equal", "ragged"])
+def test_a_batch_costs_no_more_than_its_rows(lengths, monkeypatch):
+    """It reads its texts once, and takes no more tokens through the model and no more forwards than row by row."""
+    monkeypatch.setattr(likelihood, "CPU_TOKENS", 400)  # several groups
+    model, rows = thinking_model(), prompts(*lengths)
+    assert model.thought_path is not None  # which reads texts of its own
+    read = []
+    attend = TextReading.attend
+    monkeypatch.setattr(
+        TextReading, "attend", lambda self, *args, **kwargs: read.append(0) or attend(self, *args, **kwargs)
+    )
+    inputs = padded(rows)
+    together, forwards = tokens_of(model, lambda: log_likelihoods(model, **inputs))
+    assert len(read) == model.config.num_hidden_layers
+    alone = [tokens_of(model, lambda row=row: log_likelihoods(model, row[None])) for row in rows]
+    padding = inputs["input_ids"].numel() - sum(lengths)
+    assert together <= sum(tokens for tokens, _ in alone) + padding
+    assert forwards <= sum(count for _, count in alone)
 
 
 def test_without_thoughts_it_is_the_base_model():

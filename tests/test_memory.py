@@ -4,13 +4,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from trl_quietstar import memory as memory_module
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.memory import branches_that_fit, free_bytes, kept_per_token, memory_budget, suits_one_pass
+from trl_quietstar.branch_attention import TextReading
+from trl_quietstar.embeddings import embed_tokens
+from trl_quietstar.geometry import Branches, Text
+from trl_quietstar.memory import (
+    Plan,
+    Size,
+    branches_that_fit,
+    branches_without_graph,
+    cached_per_token,
+    free_bytes,
+    kept_per_token,
+    memory_budget,
+    passing_per_token,
+    plan_batch,
+    suits_one_pass,
+)
+from trl_quietstar.paths import Replay, SharedPrefix, backbone
 
+from .conformance import tiny_model as family_model
 from .tiny import tiny_model
-from .training import plain_model, saved_model, tiny_trainer
+from .training import plain_model, saved_model, text_data, tiny_trainer
 
 
 def test_what_a_token_keeps():
@@ -25,10 +43,109 @@ def test_what_a_token_keeps():
     assert kept_per_token(tiny_model("llama").requires_grad_(False)) < 0.1 * kept
 
 
+def kept_in(model, act) -> int:
+    """Bytes that are kept for the backward of what `act` does, weights aside."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        held = act()
+    del held
+    return sum(kept.values())
+
+
+def slopes(model) -> tuple[float, float]:
+    """Bytes kept for each further token of a text, and of branches."""
+    text = Text.from_batch(torch.arange(40)[None])
+
+    def read(tokens: int):
+        return backbone(model, embed_tokens(model, torch.arange(tokens)[None] % 90), use_cache=False)
+
+    def branch(count: int, slots: int = 10):
+        embeds = embed_tokens(model, (torch.arange(count * slots) % 90).view(1, count, slots))
+        mask = torch.ones(1, count, slots, dtype=torch.bool)
+        return SharedPrefix().encode(model, text, Branches(torch.arange(count)[None], embeds, mask))
+
+    by_text = kept_in(model, lambda: read(110)) - kept_in(model, lambda: read(90))
+    by_branch = kept_in(model, lambda: branch(20)) - kept_in(model, lambda: branch(10))
+    return by_text / 20, by_branch / 100
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_the_estimate_is_what_a_token_adds(precision, lora):
+    """Within 1.3 times, of a text and of branches: copies of weights, which do not grow with the tokens, do not count."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    sizes = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, max_position_embeddings=256)
+    model = tiny_model("llama", dtype=dtype, **sizes).train()
+    if lora:
+        get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        kept = kept_per_token(model)
+        for slope in slopes(model):
+            assert 1 / 1.3 < kept / slope < 1.3
+
+
+def test_a_trainer_estimates_under_its_autocast(tmp_path):
+    """What is trained in bf16 keeps less."""
+    trainer = tiny_trainer(tmp_path, bf16=True)
+    trainer._plan(trainer._text(next(iter(trainer.get_train_dataloader()))), "train")
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_per_token(plain_model().train())
+    assert trainer._kept_per_token == kept < 0.8 * kept_per_token(plain_model().train())
+
+
+def test_what_a_token_takes_without_gradient():
+    """Its keys and values stay, and the widest place of one layer is passed; under autocast keys and values are half as large."""
+    model = tiny_model("llama")
+    assert passing_per_token(model) == (8 * 32 + 4 * 48) * 4
+    assert cached_per_token(model) == 2 * 2 * 2 * 8 * 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cached_per_token(model) == 2 * 2 * 2 * 8 * 2
+    # sizes that differ from layer to layer, and those that a configuration does not have
+    assert cached_per_token(family_model("gemma4_text")) > 0 and passing_per_token(family_model("mamba")) > 0
+
+
+@pytest.mark.parametrize("path, new", [(SharedPrefix(), 1), (SharedPrefix(), 10), (Replay(), 1)])
+def test_how_many_branches_run_without_gradient(path, new):
+    """One slot at a time in sampling, all of them in scoring; with replay the whole text with each."""
+    model, size = tiny_model("llama"), Size(rows=2, text_length=100, branches=1_000, slots=10)
+    token = passing_per_token(model) + cached_per_token(model)
+    found = branches_without_graph(model, path, size, new, 2 * (100 * token + 1e6) / 0.6)
+    seen = 110 if isinstance(path, Replay) else 10
+    one = (110 if isinstance(path, Replay) else new) * passing_per_token(model) + 2 * seen * cached_per_token(model)
+    assert found == int(1e6 / one) > 1
+    assert branches_without_graph(model, path, size, new, 1e12) == 1_000
+    assert branches_without_graph(model, path, size, new, 0) == 1
+
+
+def test_a_small_forward_away_from_the_cpu_takes_two_passes():
+    """Which launch fewer kernels; one whose arithmetic takes longer than its launches is sampled in the graph."""
+    model = tiny_model("llama").to("meta")
+    for branches, one_pass in ((100, False), (2**27, True)):
+        assert suits_one_pass(model, 1e6, Size(1, 10, branches, 4), 1e30) is one_pass
+        assert suits_one_pass(tiny_model("llama"), 1e6, Size(1, 10, branches, 4), 1e30)
+
+
+def test_processes_go_by_the_one_with_least():
+    """Where each must call the layers as often as the others."""
+    model, size = tiny_model("llama"), Size(1, 10, 8, 4)
+    assert plan_batch(model, SharedPrefix(), size, 1e3, 1e12, True) == Plan(True)
+    assert plan_batch(model, SharedPrefix(), size, 1e3, 1e12, True, lambda number: min(number, 3)) == Plan(
+        False, 3, 3, 3
+    )
+
+
 @pytest.mark.parametrize("free, expected", [(1e12, 50), (1e6, 3), (0, 1)], ids=["plenty", "some", "none"])
 def test_how_many_branches_fit(free, expected):
     """(0.6 · 10^6 / 1,000 / 2 - 200) / 28 = 3.6."""
-    assert branches_that_fit(1e3, rows=2, text_length=200, branches=50, slots=28, free=free) == expected
+    assert branches_that_fit(1e3, Size(rows=2, text_length=200, branches=50, slots=28), free) == expected
 
 
 def test_free_memory_is_that_of_the_machine():
@@ -86,7 +203,7 @@ def test_the_estimate_decides(free, one_pass, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: free)
     sizes = plans(monkeypatch)
     trained(tmp_path)
-    assert len(sizes) == 2 and all(size == ((True, None) if one_pass else (False, 1)) for size in sizes)
+    assert sizes == [Plan(True) if one_pass else Plan(False, 1, 1, 1)] * 2
 
 
 def test_a_run_keeps_its_plan(tmp_path, monkeypatch):
@@ -99,8 +216,31 @@ def test_a_run_keeps_its_plan(tmp_path, monkeypatch):
         trainer = tiny_trainer(folder, path, max_steps=2, save_strategy="steps", save_steps=1)
         trainer.train(resume_from_checkpoint=resume)
         ended.append(trainer.model)
-    assert sizes == [(False, 1)] * 3
+    assert sizes == [Plan(False, 1, 1, 1)] * 3
     assert all(map(torch.equal, ended[0].parameters(), ended[1].parameters()))
+
+
+def test_evaluation_goes_by_memory_too(tmp_path, monkeypatch):
+    """In groups where it is short, with the same outcome; validation of thoughts reads each text twice, to sample and to examine."""
+    found, read = [], []
+    attend = TextReading.attend
+    trainer = tiny_trainer(tmp_path, evaluation=text_data(6, 90), thought_positions="all", beta=0.1)
+    monkeypatch.setattr(TextReading, "attend", lambda self, *args, **own: read.append(0) or attend(self, *args, **own))
+    for free in (1e12, 1e5):
+        monkeypatch.setattr(trainer_module, "free_bytes", lambda device, free=free: free)
+        metrics = trainer.evaluate()
+        read.clear()
+        report = trainer.validate_thoughts()
+        assert len(read) == 2 * 2  # of one batch, by 2 layers
+        found.append(
+            ({name: metrics[name] for name in ("eval_loss", "eval_reward", "eval_coherence")}, report.metrics())
+        )
+    text = trainer._text(trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader()))))
+    assert trainer._plan(text, "eval").scoring is not None
+    for name in found[0][0]:
+        assert found[1][0][name] == pytest.approx(found[0][0][name], rel=1e-4, abs=1e-6)
+    for name, value in found[0][1].items():
+        assert found[1][1][name] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5))
 
 
 def test_what_is_to_come_is_left_free(monkeypatch):
@@ -114,9 +254,8 @@ def test_what_is_to_come_is_left_free(monkeypatch):
 def test_long_thoughts_take_two_passes():
     """Copies of keys and values, 2 · 2 · 32 · 4 bytes a slot for half of the slots, must not exceed what a slot keeps, and fit."""
     model = tiny_model("llama", num_key_value_heads=4)
-    size = dict(rows=1, text_length=0, branches=2)
     for slots, free, expected in [(20, 1e12, True), (21, 1e12, False), (20, 2 * 20 * 2 * 5120 / 0.6 * 0.99, False)]:
-        assert suits_one_pass(model, 5120, **size, slots=slots, free=free) is expected
+        assert suits_one_pass(model, 5120, Size(1, 0, 2, slots), free) is expected
 
 
 def test_thoughts_of_the_length_of_a_text_are_sampled_first(tmp_path, monkeypatch):
@@ -125,7 +264,7 @@ def test_thoughts_of_the_length_of_a_text_are_sampled_first(tmp_path, monkeypatc
     for length, one_pass in ((3, True), (60, False)):
         trainer = tiny_trainer(tmp_path, thought_length=length)
         text = trainer._text(next(iter(trainer.get_train_dataloader())))
-        assert trainer._plan(text, "train") == (one_pass, None)
+        assert trainer._plan(text, "train") == Plan(one_pass)
 
 
 @pytest.mark.parametrize(

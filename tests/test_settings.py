@@ -181,7 +181,7 @@ def test_thoughts_that_all_end_take_no_more_slots(tmp_path):
         )
         lengths = []
         trainer.sampling = type(trainer.sampling)(**{**vars(trainer.sampling), "stop": lambda ids: ids[:, -1] >= 0})
-        trainer._note_metrics = lambda batch, mode, lengths=lengths: lengths.append(
+        trainer._note_metrics = lambda batch, mode, plan, lengths=lengths: lengths.append(
             batch.scores.thought_logps.shape[-1]
         )
         trainer.train()
@@ -314,9 +314,9 @@ def test_a_stage_is_evaluated_as_it_was_trained(tmp_path):
         eval_steps=1,
     )
     note = trainer._note_metrics
-    trainer._note_metrics = lambda batch, mode: (
+    trainer._note_metrics = lambda batch, mode, plan: (
         lengths.append(batch.experience.thoughts.mask.shape[-1]) if mode == "eval" else None,
-        note(batch, mode),
+        note(batch, mode, plan),
     )
     trainer.train()
     assert lengths == [4, 4, 2]

@@ -17,9 +17,10 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from .controls import CONTROLS, controlled
-from .geometry import Text, Thoughts, talk_after
+from .geometry import Positions, Text, Thoughts, talk_after
 from .heads import ThinkingModel
-from .paths import Path
+from .memory import Plan
+from .paths import Path, Reader, read_again
 from .rewards import coherence, masked_mean
 from .sampling import greedy_continuation
 from .scoring import ScoreRequest, Scores, at_talk, score, score_thoughts
@@ -104,6 +105,7 @@ def text_sums(
     path: Path,
     prediction: str,
     generator: torch.Generator,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
     """
     Examines the thoughts of a batch: scores them and every control, and compares them with what the model would say.
@@ -123,25 +125,38 @@ def text_sums(
             `"mixed"` or `"thought"`.
         generator (`torch.Generator`):
             Of the random control's tokens.
+        plan ([`~memory.Plan`], *optional*):
+            How many branches run at once. Defaults to all.
 
     Returns:
         `torch.Tensor` of shape `(B, len(SUMS))`, in float64 where the device has it.
     """
-    exact = exact_dtype(text.input_ids.device)
+    exact, plan = exact_dtype(text.input_ids.device), plan or Plan(False)
+    reader = path.read(model, text)
     talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
     exists = thoughts.positions.mask[..., None].expand(thoughts.mask.shape[:3])
     scored: dict[str, Scores] = {}
     for control in CONTROLS:
         other = controlled(thoughts, control, model.config.get_text_config().vocab_size, generator)
-        scored[control] = score(model, ScoreRequest(text, other, talk_length, path, prediction=prediction))
+        request = ScoreRequest(
+            text,
+            other,
+            talk_length,
+            path,
+            prediction=prediction,
+            branch_batch_size=plan.scoring,
+            reader=reader,
+            whole_text=control == "real",
+        )
+        scored[control] = score(model, request)
     real = scored["real"]
     logps_without = at_talk(real.text_logps, thoughts, talk_length)
-    plain = score_thoughts(model, text, thoughts, path, start=False)
+    plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, reader=reader)
     coherent = coherence(
         real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps_without, talk_mask
     ).to(exact)
     correct = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
-    continuation = greedy_continuation(model, path.read(model, text), thoughts.positions, thoughts.mask.shape[-1])
+    continuation = _continuation(model, path, text, reader, thoughts, plan.sampling)
     said = talk_mask.expand_as(real.talk_logps)
     per_thought = {
         "thoughts": torch.ones_like(correct),
@@ -161,6 +176,20 @@ def text_sums(
         sums[f"nll_{name}"] = -(logps.to(exact) * said).sum((1, 2, 3))
         sums[f"correct_{name}"] = (top1.to(exact) * said).sum((1, 2, 3))
     return torch.stack([sums[name].to(exact) for name in SUMS], dim=1)
+
+
+def _continuation(
+    model: ThinkingModel, path: Path, text: Text, reader: Reader, thoughts: Thoughts, batch_size: int | None
+) -> torch.Tensor:
+    """What the model would say in place of its thoughts, `(B, J, L)`, at `batch_size` positions of each row at once."""
+    positions, length, device = thoughts.positions.host, thoughts.mask.shape[-1], thoughts.mask.device
+    size = positions.index.shape[1] if batch_size is None else batch_size
+    groups = zip(positions.index.split(size, dim=1), positions.mask.split(size, dim=1), strict=True)
+    said = [
+        greedy_continuation(model, read_again(path, model, text, reader), Positions(*group).to(device), length)
+        for group in groups
+    ]
+    return torch.cat(said, dim=1)
 
 
 def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Tensor:

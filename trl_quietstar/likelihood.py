@@ -4,17 +4,25 @@ All positions think at once, on the packed path, with the random numbers of gree
 what greedy generation wrote are those it wrote it with.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from .geometry import Positions, Text, Thoughts
 from .heads import ThinkingModel
 from .lm_head import normalized_entropy, token_statistics
-from .paths import Path
-from .sampling import SamplingSettings, Thinking, fixed_draws, sample_thoughts, thought_sampling
+from .memory import CPU_TOKENS, Size, branches_without_graph, free_bytes, new_tokens
+from .paths import Path, Reader, SharedPrefix, read_again
+from .sampling import SamplingSettings, Thinking, ThoughtSampler, fixed_draws, sample_thoughts, thought_sampling
 from .scoring import ScoreRequest, Scores, score
+from .transfer import to_device
 
 
-BRANCHES_AT_ONCE = 96
+TALK_SCORES = ("talk_logps", "talk_correct", "mixing_weights")
+# positions that rows of a batch must be apart for the shorter ones to be left out of what follows: on other devices than a
+# CPU a few larger forwards cost less than many small ones
+LEAST_GROUP = 16
+GPU_LEAST_GROUP = 256
 
 
 @torch.no_grad()
@@ -27,10 +35,11 @@ def think_in_chunks(
     draws: torch.Tensor,
     talk_length: int,
     prediction: str,
+    reader: Reader | None = None,
+    whole_text: bool = True,
 ) -> tuple[Thoughts, Scores]:
     """
-    Writes and scores thoughts at any number of positions, a few of them at a time, so that memory does not grow with
-    the text's length squared.
+    Writes and scores thoughts at any number of positions, as many at a time as memory allows.
 
     Args:
         model ([`ThinkingModel`]):
@@ -49,23 +58,88 @@ def think_in_chunks(
             M.
         prediction (`str`):
             `"mixed"` or `"thought"`.
+        reader ([`Reader`], *optional*):
+            The text as this model read it, so that it is not read again.
+        whole_text (`bool`):
+            Whether `text_logps` are wanted.
 
     Returns:
-        [`Thoughts`], and [`Scores`] with `text_logps`, `talk_logps`, `talk_correct` and `mixing_weights`.
+        [`Thoughts`], and [`Scores`] with `text_logps` where they are wanted, `talk_logps`, `talk_correct` and `mixing_weights`.
     """
-    size = max(BRANCHES_AT_ONCE // (settings.num_thoughts * len(positions.index)), 1)
-    thoughts, scores = [], []
-    pieces = (x.split(size, dim=1) for x in (positions.index, positions.mask, draws))
-    for index, mask, numbers in zip(*pieces, strict=True):
-        part = sample_thoughts(model, path.read(model, text), text, Positions(index, mask), settings, numbers)
-        thoughts.append(part)
-        scores.append(score(model, ScoreRequest(text, part, talk_length, path, prediction=prediction)))
-    joined = {
-        name: torch.cat([part[name] for part in scores], dim=1)
-        for name in ("talk_logps", "talk_correct", "mixing_weights")
-    }
-    token_ids, mask = (torch.cat([x.token_ids for x in thoughts], 1), torch.cat([x.mask for x in thoughts], 1))
-    return Thoughts(positions, token_ids, mask), Scores(text_logps=scores[0].text_logps, **joined)  # type: ignore[arg-type]
+    reader = path.read(model, text) if reader is None else reader
+    text_logps, predicts = None, text.host.predicted()
+    if whole_text:
+        text_logps = token_statistics(model, reader.text_hidden[:, :-1], text.input_ids[:, 1:], predicts).logps
+    shape, device, host = draws.shape, text.input_ids.device, positions.host
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    found: dict[str, torch.Tensor] = {}
+    for i, (rows, at) in enumerate(_groups(model, path, text, positions, settings, talk_length)):
+        everyone = len(rows) == shape[0]
+        index = torch.tensor(rows)
+        group = Positions(host.index[index, at], host.mask[index, at]).to(device)
+        own = reader if i == 0 and everyone else read_again(path, model, text, reader, None if everyone else index)
+        part = text if everyone else text.rows(index)
+        request = ScoreRequest(
+            part,
+            _thoughts(model, path, part, group, settings, draws[index, at], own),
+            talk_length,
+            path,
+            prediction=prediction,
+            reader=own,
+            whole_text=False,
+        )
+        scores = score(model, request)
+        L = scores.thoughts.mask.shape[3]
+        index = to_device(index, device)
+        tokens[index, at, :, :L], mask[index, at, :, :L] = scores.thoughts.token_ids, scores.thoughts.mask
+        for name in TALK_SCORES:
+            found.setdefault(name, scores[name].new_zeros(*shape[:3], talk_length))[index, at] = scores[name]
+    return Thoughts(positions, tokens, mask), Scores(text_logps=text_logps, **found)  # type: ignore[arg-type]
+
+
+def _thoughts(
+    model: ThinkingModel,
+    path: Path,
+    text: Text,
+    positions: Positions,
+    settings: SamplingSettings,
+    draws: torch.Tensor,
+    reader: Reader,
+) -> Thoughts | ThoughtSampler:
+    """The thoughts of a group, or how to sample them in the forwards that score them, each token in one."""
+    if type(path) is SharedPrefix:
+        return ThoughtSampler(settings, [], "all", given=(positions, draws))
+    return sample_thoughts(model, reader, text, positions, settings, draws)
+
+
+def _groups(
+    model: ThinkingModel, path: Path, text: Text, positions: Positions, settings: SamplingSettings, talk_length: int
+) -> Iterator[tuple[list[int], slice]]:
+    """
+    Rows and positions that run at once: as many as fit, without the rows that have no more of them.
+
+    Yields:
+        `tuple`: indices of rows, and a slice of J.
+    """
+    counts = positions.host.mask.sum(1).tolist()
+    counts = counts if any(counts) else [1] * len(counts)
+    on_cpu, G = text.input_ids.device.type == "cpu", settings.num_thoughts
+    slots = settings.thought_length + talk_length + 1
+    new = talk_length + 2 if type(path) is SharedPrefix else slots
+    free, start = free_bytes(text.input_ids.device), 0
+    while start < max(counts):
+        rows = [row for row, count in enumerate(counts) if count > start]
+        size = Size(len(rows), text.input_ids.shape[1], G * (max(counts) - start), slots)
+        fitting = branches_without_graph(model, path, size, new, free)
+        if on_cpu:
+            fitting = min(fitting, CPU_TOKENS // (len(rows) * new_tokens(path, size, slots)))
+        least = start + (LEAST_GROUP if on_cpu else GPU_LEAST_GROUP)
+        # as far as the next row that ends, which is then left out
+        wanted = min((count for count in counts if count >= least), default=max(counts))
+        stop = min(wanted, start + max(fitting // G, 1))
+        yield rows, slice(start, stop)
+        start = stop
 
 
 @torch.no_grad()
@@ -102,7 +176,8 @@ def log_likelihoods(
     thinking, text = thinking or Thinking(), Text.from_batch(input_ids, attention_mask)
     wanted = text.predicted() if score_mask is None else text.predicted() & score_mask[:, 1:].bool()
     path: Path = model.thought_path  # type: ignore[assignment]
-    hidden = path.read(model, text).text_hidden[:, :-1]
+    reader = path.read(model, text)
+    hidden = reader.text_hidden[:, :-1]
     plain = token_statistics(model, hidden, input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct
     positions = _positions(wanted, thinking, hidden, model)
@@ -113,7 +188,9 @@ def log_likelihoods(
     prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
     ends = _ends(wanted, positions)
     reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
-    _, scores = think_in_chunks(model, path, text, positions, settings, draws, reach, prediction)
+    _, scores = think_in_chunks(
+        model, path, text, positions, settings, draws, reach, prediction, reader, whole_text=False
+    )
     served = positions.index[..., None] + torch.arange(reach, device=logps.device)
     valid = positions.mask[..., None] & (served < ends[..., None])
     valid &= wanted.gather(1, served.clamp(max=logps.shape[1] - 1).flatten(1)).view(served.shape)

@@ -127,7 +127,14 @@ class Path(Protocol):
         """Reads a text to sample from."""
         ...
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+    def encode(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        branches: Branches,
+        batch_size: int | None = None,
+        reader: Reader | None = None,
+    ) -> Encoded:
         """
         Runs the text and its branches, with gradient.
 
@@ -139,6 +146,9 @@ class Path(Protocol):
             batch_size (`int`, *optional*):
                 How many branches of each row at once; their activations are computed again in the backward, so that
                 memory holds those of one group only. Defaults to all, whose activations are kept.
+            reader ([`Reader`], *optional*):
+                The text as it was read before, so that it need not be read again where the path can do without; routings are
+                then of the branches alone.
         """
         ...
 
@@ -162,15 +172,31 @@ def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> t
     return taken[0], output
 
 
+def read_again(
+    path: Path, model: PreTrainedModel, text: Text, reader: Reader, rows: torch.Tensor | None = None
+) -> Reader:
+    """A reader without branches of the text that another one has read, or of some rows of it."""
+    if isinstance(reader, BranchReader):
+        return reader.again(rows)
+    return path.read(model, text if rows is None else text.rows(rows))
+
+
 class SharedPrefix:
     """The text once, and all branches attending to it."""
 
     def read(self, model: PreTrainedModel, text: Text) -> "Reader":
         return BranchReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+    def encode(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        branches: Branches,
+        batch_size: int | None = None,
+        reader: Reader | None = None,
+    ) -> Encoded:
         with recorded_routing(model) as calls:
-            reader = BranchReader(model, text)
+            reader = reader.again() if isinstance(reader, BranchReader) else BranchReader(model, text)
         routings = [Routing(logits, text.attention_mask.flatten()) for logits in calls]
 
         def run(group: Branches):
@@ -231,10 +257,16 @@ class BranchReader:
         self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
         _check_windows(model.config, self.memory)
 
-    def again(self) -> "BranchReader":
-        """The same text as it was read, without branches."""
+    def again(self, rows: torch.Tensor | None = None) -> "BranchReader":
+        """The same text as it was read, or some rows of it by an index of shape `(rows,)` in the host's memory, without
+        branches."""
         fresh = copy.copy(self)
         fresh.own, fresh.length = {}, 0
+        if rows is not None:
+            index = to_device(rows, self.text_hidden.device)
+            layers = {module: (key[index], value[index]) for module, (key, value) in self.memory.layers.items()}
+            fresh.memory = TextMemory(layers, self.memory.has_windows)
+            fresh.text, fresh.text_hidden = self.text.rows(rows), self.text_hidden[index]
         return fresh
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "BranchReader":
@@ -395,7 +427,14 @@ class MaskedPrefix(SharedPrefix):
     def read(self, model: PreTrainedModel, text: Text) -> "Reader":
         return CachedReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
+    def encode(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        branches: Branches,
+        batch_size: int | None = None,
+        reader: Reader | None = None,
+    ) -> Encoded:
         def run(group: Branches):
             with recorded_routing(model) as calls:
                 hidden = self._packed(model, text, group)
@@ -481,10 +520,21 @@ class Replay:
     def read(self, model: PreTrainedModel, text: Text) -> Reader:
         return ReplayReader(model, text)
 
-    def encode(self, model: PreTrainedModel, text: Text, branches: Branches, batch_size: int | None = None) -> Encoded:
-        with recorded_routing(model) as calls:
-            text_hidden, text_mask = self._text(model, text)
-        routings, hidden = [Routing(logits, text_mask) for logits in calls], []
+    def encode(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        branches: Branches,
+        batch_size: int | None = None,
+        reader: Reader | None = None,
+    ) -> Encoded:
+        routings, hidden = [], []
+        if reader is None:
+            with recorded_routing(model) as calls:
+                text_hidden, text_mask = self._text(model, text)
+            routings = [Routing(logits, text_mask) for logits in calls]
+        else:
+            text_hidden = reader.text_hidden
 
         def run(group: Branches):
             with recorded_routing(model) as calls:

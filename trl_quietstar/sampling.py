@@ -21,7 +21,7 @@ from .embeddings import embed_tokens, embed_vector
 from .geometry import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from .heads import QuietStarSettings, ThinkingModel
 from .lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
-from .paths import BranchReader, Path, Reader
+from .paths import Path, Reader, read_again
 from .transfer import to_device, to_host
 
 
@@ -477,6 +477,8 @@ class ThoughtSampler:
         greatest (`Callable`, *optional*):
             From a number to the greatest of all processes, where each must call the layers as often as the others. Defaults to
             this process's own.
+        given (`tuple`, *optional*):
+            [`Positions`] and uniform numbers of shape `(B, J, G, L)`, in place of those from the generators.
     """
 
     settings: SamplingSettings
@@ -485,6 +487,7 @@ class ThoughtSampler:
     difficulty_threshold: float = 0.6
     min_thought_interval: int = 3
     greatest: Callable[[int], int] = int
+    given: tuple[Positions, torch.Tensor] | None = None
 
     def positions(self, text: Text) -> Positions:
         """Where thoughts will be, if no model is needed to tell; draws the generators' first numbers."""
@@ -500,7 +503,7 @@ class ThoughtSampler:
         parts: list[Thoughts] = []
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
-                reader = reader.again() if isinstance(reader, BranchReader) else path.read(model, text)
+                reader = read_again(path, model, text, reader)
             places = Positions(index, mask).to(device)
             parts.append(sample_thoughts(model, reader, text, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
@@ -551,6 +554,8 @@ class ThoughtSampler:
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
 
     def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
+        if self.given is not None:
+            return self.given[0]
         positions = choose_positions(
             text,
             self.thought_positions,
@@ -565,6 +570,8 @@ class ThoughtSampler:
         return padded.to(text.input_ids.device)
 
     def _draws(self, positions: Positions) -> torch.Tensor:
+        if self.given is not None:
+            return self.given[1]
         return uniforms(positions, self.settings, self.generators)
 
 

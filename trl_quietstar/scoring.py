@@ -15,7 +15,7 @@ from .embeddings import LookupTape, embed_tokens, embed_vector
 from .geometry import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from .heads import ThinkingModel
 from .lm_head import Drawn, prediction_statistics, token_statistics
-from .paths import BranchReader, Encoded, Path
+from .paths import BranchReader, Encoded, Path, Reader
 from .routing import Routing, has_router_loss, router_loss
 from .sampling import ThoughtSampler
 from .transfer import to_device
@@ -44,6 +44,10 @@ class ScoreRequest:
             `"mixed"` or `"thought"`.
         branch_batch_size (`int`, *optional*):
             How many branches of each row are scored at once, as in [`~paths.Path.encode`].
+        reader ([`~paths.Reader`], *optional*):
+            The text as it was read before, without gradient.
+        whole_text (`bool`):
+            Whether statistics of all of the text are wanted, or only of what predictions are mixed with.
     """
 
     text: Text
@@ -53,6 +57,8 @@ class ScoreRequest:
     temperature: float = 1.0
     prediction: str = "mixed"
     branch_batch_size: int | None = None
+    reader: Reader | None = None
+    whole_text: bool = True
 
     def __call__(self, model: ThinkingModel) -> "Scores":
         return score(model, self)
@@ -128,6 +134,8 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     mask, host_mask = (x.target_mask[:, :, None].expand(-1, -1, G, -1) for x in (talk, talk.host))
     targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
     predicts = text.host.predicted()
+    if not request.whole_text:
+        predicts = predicts & _mixed_with(talk.host, thoughts, predicts) & (request.prediction == "mixed")
     if request.prediction == "mixed":
         index = thoughts.positions.host.index[..., None] + torch.arange(M)
         index = index.clamp(max=predicts.shape[1] - 1)[:, :, None]
@@ -177,7 +185,7 @@ def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> 
     L = thoughts.mask.shape[3]
     lengths = thoughts.host_mask.sum(-1).flatten(1)
     encoded = _encode_by_length(
-        model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size
+        *(model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size, request.reader)
     )
     return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
 
@@ -190,6 +198,7 @@ def _encode_by_length(
     lengths: torch.Tensor,
     slots: slice,
     batch_size: int | None,
+    reader: Reader | None,
 ) -> Encoded:
     """
     What [`~paths.Path.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
@@ -201,14 +210,15 @@ def _encode_by_length(
     saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
     worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
     if 2 * saved < N * S + T or not worthwhile or has_router_loss(model.config) or model_is_sharded(model):
-        return path.encode(model, text, branches, batch_size)
+        return path.encode(model, text, branches, batch_size, reader)
     rows, parts, text_hidden = torch.arange(B)[:, None], [], None
     for start, stop, longest in blocks:
         columns, end = order[:, start:stop], slots.start + longest
         places = tuple(to_device(x, branches.mask.device) for x in (rows, columns))
         kept = to_device(torch.cat([torch.arange(end), torch.arange(slots.stop, S)]), branches.mask.device)
         embeds, mask = (x[places].index_select(2, kept) for x in (branches.embeds, branches.mask))
-        encoded = path.encode(model, text, Branches(branches.anchors.gather(1, columns), embeds, mask), batch_size)
+        block = Branches(branches.anchors.gather(1, columns), embeds, mask)
+        encoded = path.encode(model, text, block, batch_size, reader)
         text_hidden, hidden = encoded.text if text_hidden is None else text_hidden, encoded.branches
         left_out = hidden.new_zeros(B, stop - start, L - longest, hidden.shape[-1])
         parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
@@ -235,7 +245,8 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     and the talk.
     """
     text, embed = request.text, LookupTape(model)
-    reader = BranchReader(model, text, embed)
+    read = request.reader
+    reader = read.again() if isinstance(read, BranchReader) else BranchReader(model, text, embed)
     thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, reader, embed)
     talk = talk_after(text, thoughts.positions, request.talk_length)
     rest = _full_branches(model, thoughts, talk, embed, seen=thoughts.mask.shape[3])
@@ -252,6 +263,7 @@ def score_thoughts(
     temperature: float = 1.0,
     start: bool = True,
     branch_batch_size: int | None = None,
+    reader: Reader | None = None,
 ) -> Scores:
     """
     The thought tokens alone, and the text: what a reference model is asked for.
@@ -270,7 +282,7 @@ def score_thoughts(
         start (`bool`):
             Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
             no-thought model.
-        branch_batch_size (`int`, *optional*):
+        branch_batch_size (`int`, *optional*), reader ([`~paths.Reader`], *optional*):
             As in [`ScoreRequest`].
 
     Returns:
@@ -285,7 +297,7 @@ def score_thoughts(
     branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
     slots = slice(int(start), int(start) + L - 1)
-    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size)
+    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, reader)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
@@ -342,6 +354,14 @@ def _full_branches(
         embeds=torch.cat([*([start] if seen == 0 else []), thought, end, spoken], dim=3).flatten(1, 2),
         mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
     )
+
+
+def _mixed_with(talk: Talk, thoughts: Thoughts, predicts: torch.Tensor) -> torch.Tensor:
+    """Mask like that of the places that predict, `(B, T - 1)`: whose predictions are mixed with those after a thought."""
+    offsets = torch.arange(talk.target_mask.shape[2], device=predicts.device)
+    index = (thoughts.positions.index[..., None] + offsets).clamp(max=predicts.shape[1] - 1)
+    mixed = torch.zeros_like(predicts, dtype=torch.long)
+    return mixed.scatter_add_(1, index.flatten(1), talk.target_mask.long().flatten(1)) > 0
 
 
 def _similarity(text_hidden: torch.Tensor, thought_hidden: torch.Tensor, thoughts: Thoughts) -> torch.Tensor:

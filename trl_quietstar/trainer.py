@@ -64,7 +64,7 @@ from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_af
 from .inspection import inspect_texts
 from .inspection_page import write_page
 from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
-from .memory import branches_that_fit, kept_per_token, memory_budget, suits_one_pass
+from .memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
 from .metrics import BatchResult, MetricSums, batch_metrics
 from .modeling import base_of, save_settings
 from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
@@ -280,8 +280,8 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._kept_per_token: float | None = None
         self._memory_budget: int | None = None
         if self._sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
-            self._kept_per_token = kept_per_token(base)
-        self._batch_size = args.branch_batch_size  # branches of a row at once, in the current batch; None: all
+            with self.accelerator.autocast():
+                self._kept_per_token = kept_per_token(base)
         self.adopt_settings()
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._read_rewards: deque[float] = deque(maxlen=100)  # of the last optimizer steps
@@ -419,14 +419,15 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         args, mode = self.args, "train" if model.training else "eval"
         text = self._text(inputs)
         part = self._part(inputs["part"]) if "part" in inputs else self._lone_part(text, mode)
+        plan = self._plan(text, mode)
         scores = model(
             input_ids=text.input_ids,
             attention_mask=text.attention_mask,
-            quietstar_request=self._score_request(text, part, mode),
+            quietstar_request=self._score_request(text, part, mode, plan),
         )
         experience, reduce = part.experience, self._reduce if mode == "train" else _alone
         if experience is None:
-            experience = self._experience(text, scores, inputs)
+            experience = self._experience(text, scores, inputs, plan)
             (experience,) = self._finish_advantages([experience], reduce)
             if mode == "train" and args.num_iterations > 1:
                 self._experiences.append(experience)
@@ -456,7 +457,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             batch = BatchResult(text, scores, experience, loss, terms, part.share)
             finite = self._guard.check(batch, part.rows, mode)
             if finite is not None:
-                self._note_metrics(replace(batch, finite=finite), mode)
+                self._note_metrics(replace(batch, finite=finite), mode, plan)
         # engines average gradients over processes, whose parts add up
         return loss * self.accelerator.num_processes if mode == "train" else loss
 
@@ -560,8 +561,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return TokenCounts.of(mask, talk_mask, text.predicted())
 
     def _sampled_ahead(self, text: Text, part: StepPart) -> Thoughts:
-        _, self._batch_size = self._plan(text, "train")
-        return self._sample_thoughts(text, self._sampler(part, "train"))
+        return self._sample_thoughts(text, self._sampler(part, "train"), self._plan(text, "train"))
 
     @torch.no_grad()
     def _judged_ahead(self, batches: list[dict], texts: list[Text], parts: list[StepPart]) -> list[StepPart]:
@@ -569,17 +569,18 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         of them, before the first one is trained on."""
         experiences = []
         for batch, text, part in zip(batches, texts, parts, strict=True):
-            request = self._score_request(text, replace(part, thoughts=self._sampled_ahead(text, part)), "train")
+            plan, sampled = self._plan(text, "train"), replace(part, thoughts=self._sampled_ahead(text, part))
+            request = self._score_request(text, sampled, "train", plan)
             with self.compute_loss_context_manager():
                 scores = self.model_wrapped(
                     input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
                 )
-            experiences.append(self._experience(text, scores, batch))
+            experiences.append(self._experience(text, scores, batch, plan))
         experiences = self._finish_advantages(experiences, self._reduce)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
-    def _experience(self, text: Text, scores: Scores, batch: dict) -> Experience:
-        reference, columns = self._score_reference(text, scores.thoughts), batch.get("columns")
+    def _experience(self, text: Text, scores: Scores, batch: dict, plan: Plan) -> Experience:
+        reference, columns = self._score_reference(text, scores.thoughts, plan), batch.get("columns")
         return experience_of(text, scores, reference, self.args, self.sampling, self.reward_function, columns)
 
     def _finish_advantages(self, experiences: list[Experience], reduce) -> list[Experience]:
@@ -603,14 +604,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         self._rows_seen += rows if mode == "eval" else 0
         return StepPart(self._row_indices(rows, before))
 
-    def _score_request(self, text: Text, part: StepPart, mode: str) -> ScoreRequest:
+    def _score_request(self, text: Text, part: StepPart, mode: str, plan: Plan) -> ScoreRequest:
         """What to score, and whether thoughts are sampled before or on the way."""
         args = self.args
-        single_pass, self._batch_size = self._plan(text, mode)
         thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
         if thoughts is None:
             sampler = self._sampler(part, mode)
-            thoughts = sampler if single_pass else self._sample_thoughts(text, sampler)
+            thoughts = sampler if plan.single_pass else self._sample_thoughts(text, sampler, plan)
         return ScoreRequest(
             text,
             thoughts,
@@ -618,32 +618,45 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             self.path,
             args.logps_temperature,
             args.reward_prediction,
-            self._batch_size,
+            plan.training if mode == "train" else plan.scoring,
         )
 
     def _talk_length(self, text: Text) -> int:
         return talk_span(text, self.args.talk_length, self.args.thought_positions)
 
-    def _plan(self, text: Text, mode: str) -> tuple[bool, int | None]:
-        """Whether one pass is enough, and how many branches to score at once if not; None: all."""
-        args, base = self.args, base_of(self.model)
-        if mode == "eval" or args.single_pass or args.branch_batch_size is not None or args.gradient_checkpointing:
-            return self._samples_in_graph, args.branch_batch_size
-        if self._kept_per_token is None:
-            with self.accelerator.autocast():
-                self._kept_per_token = kept_per_token(base)
-        if self._memory_budget is None:  # that of the process with the least
-            self._memory_budget = -greatest(-memory_budget(base), self.accelerator)
+    def _plan(self, text: Text, mode: str) -> Plan:
+        """Whether one pass is enough for a batch, and how many branches to run at once if not."""
+        args, size = self.args, self.args.branch_batch_size
+        if args.single_pass or size is not None:
+            return Plan(self._samples_in_graph, size, size, size)
+        in_all = functools.partial(greatest, accelerator=self.accelerator) if self._sharded else int
         B, T = text.input_ids.shape
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
-        size = (B, T, branches, args.thought_length + self._talk_length(text) + 1)
-        fitting = branches_that_fit(self._kept_per_token, *size, self._memory_budget)
-        short = fitting < branches
-        if self._sharded:  # every process goes by the one with the longest texts
-            short, fitting = bool(greatest(short, self.accelerator)), -greatest(-fitting, self.accelerator)
-        if short:
-            return False, fitting
-        return self._samples_in_graph and suits_one_pass(base, self._kept_per_token, *size, self._memory_budget), None
+        slots = args.thought_length + self._talk_length(text) + 1
+        with self.accelerator.autocast():
+            kept, free = self._memory(mode)
+            return plan_batch(
+                base_of(self.model),
+                self.path,
+                Size(B, T, in_all(branches), slots),
+                kept,
+                free,
+                self._samples_in_graph,
+                lambda number: -in_all(-number),
+            )
+
+    def _memory(self, mode: str) -> tuple[float | None, int]:
+        """Bytes that a token keeps for the backward, where groups are chosen for one, and bytes that are free."""
+        base = base_of(self.model)
+        if mode == "eval":
+            return None, free_bytes(base.device)
+        if self._memory_budget is None:  # that of the process with the least
+            self._memory_budget = -greatest(-memory_budget(base), self.accelerator)
+        if self.args.gradient_checkpointing:
+            return None, self._memory_budget
+        if self._kept_per_token is None:
+            self._kept_per_token = kept_per_token(base)
+        return self._kept_per_token, self._memory_budget
 
     def _sampler(self, part: StepPart, mode: str) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""
@@ -661,13 +674,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             functools.partial(greatest, accelerator=self.accelerator) if self._sharded else int,
         )
 
-    def _sample_thoughts(self, text: Text, sampler: ThoughtSampler) -> Thoughts:
+    def _sample_thoughts(self, text: Text, sampler: ThoughtSampler, plan: Plan) -> Thoughts:
         """Thoughts of a batch, without gradient."""
         base = base_of(self.model)
         training = base.training
         base.eval()  # no dropout, and a cache even where layers are checkpointed
         try:
-            return self._ask(self.model, text, sampler.sample, text, self.path, self._batch_size)
+            return self._ask(self.model, text, sampler.sample, text, self.path, plan.sampling)
         finally:
             base.train(training)
 
@@ -682,12 +695,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 quietstar_request=lambda base: function(base, *args, **kwargs),
             )
 
-    def _score_reference(self, text: Text, thoughts: Thoughts) -> Scores | None:
+    def _score_reference(self, text: Text, thoughts: Thoughts, plan: Plan) -> Scores | None:
         if not self.args.uses_reference:
             return None
         args = (text, thoughts, self.path, self.args.logps_temperature)
         with self._reference() as reference:
-            return self._ask(reference, text, score_thoughts, *args, branch_batch_size=self._batch_size)
+            return self._ask(reference, text, score_thoughts, *args, branch_batch_size=plan.scoring)
 
     def _coefficients(self) -> Coefficients:
         args = self.args
@@ -714,7 +727,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
 
     # Metrics
 
-    def _note_metrics(self, batch: BatchResult, mode: str) -> None:
+    def _note_metrics(self, batch: BatchResult, mode: str, plan: Plan) -> None:
         """Adds a batch to the running sums, reduced over processes."""
         metrics = batch_metrics(batch)
         if not self.args.uses_value_head:
@@ -729,7 +742,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             metrics["clip_ratio"] = ((ratio < 1 - low) | (ratio > 1 + high), batch.experience.thoughts.mask)
         first = not self._metrics[mode]  # of the logging window or of the evaluation
         if mode == "eval" or first:
-            metrics["coherence"] = (self._coherence(batch), batch.experience.exists)
+            metrics["coherence"] = (self._coherence(batch, plan), batch.experience.exists)
         if first:
             self._samples[mode] = thought_table(self.processing_class, batch, self.args.num_thoughts_to_print)
             if mode == "eval" and self.args.report_thoughts and self.accelerator.is_main_process:
@@ -747,12 +760,10 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
 
-    def _coherence(self, batch: BatchResult) -> torch.Tensor:
+    def _coherence(self, batch: BatchResult, plan: Plan) -> torch.Tensor:
         experience, thoughts = batch.experience, batch.experience.thoughts
         args = (batch.text, thoughts, self.path)
-        plain = self._ask(
-            self.model, batch.text, score_thoughts, *args, start=False, branch_batch_size=self._batch_size
-        )
+        plain = self._ask(self.model, batch.text, score_thoughts, *args, start=False, branch_batch_size=plan.scoring)
         return coherence(
             batch.scores.similarity,
             plain.thought_logps,
@@ -994,12 +1005,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         for dataset in datasets.values():
             for inputs in self.get_eval_dataloader(dataset):
                 text = self._text(inputs)
-                thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"))
+                plan = self._plan(text, "eval")
+                thoughts = self._sample_thoughts(text, self._sampler(self._lone_part(text, "eval"), "eval"), plan)
                 of_texts = self._ask(
                     self.model,
                     text,
                     text_sums,
-                    *(text, thoughts, self._talk_length(text), self.path, args.reward_prediction, generator),
+                    *(text, thoughts, self._talk_length(text), self.path, args.reward_prediction, generator, plan),
                 )
                 sums.append(self.accelerator.gather_for_metrics(of_texts))
         self.model.train(training)
