@@ -313,6 +313,7 @@ _known: dict = {}  # what an operation gave, by the shapes that it was given
 def hollow(func, args: tuple, kwargs: dict):
     """An operation whose floating-point results are shapes alone (tensors on "meta"); whole numbers and truth values, on
     which shapes depend, are real."""
+    args, kwargs = mapped(_bytes, args), mapped(_bytes, kwargs)
     tensors = tensors_in((args, kwargs))
     packet = func.overloadpacket
     if not any(x.is_meta or (x.is_floating_point() and x.numel() > SMALL) for x in tensors):
@@ -368,6 +369,12 @@ def _new(x):
 
 def _meta(x: torch.Tensor, again: bool = False) -> torch.Tensor:
     return x if x.is_meta and not again else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _bytes(x):
+    """Of a hollow tensor that is read as bytes, zeros."""
+    is_hollow = isinstance(x, torch.Tensor) and x.is_meta and not x.is_floating_point()
+    return torch.zeros(x.shape, dtype=x.dtype) if is_hollow else x
 
 
 def _ones(x):

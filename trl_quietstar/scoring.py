@@ -359,7 +359,7 @@ def _full_branches(
 def _mixed_with(talk: Talk, thoughts: Thoughts, predicts: torch.Tensor) -> torch.Tensor:
     """Mask like that of the places that predict, `(B, T - 1)`: whose predictions are mixed with those after a thought."""
     offsets = torch.arange(talk.target_mask.shape[2], device=predicts.device)
-    index = (thoughts.positions.index[..., None] + offsets).clamp(max=predicts.shape[1] - 1)
+    index = (thoughts.positions.host.index[..., None] + offsets).clamp(max=predicts.shape[1] - 1)
     mixed = torch.zeros_like(predicts, dtype=torch.long)
     return mixed.scatter_add_(1, index.flatten(1), talk.target_mask.long().flatten(1)) > 0
 
