@@ -21,11 +21,11 @@ WAITS = {
 KERNELS = {
     "train/default": 3_700,
     "generate/greedy": 900,
-    "launches/all-positions": 6_140,
-    "launches/llama-1b-full": 88_100,
+    "launches/all-positions": 4_000,
+    "launches/llama-1b-full": 81_000,
     "launches/llama-1b-lora": 84_900,
-    "launches/llama-1b-two-passes": 64_300,
-    "launches/llama-1b-groups": 167_300,
+    "launches/llama-1b-two-passes": 57_500,
+    "launches/llama-1b-groups": 81_500,
 }
 QUICK = (
     *("train/default", "train/groups", "train/dropout", "train/tf32", "train/full_determinism"),

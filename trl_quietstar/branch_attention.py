@@ -52,7 +52,8 @@ class TextReading:
 
     def attend(self, attention, module, query, key, value, attention_mask, **kwargs):
         # a checkpointed layer comes by again in the backward; the first keys are those of the graph
-        self.memory.layers.setdefault(module, (key, value))
+        if module not in self.memory.layers:  # in one piece, or each product with them would copy them again
+            self.memory.layers[module] = (key.contiguous(), value.contiguous())
         self.memory.has_windows |= kwargs.get("sliding_window") is not None
         return attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -213,8 +214,8 @@ class _Attend(torch.autograd.Function):
             total = weights.sum(-1).add_(own_weights.sum(-1))
             if sinks is not None:
                 total += (chunks.sinks - top).exp()
-            own = own_weights.to(query.dtype) @ own_value[:, :, at]
-            seen = (weights.to(query.dtype).flatten(2, 3) @ text_value[:, :, span]).view_as(own)
+            own = _product(own_weights.to(query.dtype), own_value[:, :, at])
+            seen = _product(weights.to(query.dtype).flatten(2, 3), text_value[:, :, span]).view_as(own)
             outs.append((seen.add_(own) / total[..., None]).to(query.dtype))
             log_zs.append(total.log().add_(top))
         out, log_z = _joined(outs), _joined(log_zs)
@@ -235,25 +236,30 @@ class _Attend(torch.autograd.Function):
             scores, own_scores = chunks.scores(at, span, unseen)
             slopes = [slope(x, chunks.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
-            d_scores = (g @ text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
-            d_own_scores = (grad[:, :, at] @ own_value[:, :, at].mT).to(chunks.dtype)
+            d_scores = _product(g, text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
+            d_own_scores = _product(grad[:, :, at], own_value[:, :, at].mT).to(chunks.dtype)
             pairs = zip((d_scores, d_own_scores), (weights, own_weights), slopes, strict=True)
             d_scores, d_own_scores = (
                 times_(d.sub_(shared[:, :, at]).mul_(w), factor).to(query.dtype) for d, w, factor in pairs
             )
             flat = d_scores.flatten(2, 3)
-            d_text_key[:, :, span] += flat.mT @ q
-            d_text_value[:, :, span] += weights.to(query.dtype).flatten(2, 3).mT @ g
-            d_own_key.append(d_own_scores.mT @ query[:, :, at])
-            d_own_value.append(own_weights.to(query.dtype).mT @ grad[:, :, at])
-            by_text = (flat @ text_key[:, :, span]).view_as(query[:, :, at])
-            d_query.append(by_text.add_(d_own_scores @ own_key[:, :, at]))
+            d_text_key[:, :, span] += _product(flat.mT, q)
+            d_text_value[:, :, span] += _product(weights.to(query.dtype).flatten(2, 3).mT, g)
+            d_own_key.append(_product(d_own_scores.mT, query[:, :, at]))
+            d_own_value.append(_product(own_weights.to(query.dtype).mT, grad[:, :, at]))
+            by_text = _product(flat, text_key[:, :, span]).view_as(query[:, :, at])
+            d_query.append(by_text.add_(_product(d_own_scores, own_key[:, :, at])))
         d_sinks = None
         if sinks is not None:
             share = (chunks.sinks - log_z).exp() * -shared[..., 0]  # (B, heads, N, R)
             d_sinks = share.unflatten(3, (-1, chunks.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
         d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
         return _joined(d_query), *d_text, _joined(d_own_key), _joined(d_own_value), d_sinks, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` for the same leading dimensions, without the further operations that `@` dispatches to broadcast them."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -280,8 +286,9 @@ class _Chunks:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores over the text, `(B, heads, n, R, K)`, and over a branch's own slots, `(B, heads, n, R, s)`."""
         q = self.query[:, :, at]
-        over_text = (q.flatten(2, 3) @ self.text_key[:, :, span].mT).view(*q.shape[:-1], -1)
-        return self._masked(over_text, unseen[0]), self._masked(q @ self.own_key[:, :, at].mT, unseen[1])
+        over_text = _product(q.flatten(2, 3), self.text_key[:, :, span].mT).view(*q.shape[:-1], -1)
+        over_own = _product(q, self.own_key[:, :, at].mT)
+        return self._masked(over_text, unseen[0]), self._masked(over_own, unseen[1])
 
     def _masked(self, scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
         """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `unseen` says so."""

@@ -627,15 +627,15 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
     def _plan(self, text: Text, mode: str) -> Plan:
         """Whether one pass is enough for a batch, and how many branches to run at once if not."""
         args, size = self.args, self.args.branch_batch_size
-        if args.single_pass or size is not None:
-            return Plan(self._samples_in_graph, size, size, size)
+        if args.single_pass:
+            return Plan(self._samples_in_graph)
         in_all = functools.partial(greatest, accelerator=self.accelerator) if self._sharded else int
         B, T = text.input_ids.shape
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
         slots = args.thought_length + self._talk_length(text) + 1
         with self.accelerator.autocast():
             kept, free = self._memory(mode)
-            return plan_batch(
+            plan = plan_batch(
                 base_of(self.model),
                 self.path,
                 Size(B, T, in_all(branches), slots),
@@ -644,6 +644,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 self._samples_in_graph,
                 lambda number: -in_all(-number),
             )
+        return plan if size is None else replace(plan, training=size, scoring=size)
 
     def _memory(self, mode: str) -> tuple[float | None, int]:
         """Bytes that a token keeps for the backward, where groups are chosen for one, and bytes that are free."""
@@ -652,7 +653,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             return None, free_bytes(base.device)
         if self._memory_budget is None:  # that of the process with the least
             self._memory_budget = -greatest(-memory_budget(base), self.accelerator)
-        if self.args.gradient_checkpointing:
+        if self.args.gradient_checkpointing or self.args.branch_batch_size is not None:
             return None, self._memory_budget
         if self._kept_per_token is None:
             self._kept_per_token = kept_per_token(base)
