@@ -52,8 +52,10 @@ class TextReading:
 
     def attend(self, attention, module, query, key, value, attention_mask, **kwargs):
         # a checkpointed layer comes by again in the backward; the first keys are those of the graph
-        if module not in self.memory.layers:  # in one piece, or each product with them would copy them again
-            self.memory.layers[module] = (key.contiguous(), value.contiguous())
+        if module not in self.memory.layers:
+            # in one piece, or every product on another device than a CPU would copy them again
+            kept = (x if x.device.type == "cpu" else x.contiguous() for x in (key, value))
+            self.memory.layers[module] = tuple(kept)  # type: ignore[assignment]
         self.memory.has_windows |= kwargs.get("sliding_window") is not None
         return attention(module, query, key, value, attention_mask, **kwargs)
 
