@@ -67,11 +67,14 @@ eval: $(VENV)/demo
 	$(OFFLINE) $(BIN)/trl-quietstar eval --model $(EVAL_MODEL) --include_path examples/tasks --tasks $(EVAL_TASKS) \
 		--limit $(EVAL_LIMIT) --batch_size 8 --compare
 
+# a process a core; each takes some 800 MB
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/dev
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not real"
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real"
 
 test-all: demo-data
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL)
 
 # where there is no accelerator, only launches and waits are counted, on a faked one
 gpu: demo-data
