@@ -94,6 +94,7 @@ RUNS: dict[str, dict] = {
     "full_determinism": dict(full_determinism=True, top_p=0.9, top_k=20, min_p=0.01),
     "tf32": dict(tf32=True, bf16=False),
     "dropout": dict(peft_config=True, disable_dropout=False, branch_batch_size=4),
+    "frozen": dict(peft_config=True, saved=True),
 }
 
 
@@ -141,11 +142,18 @@ class LastStep(transformers.TrainerCallback):
             self.counts = Counts.now("step")
 
 
-def train(name: str | None = None, model=None, peft_config: bool = False, completions: bool = False, **options):
+def train(
+    name: str | None = None,
+    model=None,
+    peft_config: bool = False,
+    completions: bool = False,
+    saved: bool = False,
+    **options,
+):
     """A scenario: two steps, whose second is counted."""
 
     def act(folder: Path) -> Counts:
-        made = plain_model(model) if isinstance(model, str) else model
+        made = plain_model(model) if isinstance(model, str) else saved_model(folder / "model") if saved else model
         own = {"peft_config": peft.LoraConfig(target_modules="all-linear", lora_dropout=0.1)} if peft_config else {}
         own |= {"data": completed()} if completions else {}
         last, bf16 = LastStep(), options.get("bf16", not options.get("fp16"))

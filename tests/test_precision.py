@@ -1,5 +1,7 @@
 """Low precision: how far scores in half precision and of quantized models lie from float32, and that they train."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -12,7 +14,7 @@ from trl_quietstar.scoring import ScoreRequest, score
 from trl_quietstar.self_check import QUANTIZED_TOLERANCE, path_difference
 
 from .tiny import mixed_text, think, tiny_model
-from .training import saved_model, text_data, tiny_trainer
+from .training import logged, saved_model, text_data, tiny_trainer
 
 
 # largest difference of a log-probability in nats from float32 with the same weights, on the tiny random model, whose
@@ -170,3 +172,39 @@ def test_bf16_is_for_an_accelerator_that_has_it(tmp_path, monkeypatch):
     assert not QuietStarConfig(str(tmp_path), use_cpu=True).bf16
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert not _has_bf16()
+
+
+def loaded(tmp_path, **options):
+    """Dtypes of frozen weights, and of those that are trained, of a model that the trainer loads for LoRA."""
+    options = {"bf16": True, "peft_config": LoraConfig(target_modules="all-linear"), **options}
+    trainer = tiny_trainer(tmp_path / "run", saved_model(tmp_path / "model"), **options)
+    parameters = list(trainer.model.parameters())
+    return trainer, *({p.dtype for p in parameters if p.requires_grad is trained} for trained in (False, True))
+
+
+def test_frozen_weights_are_in_bf16_where_autocast_is(tmp_path):
+    """Autocast would copy them at every forward of a thought's token."""
+    trainer, frozen, trained = loaded(tmp_path)
+    assert (frozen, trained) == ({torch.bfloat16}, {torch.float32})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(before[name].dtype == torch.float32 for name in moved)
+    assert all(math.isfinite(entry["loss"]) for entry in logged(trainer))
+    inputs = trainer.processing_class("3 plus 4 is", return_tensors="pt")
+    assert trainer.model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": False},
+        {"model_init_kwargs": {"dtype": "float32"}},
+        {"peft_config": LoraConfig(target_modules="all-linear", bias="all")},
+        {"peft_config": LoraConfig(target_modules="all-linear", init_lora_weights="pissa")},
+    ],
+    ids=["no autocast", "asked for", "trained biases", "weights split off"],
+)
+def test_other_weights_stay_in_float32(options, tmp_path):
+    _, frozen, trained = loaded(tmp_path, **options)
+    assert frozen == trained == {torch.float32}

@@ -59,6 +59,23 @@ def check_method(config) -> None:
         raise ValueError(f"`task_type` of the {type(config).__name__} is {task!r}; set `task_type='CAUSAL_LM'`.")
 
 
+def trains_added_weights_only(config) -> bool:
+    """
+    Whether an adapter leaves every weight of its base as it is: LoRA that begins at zero, with nothing of the base trained beside
+    it or split off into it.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            Of the adapter.
+    """
+    return (
+        getattr(config.peft_type, "value", config.peft_type) == "LORA"
+        and config.init_lora_weights in (True, "gaussian")
+        and config.bias == "none"
+        and not (config.modules_to_save or config.use_dora or config.trainable_token_indices)
+    )
+
+
 def check_adapter_model(model: nn.Module) -> None:
     """
     Refuses a `PeftModel` whose adapters cannot be trained and read again.

@@ -276,6 +276,7 @@ def model_kwargs(model_args: ModelConfig) -> dict:
 def train(argv: list[str]) -> None:
     """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
     parser = TrlParser((DataArguments, QuietStarConfig, ModelConfig), prog="trl-quietstar train")
+    parser.set_defaults(dtype=None)  # the trainer's own default, which goes by what is trained
     data_args, args, model_args = parser.parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")

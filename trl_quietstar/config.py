@@ -166,8 +166,8 @@ class QuietStarConfig(_BaseConfig):
     # Model
     model_init_kwargs: dict | str | None = _option(
         None,
-        "Keyword arguments for `from_pretrained` when the model is given as an id or path. `dtype` defaults to "
-        "float32.",
+        "Keyword arguments for `from_pretrained` when the model is given as an id or path. `dtype` defaults to float32, and "
+        "with `bf16` to bfloat16 for a base that stays frozen under LoRA.",
     )
     trust_remote_code: bool = _option(False, "Whether to run model code from the Hub. Off unless you say so.")
     disable_dropout: bool = _option(

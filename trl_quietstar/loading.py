@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from .adapters import check_adapter_model, check_method
+from .adapters import check_adapter_model, check_method, trains_added_weights_only
 from .config import QuietStarConfig
 from .distributed import check_one_device, check_whole, loaded_whole
 from .heads import QuietStarSettings
@@ -61,7 +62,8 @@ def build_model(
     hub = {name: (args.model_init_kwargs or {})[name] for name in HUB_KWARGS if name in (args.model_init_kwargs or {})}
     source = model if isinstance(model, str) else None
     if source is not None:
-        source, model = _load(source, args, settings, quantization_config, hub)
+        dtype = _dtype(args, quantization_config, peft_config)
+        source, model = _load(source, args, settings, quantization_config, hub, dtype)
     check_whole(model)
     base = base_of(model)
     check_one_device(base)
@@ -110,9 +112,24 @@ def _attach(base, settings: QuietStarSettings) -> None:
     attach_heads(base, settings)
 
 
-def _load(source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict):
+def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dtype:
+    """
+    Of a model that is loaded, unless the user names one: float32, in which weights are trained, or bf16 for weights that stay
+    frozen in a run under bf16 autocast. Autocast keeps its copy of a weight that needs a gradient for the whole step, but copies
+    a frozen one anew at each forward, and a step has a forward for each token of a thought.
+    """
+    stays_frozen = peft_config is not None and trains_added_weights_only(peft_config)
+    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()  # which keep weights of one dtype together
+    return (
+        torch.bfloat16 if args.bf16 and stays_frozen and quantization_config is None and not sharded else torch.float32
+    )
+
+
+def _load(
+    source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict, dtype: torch.dtype
+):
     """The model of an id or path, and where it was: a subfolder of a local folder is a folder too."""
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if kwargs.get("subfolder") and Path(source).is_dir():
         source = str(Path(source, kwargs.pop("subfolder")))
         hub.pop("subfolder")
