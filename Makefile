@@ -93,6 +93,8 @@ bench: demo-data
 	$(OFFLINE) $(BIN)/python -m benchmarks.speed --output out/speed.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.replay --output out/replay.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.long_thoughts --output out/long_thoughts.json
+	$(OFFLINE) $(BIN)/python -m benchmarks.early_ends
+	$(OFFLINE) $(BIN)/python -m benchmarks.plan --output out/plan.json
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

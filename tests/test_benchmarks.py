@@ -18,6 +18,7 @@ from benchmarks import (
     learning,
     long_thoughts,
     measuring,
+    plan,
     replay,
     speed,
 )
@@ -334,6 +335,20 @@ def test_gpu_counts_where_it_cannot_measure(tmp_path, monkeypatch, capsys):
         assert row["launches"] > 1_000 and row["waits"] > 0 and row["faked"]
         assert not any("seconds" in key for key in row)
     assert gpu.NOT_MEASURED in capsys.readouterr().out
+
+
+def test_the_plan_of_memory_is_held_against_longer_forwards(monkeypatch, tmp_path):
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    monkeypatch.setattr(plan, "SMOLLM2", {**sizes, "num_key_value_heads": 2})
+    monkeypatch.setattr("sys.argv", ["plan", "--output", str(tmp_path / "plan.json")])
+    plan.main()
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert len(found) == 2 * len(plan.PRECISIONS)
+    for row in found.values():
+        assert 1 / 1.3 < row["estimate"] / row["measured"] < 1.3
+    assert (
+        found["float32, bf16 autocast; LoRA"]["one forward"] > 1.3 * found["float32, bf16 autocast; LoRA"]["measured"]
+    )
 
 
 def test_early_ends_cost_what_they_hold(monkeypatch, tmp_path):

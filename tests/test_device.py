@@ -22,8 +22,8 @@ KERNELS = {
     "train/default": 2_800,
     "generate/greedy": 900,
     "launches/all-positions": 4_000,
-    "launches/llama-1b-full": 57_500,
-    "launches/llama-1b-lora": 59_000,
+    "launches/llama-1b-full": 81_000,
+    "launches/llama-1b-lora": 78_000,
     "launches/llama-1b-two-passes": 57_500,
     "launches/llama-1b-groups": 81_500,
 }

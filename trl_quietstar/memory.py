@@ -72,11 +72,11 @@ def kept_per_token(model: PreTrainedModel) -> float:
     kind = model.device.type
     forked = dict(devices=[], device_type="cuda") if kind == "cpu" else dict(devices=[model.device], device_type=kind)
     with torch.random.fork_rng(**forked), torch.enable_grad():  # type: ignore[arg-type]
-        less, more = (_kept(model, tokens) for tokens in PROBE_TOKENS)
+        less, more = (kept_by_forward(model, tokens) for tokens in PROBE_TOKENS)
     return max(more - less, 0) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
 
 
-def _kept(model: PreTrainedModel, tokens: int) -> int:
+def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that a forward over so many tokens keeps for the backward."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
