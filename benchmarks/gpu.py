@@ -188,10 +188,11 @@ def sampling_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
     text = Text.from_batch(**case.inputs())
     trainer.model.train()
     sampler = trainer._sampler(StepPart(list(range(case.texts))), "train")
+    plan = trainer._plan(text, "train")
 
     def sample() -> int:
         with trainer.accelerator.autocast():
-            return int(trainer._sample_thoughts(text, sampler).mask.sum())
+            return int(trainer._sample_thoughts(text, sampler, plan).mask.sum())
 
     return {"thought tokens per second": statistics.median([rate(sample) for _ in range(repeats + 1)][1:])}
 

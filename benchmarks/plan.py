@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trl_quietstar.memory import PROBE_TOKENS, Size, branches_that_fit, kept_by_forward, kept_per_token
+from trl_quietstar.memory import Size, branches_that_fit, kept_by_forward, kept_per_token
 
 from .gpu import SMOLLM2
 
 
-LONG = (256, 512)
+ONE, LONG = 32, (256, 512)  # tokens
 SIZE = Size(rows=1, text_length=256, branches=10**6, slots=25)
 FREE = 8 * 2**30
 # name: dtype of the weights, and whether autocast computes in bf16
@@ -44,7 +44,7 @@ def measure(precision: str, lora: bool) -> dict[str, float]:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         short, long = kept_by_forward(model, LONG[0]), kept_by_forward(model, LONG[1])
         found = {
-            "one forward": kept_by_forward(model, PROBE_TOKENS[0]) / PROBE_TOKENS[0],
+            "one forward": kept_by_forward(model, ONE) / ONE,
             "estimate": kept_per_token(model),
             "measured": (long - short) / (LONG[1] - LONG[0]),
         }

@@ -41,6 +41,7 @@ def test_what_a_token_keeps():
     model.gradient_checkpointing_enable()
     assert kept_per_token(model) < 0.5 * kept
     assert kept_per_token(tiny_model("llama").requires_grad_(False)) < 0.1 * kept
+    assert kept_per_token(tiny_model("gpt2", max_position_embeddings=20).train()) > 0  # shorter than a probe
 
 
 def kept_in(model, act) -> int:

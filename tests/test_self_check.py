@@ -132,28 +132,28 @@ def test_the_check_leaves_the_model_as_it_was():
 class EarlyAnchor(SharedPrefix):
     """Branches miss the last token of their text."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         return super().encode(model, text, replace(branches, anchors=(branches.anchors - 1).clamp(min=0)))
 
 
 class LeakingDocuments(SharedPrefix):
     """Packed documents see each other."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         return super().encode(model, replace(text, document_ids=text.attention_mask.long()), branches)
 
 
 class CountedGaps(SharedPrefix):
     """Slots after a thought that ended early keep their old positions and see what it left out."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         return super().encode(model, text, replace(branches, mask=torch.ones_like(branches.mask)))
 
 
 class WiderWindow(MaskedPrefix):
     """Sliding windows are one token too wide."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         model.config.sliding_window += 1
         try:
             return super().encode(model, text, branches)
@@ -164,7 +164,7 @@ class WiderWindow(MaskedPrefix):
 class WiderBranchWindow(SharedPrefix):
     """The same for branches alone."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         attend = BranchReading.attend
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -190,7 +190,7 @@ class WholeDocument(SharedPrefix):
 class WiderChunk(MaskedPrefix):
     """Chunks of attention begin one token late."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         model.config.attention_chunk_size += 1
         try:
             return super().encode(model, text, branches)
@@ -227,7 +227,7 @@ def test_the_check_sees_a_wrong_chunk():
 class NotANumber(SharedPrefix):
     """One branch overflows."""
 
-    def encode(self, model, text, branches, batch_size=None):
+    def encode(self, model, text, branches, batch_size=None, reader=None):
         encoded = super().encode(model, text, branches)
         return replace(encoded, branches=encoded.branches.index_fill(1, torch.tensor([0]), torch.nan))
 

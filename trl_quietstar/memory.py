@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .cached_replay import CachedReplay
+from .data import max_positions
 from .distributed import own_part
 from .embeddings import embed_tokens
 from .paths import Path as BranchPath
 from .paths import Replay, backbone
 
 
-PROBE_TOKENS = (32, 64)
+PROBE_TOKENS = 64  # of the longer of two forwards; the other has half as many
 SHARE = 0.6  # of the free memory that activations may take
 CPU_TOKENS = 4096  # of a forward without graph on a CPU: more are no faster there, and take memory for nothing
 BUSY = 2**36  # parameters of a layer times tokens whose arithmetic takes an accelerator longer than to launch it
@@ -69,11 +70,12 @@ def kept_per_token(model: PreTrainedModel) -> float:
             The causal LM, as it will be trained: adapters, frozen weights and checkpointed layers keep less.
     """
     # once in a run, and again where it is resumed: dropout must not draw from the random numbers of training
+    half = min(PROBE_TOKENS, max_positions(model.config) or PROBE_TOKENS) // 2
     kind = model.device.type
     forked = dict(devices=[], device_type="cuda") if kind == "cpu" else dict(devices=[model.device], device_type=kind)
     with torch.random.fork_rng(**forked), torch.enable_grad():  # type: ignore[arg-type]
-        less, more = (kept_by_forward(model, tokens) for tokens in PROBE_TOKENS)
-    return max(more - less, 0) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+        less, more = (kept_by_forward(model, tokens) for tokens in (half, 2 * half))
+    return max(more - less, 0) / half
 
 
 def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
