@@ -1,5 +1,6 @@
 """Token statistics tile by tile against the whole vocabulary at once, forward and backward."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -133,9 +134,9 @@ def test_a_token_is_drawn_where_the_cumulative_probability_passes_u(size):
     assert (drawn[3:] == expected[3:]).all()
 
 
-def statistics_of(seed: int) -> torch.Tensor:
+def statistics_of(model, seed: int) -> torch.Tensor:
     """Log-probabilities of rows whose number and values depend on the seed."""
-    model, generator = model_with("softcap"), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(50 + seed, H, generator=generator, dtype=torch.float64)
     targets = torch.arange(50 + seed) % V
     return token_statistics(model, hidden, targets, torch.ones_like(targets, dtype=torch.bool)).logps
@@ -143,19 +144,23 @@ def statistics_of(seed: int) -> torch.Tensor:
 
 def test_threads_write_into_tiles_of_their_own():
     """As many at once as alone."""
-    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
-        expected = [statistics_of(seed) for seed in range(16)]
-        for found, alone in zip(pool.map(torch.no_grad()(statistics_of), range(16)), expected, strict=True):
+    model = model_with("softcap")  # made here: its weights come from the random state that threads share
+    run = torch.no_grad()(functools.partial(statistics_of, model))
+    with ThreadPoolExecutor(4) as pool:
+        expected = [run(seed) for seed in range(16)]
+        for found, alone in zip(pool.map(run, range(16)), expected, strict=True):
             assert torch.equal(found, alone)
 
 
 def test_a_tile_of_inference_mode_is_written_to_outside_of_it():
     """Whichever comes first, in a thread that has no tiles yet."""
 
+    model = model_with("softcap")
+
     def first_in_inference_mode():
         with torch.inference_mode():
-            inside = statistics_of(900)
-        return inside.clone(), statistics_of(900)
+            inside = statistics_of(model, 900)
+        return inside.clone(), statistics_of(model, 900)
 
     with ThreadPoolExecutor(1) as pool:
         inside, outside = pool.submit(first_in_inference_mode).result()
