@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators
-from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
 from .replay import Counted
 

@@ -34,9 +34,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar.experience import StepPart
-from trl_quietstar.geometry import Text
+from trl_quietstar.learning.experience import StepPart
 from trl_quietstar.modeling import base_of
+from trl_quietstar.text.batch import Text
 
 from .generation import FIXED_WAYS, compare
 from .learning import parse

@@ -19,11 +19,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.advantages import thought_advantages
-from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators, talk_after
-from trl_quietstar.rewards import masked_mean, thought_rewards
-from trl_quietstar.sampling import sample_thoughts, uniforms
-from trl_quietstar.scoring import ScoreRequest, Scores, at_talk, score
+from trl_quietstar.learning.advantages import thought_advantages
+from trl_quietstar.learning.rewards import masked_mean, thought_rewards
+from trl_quietstar.text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_after
+from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, Scores, at_talk, score
 
 from .learning import (
     PROBLEMS,

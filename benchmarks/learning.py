@@ -39,11 +39,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar.controls import CONTROLS, controlled
-from trl_quietstar.geometry import Text, Thoughts, choose_positions, seeded_generators
-from trl_quietstar.rewards import thought_rewards
-from trl_quietstar.sampling import sample_thoughts, uniforms
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.evaluation.controls import CONTROLS, controlled
+from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.text.batch import Text, Thoughts, choose_positions, seeded_generators
+from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 
 VOCABULARY = [*"0123456789", *"abcdefghij", "=", ">", "<", "<pad>"]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trl_quietstar.memory import Size, branches_that_fit, kept_by_forward, kept_per_token
+from trl_quietstar.branches.memory import Size, branches_that_fit, kept_by_forward, kept_per_token
 
 from .gpu import SMOLLM2
 

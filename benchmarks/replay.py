@@ -16,11 +16,11 @@ import torch
 from transformers import BloomConfig, MambaConfig, Qwen3NextConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators
-from trl_quietstar.paths import Path as ThoughtPath
-from trl_quietstar.paths import Replay
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
-from trl_quietstar.self_check import choose_path
+from trl_quietstar.branches.paths import Path as ThoughtPath
+from trl_quietstar.branches.paths import Replay
+from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.thinking.check import choose_path
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
 
 SIZE = dict(vocab_size=1024, hidden_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)

@@ -41,8 +41,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from trl import RLOOConfig, RLOOTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar.experience import StepPart
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators
+from trl_quietstar.learning.experience import StepPart
+from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 
 from .generation import FIXED_WAYS, compare
 from .learning import parse

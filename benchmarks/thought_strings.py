@@ -13,11 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators, talk_after
-from trl_quietstar.paths import SharedPrefix
-from trl_quietstar.rewards import masked_mean
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.branches.paths import SharedPrefix
+from trl_quietstar.learning.rewards import masked_mean
+from trl_quietstar.text.batch import Text, choose_positions, seeded_generators, talk_after
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 
 PAIRS = [

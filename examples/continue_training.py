@@ -11,7 +11,7 @@ import argparse
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.cli import load_splits, saved_fields
-from trl_quietstar.report import print_comparison
+from trl_quietstar.evaluation.report import print_comparison
 
 
 def main() -> None:

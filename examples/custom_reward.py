@@ -4,7 +4,7 @@
     python examples/custom_reward.py --reward last --output out/last
 
 Letters of the shapes: B sequences, J positions, G thoughts at each, L thought tokens, M talk tokens. A reward gets, by name,
-what the arguments of `trl_quietstar.rewards.thought_rewards` are called, and `text` and `thoughts`. Any other parameter is
+what the arguments of `trl_quietstar.learning.rewards.thought_rewards` are called, and `text` and `thoughts`. Any other parameter is
 a column of the data, a list of one value for each row: `def reward(logps_with, mask, answer, **others)` reads `answer`.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.cli import load_splits
-from trl_quietstar.rewards import RewardFunction, masked_mean
+from trl_quietstar.learning.rewards import RewardFunction, masked_mean
 
 
 def gain_minus_length(cost: float) -> RewardFunction:

@@ -15,9 +15,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from trl_quietstar.harness import QuietStarLM, evaluate_tasks, paired_test
-from trl_quietstar.report import print_outcomes
-from trl_quietstar.sampling import Thinking
+from trl_quietstar.evaluation.harness import QuietStarLM, evaluate_tasks, paired_test
+from trl_quietstar.evaluation.report import print_outcomes
+from trl_quietstar.thinking.sampling import Thinking
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar.report import print_comparison
+from trl_quietstar.evaluation.report import print_comparison
 
 
 class StopAfter(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.cli import load_splits
-from trl_quietstar.report import print_comparison, print_thoughts
+from trl_quietstar.evaluation.report import print_comparison, print_thoughts
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
-from trl_quietstar.cached_replay import CachedReplay
-from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
-from trl_quietstar.self_check import path_difference
+from trl_quietstar.branches.cached_replay import CachedReplay
+from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.thinking.check import path_difference
 
 from .tiny import byte_tokenizer
 
@@ -344,8 +344,8 @@ forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer make
 starts, and refuses a model that even replay cannot score.
 
 A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
-build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/paths.py` if its positions do not begin at 0; in `logit_transform` of
-`trl_quietstar/lm_head.py` if it scales or caps its logits after the head under a name of its own.
+build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/branches/paths.py` if its positions do not begin at 0; in `logit_transform` of
+`trl_quietstar/model/lm_head.py` if it scales or caps its logits after the head under a name of its own.
 
 """
 

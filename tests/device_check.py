@@ -41,11 +41,11 @@ import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from trl_quietstar import QuietStarForCausalLM  # noqa: E402
-from trl_quietstar.cached_replay import CachedReplay  # noqa: E402
+from trl_quietstar.branches.cached_replay import CachedReplay  # noqa: E402
+from trl_quietstar.branches.paths import MaskedPrefix, SharedPrefix  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
-from trl_quietstar.harness import QuietStarLM  # noqa: E402
-from trl_quietstar.paths import MaskedPrefix, SharedPrefix  # noqa: E402
-from trl_quietstar.transfer import exact_dtype  # noqa: E402
+from trl_quietstar.evaluation.harness import QuietStarLM  # noqa: E402
+from trl_quietstar.text.transfer import exact_dtype  # noqa: E402
 
 from .test_generation import padded, prompts, thinking_model  # noqa: E402
 from .tiny import byte_tokenizer  # noqa: E402

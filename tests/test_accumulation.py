@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_quietstar.experience import StepPart
+from trl_quietstar.learning.experience import StepPart
 
 from .test_checkpoints import log_of
 from .tiny import byte_tokenizer, exact_model

@@ -16,10 +16,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, TrainerCallback
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.adapters import AdapterReference
-from trl_quietstar.geometry import Text
+from trl_quietstar.model.adapters import AdapterReference
 from trl_quietstar.modeling import attach_heads, base_of
-from trl_quietstar.self_check import _text_logps
+from trl_quietstar.text.batch import Text
+from trl_quietstar.thinking.check import _text_logps
 
 from .tiny import byte_tokenizer
 from .training import logged, plain_model, saved_model, text_data, tiny_trainer

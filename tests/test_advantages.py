@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_quietstar.advantages import gae, leave_one_out, standardize, thought_advantages
+from trl_quietstar.learning.advantages import gae, leave_one_out, standardize, thought_advantages
 
 
 B, J = 2, 3

@@ -12,13 +12,13 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.anti_theater import CONDITIONS, SUMS, THRESHOLDS, judge, text_sums
-from trl_quietstar.controls import CONTROLS, controlled
-from trl_quietstar.geometry import Text, talk_after
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.rewards import coherence, masked_mean
-from trl_quietstar.sampling import greedy_continuation
-from trl_quietstar.scoring import ScoreRequest, at_talk, score, score_thoughts
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.evaluation.anti_theater import CONDITIONS, SUMS, THRESHOLDS, judge, text_sums
+from trl_quietstar.evaluation.controls import CONTROLS, controlled
+from trl_quietstar.learning.rewards import coherence, masked_mean
+from trl_quietstar.text.batch import Text, talk_after
+from trl_quietstar.thinking.sampling import greedy_continuation
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score, score_thoughts
 
 from .tiny import exact_model, mixed_text, positions_of, think
 from .training import logged, text_data, tiny_trainer

@@ -10,13 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.branches.paths import Replay
 from trl_quietstar.cli import main
-from trl_quietstar.geometry import Text, choose_positions
-from trl_quietstar.likelihood import log_likelihoods
-from trl_quietstar.lm_head import normalized_entropy
+from trl_quietstar.model.lm_head import normalized_entropy
 from trl_quietstar.modeling import base_of
-from trl_quietstar.paths import Replay
-from trl_quietstar.sampling import ENDLESS, Thinking
+from trl_quietstar.text.batch import Text, choose_positions
+from trl_quietstar.thinking.likelihood import log_likelihoods
+from trl_quietstar.thinking.sampling import ENDLESS, Thinking
 
 from .test_generation import SETTINGS, naive, padded, prompts, thinking_model
 from .test_inspection import embedded

@@ -15,7 +15,7 @@ from datasets import Features as DataFeatures
 
 from trl_quietstar import QuietStarConfig
 from trl_quietstar.config import CHOICES, LIMITS
-from trl_quietstar.data import prepare_texts
+from trl_quietstar.data.prepare import prepare_texts
 
 from .tiny import byte_tokenizer, sums
 from .training import logged, plain_model, tiny_args, tiny_trainer
@@ -249,7 +249,9 @@ def test_a_bad_evaluation_row_names_its_dataset(tmp_path):
 def test_empty_texts_are_counted_and_left_out(packing, tmp_path, monkeypatch):
     """Empty texts, texts of one token, and characters that tokenize to nothing: dropped with a warning that counts them."""
     said = []
-    monkeypatch.setattr(logging.getLogger("trl_quietstar.data"), "warning", lambda words, *_: said.append(words))
+    monkeypatch.setattr(
+        logging.getLogger("trl_quietstar.data.prepare"), "warning", lambda words, *_: said.append(words)
+    )
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     data = Dataset.from_dict({"text": ["", "3", sums()[0], ""]})

@@ -22,7 +22,7 @@ from benchmarks import (
     replay,
     speed,
 )
-from trl_quietstar.controls import CONTROLS
+from trl_quietstar.evaluation.controls import CONTROLS
 
 from .tiny import sums
 from .training import saved_model

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trl_quietstar import branch_attention
-from trl_quietstar.branch_attention import _Attend, _Layout
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.sampling import ThoughtSampler
-from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.branches import attention as branch_attention
+from trl_quietstar.branches.attention import _Attend, _Layout
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.thinking.sampling import ThoughtSampler
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .conformance import tiny_model as family_model
 from .test_exactness import FIELDS, assert_paths_agree, assert_same, assert_same_gradients, run

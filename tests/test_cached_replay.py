@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trl_quietstar.cached_replay import CachedReplay, States
-from trl_quietstar.paths import Replay
-from trl_quietstar.sampling import greedy_continuation
-from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
+from trl_quietstar.branches.cached_replay import CachedReplay, States
+from trl_quietstar.branches.paths import Replay
+from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
+from trl_quietstar.thinking.sampling import greedy_continuation
 
 from .conformance import tiny_model
 from .test_generation import SETTINGS, generated, padded, prompts, thinking_model
@@ -137,7 +137,7 @@ def test_copies_share_nothing(name):
 
 def test_the_check_sees_padding_that_is_wrong(monkeypatch):
     """Keys padded by what is read, or on the wrong side, are no rounding."""
-    from trl_quietstar import cached_replay
+    from trl_quietstar.branches import cached_replay
 
     model = tiny_model("falcon_h1")
     pad_left = cached_replay._pad_left

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators
-from trl_quietstar.lm_head import normalized_entropy
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.model.lm_head import normalized_entropy
+from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import exact_model, mixed_text, positions_of, sampling, think
 
@@ -33,7 +33,7 @@ def roll_out(model, text: Text, path, amount="all", rows: list[int] | None = Non
 
 
 def _think(model, text, path, positions, draws) -> Thoughts:
-    from trl_quietstar.sampling import sample_thoughts, uniforms
+    from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
 
     return sample_thoughts(
         model, path.read(model, text), text, positions, sampling(), uniforms(positions, sampling(), draws)

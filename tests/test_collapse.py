@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_quietstar.collapse import DRIFT, WINDOWS, ZERO_STD, CollapseWatch
+from trl_quietstar.training.collapse import DRIFT, WINDOWS, ZERO_STD, CollapseWatch
 
 from .training import logged, plain_model, text_data, tiny_trainer
 
@@ -11,7 +11,9 @@ from .training import logged, plain_model, text_data, tiny_trainer
 @pytest.fixture
 def messages(caplog):
     """Warnings of the project."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.collapse"]
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name == "trl_quietstar.training.collapse"
+    ]
 
 
 def feed(watch: CollapseWatch, nlls, std: float = 0.1) -> list[float | None]:

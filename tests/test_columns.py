@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from trl_quietstar.data import RepeatedRows, prepare_texts
-from trl_quietstar.rewards import thought_rewards
+from trl_quietstar.data.prepare import RepeatedRows, prepare_texts
+from trl_quietstar.learning.rewards import thought_rewards
 
 from .tiny import byte_tokenizer, sums
 from .training import text_data, tiny_args, tiny_trainer

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from trl_quietstar.controls import CONTROLS, controlled
-from trl_quietstar.geometry import Thoughts
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.evaluation.controls import CONTROLS, controlled
+from trl_quietstar.text.batch import Thoughts
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import VOCAB, exact_model, mixed_text, think
 

@@ -241,7 +241,7 @@ def test_a_folder_of_several_kinds(tmp_path, caplog):
     for name in ("a.jsonl", "b.jsonl"):
         write(tmp_path, name, TEXT)
     write(tmp_path, "c.csv", "text\na\n")
-    logger = logging.getLogger("trl_quietstar.data_files")
+    logger = logging.getLogger("trl_quietstar.data.files")
     said = []
     logger.warning, kept = (lambda words: said.append(words)), logger.warning
     try:

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
-from trl_quietstar.checkpoints import check_whole
-from trl_quietstar.distributed import check_engine, check_optimizer_file, load_sharded
-from trl_quietstar.rewards import thought_rewards
+from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.model.distributed import check_engine, check_optimizer_file, load_sharded
+from trl_quietstar.training.checkpoints import check_whole
 
 from .engines import UNSHARED, Run, has_deepspeed
 from .training import plain_model, saved_model

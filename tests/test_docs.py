@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("examples/*.ipynb")]
 )
-SOURCE = "\n".join(path.read_text() for path in sorted(ROOT.glob("trl_quietstar/*.py")))
+SOURCE = "\n".join(path.read_text() for path in sorted(ROOT.glob("trl_quietstar/**/*.py")))
 RECIPES = ("quietstar", "fast_quietstar", "rlp", "latro", "iss007")
 # of the machine, the data and the files, not of the method
 NOT_METHOD = {
@@ -64,13 +64,14 @@ def test_links_lead_somewhere(page):
 
 def test_the_method_stands_where_its_page_says():
     """Each `module.name` of the page is in the package."""
-    modules = "|".join(path.stem for path in ROOT.glob("trl_quietstar/*.py"))
-    names = set(re.findall(rf"`((?:{modules})\.[A-Za-z_][\w.]*)`", prose(ROOT / "docs" / "method.md")))
+    files = [path.relative_to(ROOT) for path in ROOT.glob("trl_quietstar/**/*.py") if path.stem != "__init__"]
+    modules = {path.stem: ".".join(path.with_suffix("").parts) for path in files}
+    names = set(re.findall(rf"`((?:{'|'.join(modules)})\.[A-Za-z_][\w.]*)`", prose(ROOT / "docs" / "method.md")))
     names = {name for name in names if not name.endswith((".py", ".md", ".json"))}
     assert len(names) > 30
     for name in names:
         module, *parts = name.split(".")
-        found = importlib.import_module(f"trl_quietstar.{module}")
+        found = importlib.import_module(modules[module])
         for part in parts:
             assert hasattr(found, part) or part in getattr(found, "__annotations__", {}), name
             found = getattr(found, part, None)

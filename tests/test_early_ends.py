@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from trl_quietstar.cached_replay import CachedReplay
-from trl_quietstar.geometry import Positions, Thoughts
-from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
-from trl_quietstar.sampling import ThoughtSampler
-from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
+from trl_quietstar.branches.cached_replay import CachedReplay
+from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.text.batch import Positions, Thoughts
+from trl_quietstar.thinking.sampling import ThoughtSampler
+from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts
 
 from .test_cached_replay import Counter
 from .tiny import exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.geometry import Text, Thoughts, talk_after
-from trl_quietstar.paths import MaskedPrefix, Path, Replay, SharedPrefix
-from trl_quietstar.sampling import ThoughtSampler
-from trl_quietstar.scoring import ScoreRequest, score, score_thoughts
+from trl_quietstar.branches.paths import MaskedPrefix, Path, Replay, SharedPrefix
+from trl_quietstar.text.batch import Text, Thoughts, talk_after
+from trl_quietstar.thinking.sampling import ThoughtSampler
+from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts
 
 from .tiny import FAMILIES, exact_model, generators, mixed_text, positions_of, sampling, think
 

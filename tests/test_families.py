@@ -5,11 +5,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.geometry import Positions, Text
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings
-from trl_quietstar.scoring import ScoreRequest, score
-from trl_quietstar.self_check import choose_path, path_difference
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.text.batch import Positions, Text
+from trl_quietstar.thinking.check import choose_path, path_difference
+from trl_quietstar.thinking.sampling import SamplingSettings
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import VOCAB, mixed_text, sampling, think
 

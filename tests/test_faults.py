@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarConfig
-from trl_quietstar import experience as experience_module
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.faults import FaultGuard
-from trl_quietstar.objective import quietstar_loss
-from trl_quietstar.rewards import thought_rewards
+from trl_quietstar.learning import experience as experience_module
+from trl_quietstar.learning.objective import quietstar_loss
+from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.training.faults import FaultGuard
 
 from .training import logged, saved_model, text_data, tiny_trainer
 
@@ -84,7 +84,7 @@ def spoilt(name: str, steps, value: float = float("nan"), row: int = 2):
 @pytest.fixture
 def messages(caplog):
     """Warnings of the project."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.faults"]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.training.faults"]
 
 
 def all_finite(trainer) -> bool:
@@ -314,8 +314,8 @@ import math, os, sys
 from pathlib import Path
 from tests.test_faults import States
 from tests.training import tiny_trainer
-from trl_quietstar import experience
-from trl_quietstar.rewards import thought_rewards
+from trl_quietstar.learning import experience
+from trl_quietstar.learning.rewards import thought_rewards
 
 def rewards(**arguments):
     given = thought_rewards(**arguments)

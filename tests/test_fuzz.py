@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar import config as config_module
 from trl_quietstar.config import CHOICES, LIMITS
-from trl_quietstar.data import prepare_texts
+from trl_quietstar.data.prepare import prepare_texts
 
 from .tiny import byte_tokenizer, sums
 from .training import plain_model, tiny_args

@@ -6,11 +6,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria, TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.geometry import Branches, Positions, Text
-from trl_quietstar.lm_head import logits_of, normalized_entropy
+from trl_quietstar.branches.paths import CACHE_NAMES, Replay
+from trl_quietstar.model.lm_head import logits_of, normalized_entropy
 from trl_quietstar.modeling import heads_aside
-from trl_quietstar.paths import CACHE_NAMES, Replay
-from trl_quietstar.sampling import fixed_draws, sample_thoughts, thought_sampling
+from trl_quietstar.text.batch import Branches, Positions, Text
+from trl_quietstar.thinking.sampling import fixed_draws, sample_thoughts, thought_sampling
 
 from .conformance import tiny_model as family_model
 from .tiny import byte_tokenizer, tiny_model
@@ -242,7 +242,7 @@ def test_thoughts_end_early(name, tmp_path):
 
 def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
     """A thought is dropped after use: the cache holds the text alone, however much was thought."""
-    from trl_quietstar import generation
+    from trl_quietstar.thinking import generation
 
     decoders = []
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, thought_end, uniforms
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, thought_end, uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 from .tiny import byte_tokenizer, every_fourth, exact_model, generators, mixed_text, sampling, think
 

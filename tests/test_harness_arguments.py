@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.harness import OF_LOADING, REFUSED, QuietStarLM
+from trl_quietstar.evaluation.harness import OF_LOADING, REFUSED, QuietStarLM
 from trl_quietstar.modeling import base_of
-from trl_quietstar.sampling import Thinking
+from trl_quietstar.thinking.sampling import Thinking
 
 from .tiny import byte_tokenizer
 from .training import saved_model, tiny_trainer

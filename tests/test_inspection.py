@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trl_quietstar.branches.paths import Replay, SharedPrefix
 from trl_quietstar.cli import main
-from trl_quietstar.geometry import Text, talk_after
-from trl_quietstar.inspection import inspect_texts, summarize, token_pieces
-from trl_quietstar.inspection_page import render_page
-from trl_quietstar.likelihood import think_in_chunks
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.rewards import masked_mean
-from trl_quietstar.sampling import uniforms
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.evaluation.inspection import inspect_texts, summarize, token_pieces
+from trl_quietstar.evaluation.page import render_page
+from trl_quietstar.learning.rewards import masked_mean
+from trl_quietstar.text.batch import Text, talk_after
+from trl_quietstar.thinking.likelihood import think_in_chunks
+from trl_quietstar.thinking.sampling import uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 from .tiny import byte_tokenizer, generators, mixed_text, positions_of, sampling, think, tiny_model
 from .training import saved_model, text_data, tiny_trainer
@@ -210,7 +210,7 @@ def test_chunks_change_nothing(path, monkeypatch):
     model, text = tiny_model(), mixed_text()
     results = []
     for tokens in (100_000, 250):
-        monkeypatch.setattr("trl_quietstar.likelihood.CPU_TOKENS", tokens)
+        monkeypatch.setattr("trl_quietstar.thinking.likelihood.CPU_TOKENS", tokens)
         results.append(
             think_in_chunks(
                 model,

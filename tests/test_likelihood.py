@@ -4,11 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl_quietstar import QuietStarForCausalLM, likelihood
-from trl_quietstar.branch_attention import TextReading
-from trl_quietstar.likelihood import log_likelihoods
-from trl_quietstar.lm_head import uncertainty
-from trl_quietstar.sampling import Thinking
+from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.branches.attention import TextReading
+from trl_quietstar.model.lm_head import uncertainty
+from trl_quietstar.thinking import likelihood
+from trl_quietstar.thinking.likelihood import log_likelihoods
+from trl_quietstar.thinking.sampling import Thinking
 
 from .test_generation import padded, prompts, thinking_model
 from .tiny import byte_tokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_quietstar import lm_head
-from trl_quietstar.lm_head import prediction_statistics, token_statistics
-from trl_quietstar.sampling import BLOCK, _invert
+from trl_quietstar.model import lm_head
+from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
+from trl_quietstar.thinking.sampling import BLOCK, _invert
 
 
 V, H = 37, 6

@@ -6,12 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl_quietstar import memory as memory_module
 from trl_quietstar import trainer as trainer_module
-from trl_quietstar.branch_attention import TextReading
-from trl_quietstar.embeddings import embed_tokens
-from trl_quietstar.geometry import Branches, Text
-from trl_quietstar.memory import (
+from trl_quietstar.branches import memory as memory_module
+from trl_quietstar.branches.attention import TextReading
+from trl_quietstar.branches.memory import (
     Plan,
     Size,
     branches_that_fit,
@@ -24,7 +22,9 @@ from trl_quietstar.memory import (
     plan_batch,
     suits_one_pass,
 )
-from trl_quietstar.paths import Replay, SharedPrefix, backbone
+from trl_quietstar.branches.paths import Replay, SharedPrefix, backbone
+from trl_quietstar.model.embeddings import embed_tokens
+from trl_quietstar.text.batch import Branches, Text
 
 from .conformance import tiny_model as family_model
 from .tiny import tiny_model

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from trl_quietstar.modeling import base_of
-from trl_quietstar.optimizers import CombinedOptimizer, check_optimizers, hidden_weights
+from trl_quietstar.training.optimizers import CombinedOptimizer, check_optimizers, hidden_weights
 
 from .conformance import tiny_model as any_model
 from .tiny import tiny_model

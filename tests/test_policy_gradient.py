@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from trl_quietstar.advantages import thought_advantages
-from trl_quietstar.geometry import Positions, Text, Thoughts, seeded_generators
-from trl_quietstar.objective import Coefficients, quietstar_loss
-from trl_quietstar.paths import Replay
-from trl_quietstar.rewards import thought_rewards
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
-from trl_quietstar.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.branches.paths import Replay
+from trl_quietstar.learning.advantages import thought_advantages
+from trl_quietstar.learning.objective import Coefficients, quietstar_loss
+from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.text.batch import Positions, Text, Thoughts, seeded_generators
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 from .tiny import exact_model
 

@@ -8,10 +8,10 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar.branches.paths import Replay, SharedPrefix
 from trl_quietstar.config import _has_bf16
-from trl_quietstar.paths import Replay, SharedPrefix
-from trl_quietstar.scoring import ScoreRequest, score
-from trl_quietstar.self_check import QUANTIZED_TOLERANCE, path_difference
+from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import mixed_text, think, tiny_model
 from .training import logged, saved_model, text_data, tiny_trainer

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.geometry import Text, choose_positions, seeded_generators
-from trl_quietstar.paths import SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
-from trl_quietstar.self_check import TOLERANCES, path_difference
+from trl_quietstar.branches.paths import SharedPrefix
+from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.thinking.check import TOLERANCES, path_difference
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
 from .test_model import divergence_by_hand
 

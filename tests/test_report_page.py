@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from trl_quietstar.inspection_page import render_page
+from trl_quietstar.evaluation.page import render_page
 
 from .test_inspection import HOSTILE, hostile_texts
 

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_quietstar.objective import Coefficients, entropy_coefficient, kl_divergence, policy_terms, quietstar_loss
-from trl_quietstar.rewards import REWARD_TYPES, coherence, masked_mean, thought_rewards
+from trl_quietstar.learning.objective import (
+    Coefficients,
+    entropy_coefficient,
+    kl_divergence,
+    policy_terms,
+    quietstar_loss,
+)
+from trl_quietstar.learning.rewards import REWARD_TYPES, coherence, masked_mean, thought_rewards
 
 
 B, J, G, L, M = 2, 3, 2, 4, 3

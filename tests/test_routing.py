@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from trl_quietstar.geometry import Branches, Text
-from trl_quietstar.paths import MaskedPrefix, Replay, SharedPrefix
-from trl_quietstar.routing import recorded_routing, router_loss, use_router_loss
-from trl_quietstar.scoring import ScoreRequest, score
+from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.model.routing import recorded_routing, router_loss, use_router_loss
+from trl_quietstar.text.batch import Branches, Text
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .conformance import tiny_model
 from .tiny import mixed_text, think

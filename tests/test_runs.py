@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import BEMACallback
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
-from trl_quietstar.checkpoints import rotate
+from trl_quietstar.training.checkpoints import rotate
 
 from .test_checkpoints import assert_same_state, log_of
 from .training import logged, saved_model, text_data, tiny_args, tiny_trainer
@@ -65,7 +65,7 @@ def test_drift_is_told_for_each_data_set(tmp_path, caplog):
     other = [trainer.evaluate(data) for data in (others[0], others[1], others[0])]
     assert other[0]["eval_nll_without"] > own[0]["eval_nll_without"] + 0.5
     assert [metrics["eval_no_thought_drift"] for metrics in own + other] == [0.0] * 6
-    assert not [record for record in caplog.records if record.name == "trl_quietstar.collapse"]
+    assert not [record for record in caplog.records if record.name == "trl_quietstar.training.collapse"]
     assert not [name for name in trainer.predict(others[0]).metrics if "drift" in name]
 
 
@@ -385,5 +385,7 @@ def test_values_that_a_checkpoint_brings_are_named(saved, tmp_path, caplog):
     """A learning rate given on resuming would be overwritten in silence; without an optimizer's state it counts."""
     options = dict(model=str(saved / "model"), learning_rate=0.5, weight_decay=0.25, **ONE)
     tiny_trainer(tmp_path, **options).find_checkpoint(str(saved / "out/checkpoint-1"))
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.checkpoints"]
+    (message,) = [
+        record.getMessage() for record in caplog.records if record.name == "trl_quietstar.training.checkpoints"
+    ]
     assert "`learning_rate` 0.001 (0.5 here), `weight_decay` 0.0 (0.25 here). For other values" in message

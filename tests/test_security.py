@@ -10,12 +10,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from trl_quietstar import QuietStarForCausalLM, report
+from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.cli import main
-from trl_quietstar.harness import QuietStarLM
-from trl_quietstar.inspection_page import write_page
+from trl_quietstar.evaluation import report
+from trl_quietstar.evaluation.harness import QuietStarLM
+from trl_quietstar.evaluation.page import write_page
+from trl_quietstar.evaluation.report import TerminalStreamer, card_section, print_thoughts, printable
 from trl_quietstar.loading import load_tokenizer
-from trl_quietstar.report import TerminalStreamer, card_section, print_thoughts, printable
 
 from .test_inspection import HOSTILE, embedded, hostile_texts
 from .tiny import byte_tokenizer

@@ -19,12 +19,13 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trl_quietstar import QuietStarForCausalLM, QuietStarSettings, branch_attention
-from trl_quietstar.branch_attention import BranchReading
-from trl_quietstar.cached_replay import CachedReplay
-from trl_quietstar.paths import BranchReader, MaskedPrefix, Replay, SharedPrefix
-from trl_quietstar.scoring import ScoreRequest, score
-from trl_quietstar.self_check import TOLERANCES, choose_path, path_difference
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.branches import attention as branch_attention
+from trl_quietstar.branches.attention import BranchReading
+from trl_quietstar.branches.cached_replay import CachedReplay
+from trl_quietstar.branches.paths import BranchReader, MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .conformance import tiny_model as family_model
 from .tiny import FAMILIES, exact_model, mixed_text, randomize, sampling, think, tiny_model

@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
-from trl_quietstar.advantages import thought_advantages
-from trl_quietstar.geometry import Text, choose_positions, talk_span
-from trl_quietstar.objective import Coefficients, quietstar_loss
-from trl_quietstar.rewards import thought_rewards
-from trl_quietstar.sampling import unfinished
+from trl_quietstar.learning.advantages import thought_advantages
+from trl_quietstar.learning.objective import Coefficients, quietstar_loss
+from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.text.batch import Text, choose_positions, talk_span
+from trl_quietstar.thinking.sampling import unfinished
 
 from .test_checkpoints import log_of
 from .tiny import byte_tokenizer, generators, sampling, think, tiny_model

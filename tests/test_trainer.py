@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
-from trl_quietstar.geometry import Text, choose_positions
 from trl_quietstar.modeling import base_of
+from trl_quietstar.text.batch import Text, choose_positions
 
 from .tiny import byte_tokenizer, generators, sums
 from .training import logged, plain_model, saved_model, text_data, tiny_args, tiny_trainer

@@ -19,8 +19,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import trl_quietstar
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.checkpoints import check_whole
-from trl_quietstar.distributed import check_engine
+from trl_quietstar.model.distributed import check_engine
+from trl_quietstar.training.checkpoints import check_whole
 
 from .test_checkpoints import log_of
 from .training import text_data, tiny_args, tiny_trainer
@@ -213,7 +213,9 @@ def test_unchanged_fields_are_the_trainers_alone():
     assert "compute_loss" in replaced() and "average_tokens_across_devices" in methods["compute_loss"]  # it can fail
     lost = set().union(*(methods.get(name, set()) for name in replaced()))
     modules = [
-        path.read_text("utf-8") for path in Path(trl_quietstar.__file__).parent.glob("*.py") if path.stem != "cli"
+        path.read_text("utf-8")
+        for path in Path(trl_quietstar.__file__).parent.rglob("*.py")
+        if path.parent.name != "cli"
     ]
     ours = set().union(*(names for module in modules for names in read_by(module).values()))
     told_apart = {

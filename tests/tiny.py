@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.geometry import Positions, Text, Thoughts, choose_positions, seeded_generators
-from trl_quietstar.paths import Path, SharedPrefix
-from trl_quietstar.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.branches.paths import Path, SharedPrefix
+from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
+from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
 
 VOCAB = 97

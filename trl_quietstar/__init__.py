@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import QuietStarConfig
-    from .heads import QuietStarSettings
+    from .model.heads import QuietStarSettings
     from .modeling import QuietStarForCausalLM
     from .trainer import QuietStarREINFORCETrainer
 
@@ -16,7 +16,7 @@ MODULES = {
     "QuietStarConfig": "config",
     "QuietStarForCausalLM": "modeling",
     "QuietStarREINFORCETrainer": "trainer",
-    "QuietStarSettings": "heads",
+    "QuietStarSettings": "model.heads",
 }
 
 

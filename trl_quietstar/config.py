@@ -11,8 +11,8 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ._compat import _BaseConfig
-from .heads import VALUE_HEAD_TYPES, QuietStarSettings
-from .rewards import REWARD_TYPES
+from .learning.rewards import REWARD_TYPES
+from .model.heads import VALUE_HEAD_TYPES, QuietStarSettings
 
 
 logger = logging.get_logger(__name__)

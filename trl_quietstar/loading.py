@@ -11,10 +11,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from .adapters import check_adapter_model, check_method, trains_added_weights_only
 from .config import QuietStarConfig
-from .distributed import check_one_device, check_whole, loaded_whole
-from .heads import QuietStarSettings
+from .model.adapters import check_adapter_model, check_method, trains_added_weights_only
+from .model.distributed import check_one_device, check_whole, loaded_whole
+from .model.heads import QuietStarSettings
 from .modeling import (
     HUB_KWARGS,
     QuietStarForCausalLM,

@@ -51,14 +51,14 @@ from transformers.utils import (
 )
 
 from ._compat import set_unsaved_keys
-from .concurrency import LOCK, eval_mode
-from .distributed import load_full
-from .generation import think_and_speak
-from .heads import QuietStarHeads, QuietStarSettings
-from .likelihood import log_likelihoods
-from .paths import Path, SharedPrefix
-from .sampling import Thinking
-from .self_check import choose_path, takes_masks
+from .branches.paths import Path, SharedPrefix
+from .model.concurrency import LOCK, eval_mode
+from .model.distributed import load_full
+from .model.heads import QuietStarHeads, QuietStarSettings
+from .thinking.check import choose_path, takes_masks
+from .thinking.generation import think_and_speak
+from .thinking.likelihood import log_likelihoods
+from .thinking.sampling import Thinking
 
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class QuietStarMixin:
             thinking_threshold (`float`, *optional*):
                 Least entropy of the no-thought prediction, divided by log V, to think at (adaptive).
             return_thoughts (`bool`):
-                Whether to return [`~generation.GenerateThoughtfulOutput`], with the thoughts.
+                Whether to return [`~thinking.generation.GenerateThoughtfulOutput`], with the thoughts.
             thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Gets the tokens of each thought, before `streamer` gets the text that it served.
 
@@ -455,7 +455,7 @@ def quietstar_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _thinking_forward(plain: Callable) -> Callable:
-    """A method that answers a request when there is one, such as a [`~scoring.ScoreRequest`], and is otherwise `plain`,
+    """A method that answers a request when there is one, such as a [`~thinking.scoring.ScoreRequest`], and is otherwise `plain`,
     with its signature (`generate` and `Trainer` read it). Inside it every engine's weights are there to be used."""
 
     @functools.wraps(plain)
@@ -811,7 +811,7 @@ def _check_adapter(source: str, hub: dict) -> str:
     """Refuses an adapter that cannot be read; returns the file of its weights."""
     from peft import PeftConfig
 
-    from .adapters import check_method  # which imports this module
+    from .model.adapters import check_method  # which imports this module
 
     weights = _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
     if weights is None:

@@ -42,40 +42,48 @@ from trl import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
 from ._compat import fingerprint, left_on_host
-from .adapters import AdapterReference, check_trainable
-from .advantages import standardize
-from .anti_theater import AntiTheaterReport, check_texts, judge, text_sums
-from .cached_replay import CachedReplay
-from .callbacks import (
+from .branches.cached_replay import CachedReplay
+from .branches.memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
+from .branches.paths import Replay, SharedPrefix
+from .config import QuietStarConfig
+from .data.prepare import (
+    OWN_COLUMNS,
+    RepeatedRows,
+    TextCollator,
+    check_amount,
+    check_longest,
+    longest_text,
+    prepare_texts,
+)
+from .evaluation.anti_theater import AntiTheaterReport, check_texts, judge, text_sums
+from .evaluation.inspection import inspect_texts
+from .evaluation.page import write_page
+from .evaluation.report import card_name, card_section, print_thoughts, thought_table
+from .learning.advantages import standardize
+from .learning.experience import Experience, StepPart, experience_of, flat, unflat
+from .learning.metrics import BatchResult, MetricSums, batch_metrics
+from .learning.objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
+from .learning.rewards import RewardFunction, coherence, column_parameters, has_columns
+from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
+from .model.adapters import AdapterReference, check_trainable
+from .model.distributed import check_engine, greatest, is_sharded, prepare_reference
+from .model.routing import has_router_loss, use_router_loss
+from .modeling import base_of, save_settings
+from .text.batch import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
+from .thinking.check import choose_path
+from .thinking.sampling import ThoughtSampler, thought_sampling
+from .thinking.scoring import ScoreRequest, Scores, at_talk, score_thoughts
+from .training.callbacks import (
     AntiTheaterCallback,
     CurriculumCallback,
     EmptyEpochCallback,
     LastWindowCallback,
     check_callbacks,
 )
-from .checkpoints import CheckpointTrainer, check_output_dir, kept_weights, optimizer_fields
-from .collapse import CollapseWatch
-from .config import QuietStarConfig
-from .data import OWN_COLUMNS, RepeatedRows, TextCollator, check_amount, check_longest, longest_text, prepare_texts
-from .distributed import check_engine, greatest, is_sharded, prepare_reference
-from .experience import Experience, StepPart, experience_of, flat, unflat
-from .faults import FaultGuard
-from .geometry import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
-from .inspection import inspect_texts
-from .inspection_page import write_page
-from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
-from .memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
-from .metrics import BatchResult, MetricSums, batch_metrics
-from .modeling import base_of, save_settings
-from .objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
-from .optimizers import check_optimizers, combine, hold_all
-from .paths import Replay, SharedPrefix
-from .report import card_name, card_section, print_thoughts, thought_table
-from .rewards import RewardFunction, coherence, column_parameters, has_columns
-from .routing import has_router_loss, use_router_loss
-from .sampling import ThoughtSampler, thought_sampling
-from .scoring import ScoreRequest, Scores, at_talk, score_thoughts
-from .self_check import choose_path
+from .training.checkpoints import CheckpointTrainer, check_output_dir, kept_weights, optimizer_fields
+from .training.collapse import CollapseWatch
+from .training.faults import FaultGuard
+from .training.optimizers import check_optimizers, combine, hold_all
 
 
 if TYPE_CHECKING:
@@ -148,7 +156,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             Further callbacks.
         reward_function (`Callable`, *optional*):
             Your own reward, in place of `args.reward_type`. Called with the named arguments of
-            [`~rewards.thought_rewards`] (`logps_with` and so on, `mask`) and `text` and `thoughts`; returns one number for
+            [`~learning.rewards.thought_rewards`] (`logps_with` and so on, `mask`) and `text` and `thoughts`; returns one number for
             each thought, `(B, J, G)`. Any other parameter is a column of the data, a list of one value for each row; with
             `args.remove_unused_columns=False` a function that takes `**kwargs` gets all columns.
         optimizers (`tuple`, *optional*):
@@ -987,7 +995,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         Anti-theater validation on the whole evaluation data: are the thoughts used, or decoration? Deterministic.
 
         Returns:
-            [`~anti_theater.AntiTheaterReport`], the same on every process.
+            [`~evaluation.anti_theater.AntiTheaterReport`], the same on every process.
 
         Raises:
             `ValueError`: without evaluation data, or with fewer than two texts of it.
@@ -1019,7 +1027,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return judge(torch.cat(sums), args.seed)
 
     def sampled_thoughts(self) -> dict[str, list]:
-        """A few thoughts of the last evaluation, in the columns of [`report.thought_table`]; empty before the first."""
+        """A few thoughts of the last evaluation, in the columns of [`evaluation.report.thought_table`]; empty before the first."""
         return self._samples.get("eval", {})
 
     # Saving and loading

@@ -1,0 +1,1 @@
+"""Ways to run a model over a text and the branches that leave it."""

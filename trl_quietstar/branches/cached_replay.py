@@ -1,0 +1,272 @@
+"""Replay that runs no token twice: texts and thoughts go on from what the family's own cache keeps of them.
+
+A recurrent state cannot be masked, but it can be copied. So texts are read from one thought position to the next, the
+cache is copied at each, and the copies of all branches, stacked into one batch, take one token a forward: ordinary cached
+decoding. Keys and values of unequal lengths are padded on the left, as `generate` pads prompts. Whether that is exact is
+for the start-up check to say; where it is not, [`~branches.paths.Replay`] runs everything again.
+
+R is the number of rows of a batch of such states, W the slots of its keys.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from ..model.embeddings import embed_tokens
+from ..text.batch import Text
+from ..text.transfer import to_device
+from .paths import Reader, Replay, backbone_output, cache_name, forward_arguments, position_offset
+
+
+class States:
+    """
+    Rows that a model has read, each up to its own length, and can go on from.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, in `eval()` mode.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.cache = model, None
+        self.arguments = forward_arguments(model)
+        self.width = 0  # W
+        self.lengths = torch.zeros(0, dtype=torch.long, device=model.device)  # (R,)
+        self.padded = False  # whether the keys of shorter rows begin with padding
+
+    def read(self, embeds: torch.Tensor, by_token: bool = False) -> torch.Tensor:
+        """
+        Goes on by several tokens, in rows of one length.
+
+        Args:
+            embeds (`torch.Tensor` of shape `(R, Q, E)`):
+                Their embeddings.
+            by_token (`bool`):
+                Whether a cache that holds something takes one token a forward.
+
+        Returns:
+            Hidden states of shape `(R, Q, H)`.
+        """
+        if self.cache is None:
+            self.lengths = self.lengths.new_zeros(len(embeds))
+        pieces = embeds.split(1, dim=1) if by_token and self.cache is not None else (embeds,)
+        return torch.cat([self._forward(piece) for piece in pieces], dim=1)
+
+    def step(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Goes on by one token of shape `(R, E)` in each row, however long; hidden states of shape `(R, H)`."""
+        return self._forward(embeds[:, None])[:, 0]
+
+    def select(self, rows: torch.Tensor) -> "States":
+        """A copy of some rows, `(rows,)`, which may repeat; given in the host's memory."""
+        rows, taken = to_device(rows, self.lengths.device), copy.copy(self)
+        taken.cache = map_tensors(lambda parts: parts[0].index_select(0, rows), self.cache)
+        taken.lengths = self.lengths[rows]
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence["States"]) -> "States":
+        """The rows of all parts, in order, in one batch."""
+        joined = copy.copy(parts[0])
+        joined.padded = any(part.padded for part in parts)
+
+        def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
+            joined.padded |= any(list(x.shape[1:]) != shape for x in tensors)
+            return torch.cat([_pad_left(x, shape) for x in tensors])
+
+        joined.cache = map_tensors(stack, *(part.cache for part in parts))
+        joined.lengths = torch.cat([part.lengths for part in parts])
+        joined.width = max(part.width for part in parts)
+        return joined
+
+    def _forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        Q, name = embeds.shape[1], cache_name(self.arguments)
+        inputs: dict[str, Any] = {name: self.cache, "use_cache": True}
+        if self.padded:
+            column = torch.arange(self.width + Q, device=embeds.device)
+            inputs["attention_mask"] = (column >= (self.width - self.lengths)[:, None]).long()
+        if "position_ids" in self.arguments:
+            position_ids = self.lengths[:, None] + torch.arange(Q, device=embeds.device)
+            inputs["position_ids"] = position_ids + position_offset(self.model.config)
+        hidden, output = backbone_output(self.model, embeds, **inputs)
+        self.cache = output[name]
+        self.width, self.lengths = self.width + Q, self.lengths + Q
+        return hidden
+
+
+def map_tensors(function: Callable[[Sequence[torch.Tensor]], torch.Tensor], *values: Any) -> Any:
+    """
+    A new cache from caches of the same structure; none of them is changed by what happens to it.
+
+    Args:
+        function (`Callable`):
+            From the tensors at one place in all of them, rows first, to the new one's.
+        values:
+            The caches. Of numbers in them, such as lengths, the largest is taken.
+    """
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return function(values) if first.dim() > 1 else first
+    if isinstance(first, dict):
+        return type(first)((key, map_tensors(function, *(value[key] for value in values))) for key in first)
+    if isinstance(first, (list, tuple)):
+        return type(first)(map_tensors(function, *parts) for parts in zip(*values, strict=True))
+    if isinstance(first, int):
+        return max(values)
+    if not isinstance(first, (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        return first
+    new = copy.copy(first)
+    new.__dict__.update(map_tensors(function, *(vars(value) for value in values)))
+    return new
+
+
+def _pad_left(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Zeros in front, up to a shape that does not count the rows."""
+    missing = [wanted - size for wanted, size in zip(shape, x.shape[1:], strict=True)]
+    return torch.nn.functional.pad(x, [width for size in reversed(missing) for width in (size, 0)])
+
+
+class CachedReplay(Replay):
+    """
+    Replay, but sampling goes on from copies of the cache. Scoring, which needs gradient, stays as it is: families update
+    their states in place.
+
+    Args:
+        by_token (`bool`):
+            Whether a text is read on by one token a forward, for families that cannot continue a state by several.
+    """
+
+    def __init__(self, by_token: bool = False):
+        self.by_token = by_token
+
+    def read(self, model: PreTrainedModel, text: Text) -> Reader:
+        return CachedReplayReader(model, text, self.by_token)
+
+
+class CachedReplayReader:
+    """Reads each text once, up to its last anchor, and copies what is kept of it at the anchors."""
+
+    def __init__(self, model: PreTrainedModel, text: Text, by_token: bool):
+        self.model, self.text, self.by_token = model, text, by_token
+        self.forks: tuple[States, torch.Tensor] | None = None  # of all branches, and which of `B·N` each row is
+
+    @functools.cached_property
+    def text_hidden(self) -> torch.Tensor:
+        return Replay().text_hidden(self.model, self.text)
+
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "CachedReplayReader":
+        assert self.forks is not None
+        states, order = self.forks
+        fresh, wanted = copy.copy(self), (rows[:, None] * self.branches + columns).flatten()
+        fresh.forks = states.select(order.argsort()[wanted]), torch.arange(len(wanted))
+        return fresh
+
+    @torch.no_grad()
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.branches = anchors.shape[1]
+        if self.forks is None:
+            self.forks = self._read_text(anchors)
+        states, order = self.forks
+        order = to_device(order, embeds.device)
+        hidden = states.step(embeds.flatten(0, 1)[order])
+        return torch.empty_like(hidden).index_copy_(0, order, hidden).unflatten(0, anchors.shape)
+
+    def _read_text(self, anchors: torch.Tensor) -> tuple[States, torch.Tensor]:
+        """From anchor to anchor, all documents beside each other: at the same place of each, nothing is padded."""
+        text = self.text.host
+        documents, rows = _documents(text, anchors.cpu())
+        ends = text.position_ids.gather(1, anchors.cpu()).flatten() + 1
+        embeds, states = embed_tokens(self.model, to_device(documents, self.model.device)), States(self.model)
+        parts, order = [], []
+        for end in ends.unique().tolist():
+            states.read(embeds[:, states.width : end], self.by_token)
+            order.append((ends == end).nonzero().flatten())
+            parts.append(states.select(rows[order[-1]]))
+        return States.join(parts), torch.cat(order)
+
+
+def _documents(text: Text, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of the documents that hold an anchor, from their first token on, with anything after their last; and which
+    of them each of the `B·N` anchors is in. Of texts and anchors in the host's memory."""
+    numbers = text.document_ids.gather(1, anchors).clamp(min=1).flatten()  # anchors on padding count for nothing
+    sequence = torch.arange(len(anchors)).repeat_interleave(anchors.shape[1])
+    (sequence, numbers), rows = torch.stack([sequence, numbers]).unique(dim=1, return_inverse=True)
+    starts = (text.document_ids[sequence] == numbers[:, None]).long().argmax(1)
+    column = torch.arange(int(text.position_ids.max()) + 1)
+    index = (starts[:, None] + column).clamp(max=text.input_ids.shape[1] - 1)
+    return text.input_ids[sequence[:, None], index], rows
+
+
+class CachedReplayDecoder:
+    """
+    Texts in one batch of states, branches in another; see [`~thinking.generation.Decoder`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        rows (`int`):
+            B.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int):
+        self.model, self.rows = model, rows
+        self.text: States | None = None
+        self.branches: States | None = None
+        self.owners = torch.zeros(0, dtype=torch.long)  # the text of each branch, in the host's memory
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.text is None:
+            return self._read_prompts(token_ids, mask)
+        return self.text.step(embed_tokens(self.model, token_ids[:, -1]))
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.drop(rows)
+        assert self.text is not None
+        owners = rows.nonzero().flatten()
+        fresh = self.text.select(owners)
+        self.branches = fresh if self.branches is None else States.join([self.branches, fresh])
+        self.owners = torch.cat([self.owners, owners])
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._step(*slot) for slot in zip(embeds.unbind(1), mask.unbind(1), strict=True)], dim=1)
+
+    def drop(self, rows: torch.Tensor) -> None:
+        keep = ~rows[self.owners]
+        if bool(keep.all()):
+            return
+        assert self.branches is not None
+        self.branches = self.branches.select(keep.nonzero().flatten()) if bool(keep.any()) else None
+        self.owners = self.owners[keep]
+
+    def _read_prompts(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Prompts of the same length in one forward, none of them padded; hidden states `(B, H)` of their last tokens."""
+        lengths = mask.sum(1)
+        parts, order, hidden = [], [], []
+        for length in lengths.unique().tolist():
+            order.append((lengths == length).nonzero().flatten())
+            parts.append(States(self.model))
+            rows, places = mask[order[-1]].bool().nonzero().unbind(1)
+            places = to_device(torch.stack([order[-1][rows], places]), token_ids.device)
+            prompts = token_ids[tuple(places)].view(-1, length)
+            hidden.append(parts[-1].read(embed_tokens(self.model, prompts))[:, -1])
+        back = torch.cat(order).argsort()
+        self.text = States.join(parts).select(back)
+        return torch.cat(hidden).index_select(0, to_device(back, token_ids.device))
+
+    def _step(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One slot, `(B, E)`, in the branches of the rows of a mask `(B,)`; hidden states `(B, H)`, 0 in other rows."""
+        assert self.branches is not None
+        moves = mask[self.owners].bool()
+        moving, waiting = moves.nonzero().flatten(), (~moves).nonzero().flatten()
+        states = self.branches if len(waiting) == 0 else self.branches.select(moving)
+        hidden = states.step(embeds.index_select(0, to_device(self.owners[moving], embeds.device)))
+        if len(waiting) > 0:
+            self.branches = States.join([states, self.branches.select(waiting)])
+        rows, self.owners = self.owners[moving], self.owners[torch.cat([moving, waiting])]
+        rows = to_device(rows, hidden.device)
+        return hidden.new_zeros(self.rows, hidden.shape[1]).index_copy_(0, rows, hidden)

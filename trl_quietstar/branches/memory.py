@@ -1,0 +1,271 @@
+"""How much memory thoughts need, estimated before it is spent, and what is done with a batch by that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..data.prepare import max_positions
+from ..model.distributed import own_part
+from ..model.embeddings import embed_tokens
+from .cached_replay import CachedReplay
+from .paths import Path as BranchPath
+from .paths import Replay, backbone
+
+
+PROBE_TOKENS = 64  # of the longer of two forwards; the other has half as many
+SHARE = 0.6  # of the free memory that activations may take
+CPU_TOKENS = 4096  # of a forward without graph on a CPU: more are no faster there, and take memory for nothing
+BUSY = 2**36  # parameters of a layer times tokens whose arithmetic takes an accelerator longer than to launch it
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # of a container
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How the thoughts of a batch are sampled and scored. Of each row so many branches at once; None: all.
+
+    Parameters:
+        single_pass (`bool`):
+            Whether thoughts are sampled in the forward that scores them.
+        training (`int`, *optional*):
+            Branches whose activations are kept for the backward at once.
+        sampling, scoring (`int`, *optional*):
+            Branches that are sampled, and scored, without gradient at once.
+    """
+
+    single_pass: bool
+    training: int | None = None
+    sampling: int | None = None
+    scoring: int | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    What is to be sampled and scored.
+
+    Parameters:
+        rows, text_length, branches, slots (`int`):
+            B, T, N and S.
+    """
+
+    rows: int
+    text_length: int
+    branches: int
+    slots: int
+
+
+def kept_per_token(model: PreTrainedModel) -> float:
+    """
+    Bytes that a forward keeps of each token for the backward: by how much more a longer one keeps than a shorter one, so that
+    what does not grow with the tokens, such as autocast's copies of weights, does not count. It takes the autocast that it is
+    called under.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM, as it will be trained: adapters, frozen weights and checkpointed layers keep less.
+    """
+    # once in a run, and again where it is resumed: dropout must not draw from the random numbers of training
+    half = min(PROBE_TOKENS, max_positions(model.config) or PROBE_TOKENS) // 2
+    kind = model.device.type
+    forked = dict(devices=[], device_type="cuda") if kind == "cpu" else dict(devices=[model.device], device_type=kind)
+    with torch.random.fork_rng(**forked), torch.enable_grad():  # type: ignore[arg-type]
+        less, more = (kept_by_forward(model, tokens) for tokens in (half, 2 * half))
+    return max(more - less, 0) / half
+
+
+def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes that a forward over so many tokens keeps for the backward."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout != torch.strided:  # the few numbers that a sparse adapter adds to a weight
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(tokens, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = backbone(model, embed_tokens(model, ids), use_cache=False)
+    total = sum(kept.values())
+    del hidden  # until here it held all that was counted, so that no address was counted twice
+    return total
+
+
+def passing_per_token(model: PreTrainedModel) -> int:
+    """Bytes that a forward without gradient holds of a token where it holds most, in an MLP, by the model's sizes."""
+    config, hidden = model.config.get_text_config(), model.get_output_embeddings().weight.shape[1]
+    inner = _number(config, "intermediate_size") or 4 * hidden
+    experts = _number(config, "num_experts_per_tok") or 1
+    return (8 * hidden + 4 * inner * experts) * max(model.dtype.itemsize, 4)  # norms compute in float32
+
+
+def cached_per_token(model: PreTrainedModel) -> int:
+    """Bytes of a token's keys and values in all layers, by the model's sizes and the autocast that it is called under."""
+    config, kind = model.config.get_text_config(), model.device.type
+    heads = _number(config, "num_key_value_heads") or _number(config, "num_attention_heads") or 1
+    hidden = model.get_output_embeddings().weight.shape[1]
+    size = _number(config, "head_dim") or hidden // (_number(config, "num_attention_heads") or 1)
+    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if low else model.dtype
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def _number(config, name: str) -> int | None:
+    """A size in a configuration; the largest where layers differ."""
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    values = [getattr(layer, name, None) for layer in layers]
+    values = [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value])]
+    return max((value for value in values if value is not None), default=None)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, or in the container where there is a limit."""
+    if device.type == "mps":
+        return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
+    if device.type != "cpu":
+        kind = torch.get_device_module(device)
+        unused = kind.memory_reserved(device) - kind.memory_allocated(device)  # by PyTorch, which hands it out again
+        return kind.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    if all(file.is_file() for file in CGROUP) and CGROUP[0].read_text().strip() != "max":
+        free = min(free, int(CGROUP[0].read_text()) - int(CGROUP[1].read_text()))
+    return free
+
+
+def memory_budget(model: PreTrainedModel) -> int:
+    """
+    Bytes that a training run has for activations, by what is free ahead of its first backward: then gradients are still to
+    come, and AdamW's two moments.
+    """
+    to_come = sum(3 * local.nbytes for local in map(own_part, model.parameters()) if local.requires_grad)
+    return max(free_bytes(model.device) - to_come, 0)
+
+
+def branches_that_fit(per_token: float, size: Size, free: float) -> int:
+    """
+    How many branches of each row can be scored at once with gradient.
+
+    Args:
+        per_token (`float`):
+            As [`kept_per_token`] gives it.
+        size ([`Size`]):
+            Of the batch.
+        free (`float`):
+            Bytes.
+
+    Returns:
+        `int`: from 1 to N.
+    """
+    tokens = SHARE * free / max(per_token, 1.0) / size.rows - size.text_length
+    return min(max(int(tokens // size.slots), 1), size.branches)
+
+
+def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size, new: int, free: float) -> int:
+    """
+    How many branches of each row can run at once without gradient, where nothing is kept but their keys and values.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        path ([`~branches.paths.Path`]):
+            How thoughts are run.
+        size ([`Size`]):
+            Of the batch.
+        new (`int`):
+            Slots that a forward takes of each branch: 1 in sampling.
+        free (`float`):
+            Bytes.
+
+    Returns:
+        `int`: from 1 to N.
+    """
+    passing, cached = passing_per_token(model), cached_per_token(model)
+    seen = size.slots + (size.text_length if isinstance(path, Replay) else 0)  # that a branch has a copy of
+    per_branch = new_tokens(path, size, new) * passing + 2 * seen * cached  # room for keys grows by doubling
+    left = SHARE * free / size.rows - size.text_length * (passing + cached)
+    return min(max(int(left // per_branch), 1), size.branches)
+
+
+def new_tokens(path: BranchPath, size: Size, new: int) -> int:
+    """Tokens that a forward takes for `new` slots of a branch: with plain replay all that is before them, too."""
+    again = isinstance(path, Replay) and not (isinstance(path, CachedReplay) and new == 1)
+    return size.text_length + size.slots if again else new
+
+
+def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: float) -> bool:
+    """
+    Whether thoughts are short enough to be sampled in the graph of training, which keeps at each slot of a branch the keys and
+    values of all slots before it: no more of these than of all else, and all of it fits. Away from a CPU each forward must
+    also be large enough to pay for its launches, of which sampling in the graph makes about three times as many.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        per_token (`float`), size ([`Size`]), free (`float`):
+            As in [`branches_that_fit`].
+    """
+    branches = size.rows * size.branches
+    if model.device.type != "cpu" and _layer_size(model) * branches < BUSY:
+        return False
+    regrown = branches * size.slots**2 / 2 * cached_per_token(model)
+    if regrown > branches * size.slots * per_token:
+        return False
+    return branches_that_fit(per_token, size, free - regrown / SHARE) == size.branches
+
+
+def _layer_size(model: PreTrainedModel) -> float:
+    """Parameters of a layer."""
+    tables = {id(x.weight): x.weight.numel() for x in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return (model.num_parameters() - sum(tables.values())) / model.config.get_text_config().num_hidden_layers
+
+
+def plan_batch(
+    model: PreTrainedModel,
+    path: BranchPath,
+    size: Size,
+    per_token: float | None,
+    free: float,
+    in_graph: bool,
+    least: Callable[[int], int] = int,
+) -> Plan:
+    """
+    How a batch is sampled and scored in the memory that is free.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        path ([`~branches.paths.Path`]):
+            How thoughts are run.
+        size ([`Size`]):
+            Of the batch; N of the process with most.
+        per_token (`float`, *optional*):
+            As [`kept_per_token`] gives it; None where no group is to be chosen for the backward.
+        free (`float`):
+            Bytes.
+        in_graph (`bool`):
+            Whether thoughts may be sampled in the forward that scores them.
+        least (`Callable`, *optional*):
+            From a number to the least of all processes, where each must call the layers as often as the others. Defaults to
+            this process's own.
+    """
+
+    def group(fitting: int) -> int | None:
+        fitting = least(fitting)
+        return None if fitting >= size.branches else fitting
+
+    sampling = group(branches_without_graph(model, path, size, 1, free))
+    scoring = group(branches_without_graph(model, path, size, size.slots, free))
+    if per_token is None:
+        return Plan(in_graph and sampling is None and scoring is None, None, sampling, scoring)
+    slots = new_tokens(path, size, size.slots)
+    training = group(branches_that_fit(per_token, replace(size, slots=slots), free))
+    single_pass = in_graph and training is None and suits_one_pass(model, per_token, size, free)
+    return Plan(single_pass, training, sampling, scoring)

@@ -1,0 +1,479 @@
+"""Datasets in, padded texts out; what cannot be trained on is refused here, before any compute."""
+
+import copy
+import re
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import logging
+from trl.trainer.utils import RepeatSampler, pad
+
+from .._compat import DataCollatorForLanguageModeling, prepare_dataset
+from ..branches.paths import position_offset
+from ..config import QuietStarConfig
+from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
+from .rows import RowCheck, columns_read, has_position, has_prediction
+
+
+logger = logging.get_logger(__name__)
+
+# the columns that batches are made of
+OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
+# those that say something of tokens, and mean nothing to a reward function that is given the tokens already
+TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+# rows of a stream, one after the other, without anything to train on: more of them are taken for all there is
+MOST_UNUSABLE = 5_000
+
+
+class TextCollator(DataCollatorForLanguageModeling):
+    """
+    TRL's collator, with position ids that restart at each packed document and the optional `thought_mask` column.
+
+    Args:
+        pad_token_id (`int`):
+            Any valid id.
+        with_columns (`bool`):
+            Whether the batch holds the other columns too, under `columns`, as lists of one value for each row.
+    """
+
+    def __init__(self, pad_token_id: int, with_columns: bool = False):
+        super().__init__(pad_token_id, return_position_ids=True)
+        self.with_columns = with_columns
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        if "thought_mask" in examples[0]:
+            batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
+        others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+        if self.with_columns and others:
+            batch["columns"] = {name: [example[name] for example in examples] for name in others}
+        return batch
+
+
+class RepeatedRows(RepeatSampler):
+    """
+    TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again.
+
+    Args:
+        args, kwargs:
+            As for [`~trl.trainer.utils.RepeatSampler`].
+        lengths (`list[int]`, *optional*):
+            Of the rows, so that those of a batch are about as long, in the order of Transformers' `group_by_length`.
+    """
+
+    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lengths = lengths
+        if lengths is not None:  # the parent then counts the places in an order made here
+            self.shuffle, self.order = False, torch.Generator().manual_seed(self.seed or 0)
+
+    def __iter__(self):
+        if self.lengths is None:
+            return super().__iter__()
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=self.order)
+        return (order[place] for place in super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.lengths is not None:
+            self.order.manual_seed((self.seed or 0) + epoch)
+        elif self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def prepare_texts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    name: str,
+    vocab_size: int,
+    packing: bool = False,
+    reward_function: RewardFunction | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Checks each row, then tokenizes, cuts and masks as `SFTTrainer` does, and drops texts with no token to predict.
+
+    What each kind of bad row comes to stands in docs/bad_input.md.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            With a text column, `prompt` and `completion`, `messages`, or `input_ids`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The processing class.
+        args ([`QuietStarConfig`]):
+            Lengths and masks.
+        name (`str`):
+            For messages: "train" or "eval".
+        vocab_size (`int`):
+            Of the model: ids lie below it.
+        packing (`bool`):
+            Whether to pack.
+        reward_function (`Callable`, *optional*):
+            The columns it takes are kept.
+
+    Returns:
+        The dataset with `input_ids`, `labels` and, when packed, `seq_lengths`; and the columns that [`kept_columns`] names.
+
+    Raises:
+        `TypeError`: if it is not a dataset.
+        `ValueError`: if it is empty, lacks the columns, contradicts an option, holds a bad row or no usable thought
+            position. A bad row of a stream is refused when it comes.
+    """
+    dataset, names, first = _plain(dataset, name)
+    is_stream = isinstance(dataset, IterableDataset)
+    kind, columns = columns_read(names, args.dataset_text_field, name)
+    conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
+    completion_only = _check_masks(names, kind, columns, conversation, tokenizer, args, name, packing)
+    kept = kept_columns(names, reward_function, args, name, packing)
+    if is_stream:
+        dataset = dataset.map(_own_row, fn_kwargs={"kind": kind})
+    else:  # others are not even decoded
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
+    workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
+    run = _Run(name) if is_stream else None
+    assistant_only = args.assistant_only_loss and kind != "input_ids"
+    confining = ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
+    masks = tuple(column for column in confining if column in columns)
+    check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation, masks)
+    dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
+    if kept:
+        dataset = dataset.map(_set_aside, fn_kwargs={"columns": kept}, **workers)
+    aside = [ASIDE + column for column in kept]
+    read = [column for column in columns if column not in ("attention_mask", "position_ids")]  # checked, and done with
+    dataset = dataset.select_columns([*read, *aside])
+    given = None if is_stream else len(dataset)
+
+    options = copy.copy(args)
+    options.shuffle_dataset = args.shuffle_dataset and not packing
+    dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
+    if "thought_mask" in columns or "seq_lengths" in columns:
+        dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
+    dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
+    _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
+    if packing:
+        return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
+    if kept:
+        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *columns)]
+        dataset = dataset.select_columns([*own, *aside]).rename_columns(dict(zip(aside, kept, strict=True)))
+    return dataset
+
+
+def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], dict]:
+    """A dataset that gives lists, not tensors; its columns, and its first row."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform, which would run in preparation; apply it with `.map(...)`."
+        )
+    dataset = dataset.with_format(None)
+    if is_stream:
+        first = next(iter(dataset), None)
+    else:  # of the column alone that says what kind it is: others may be costly to decode, or not decode at all
+        prompt = [column for column in dataset.column_names if column == "prompt"]
+        first = None if len(dataset) == 0 else dict(dataset.select_columns(prompt)[0]) if prompt else {}
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty; give at least one text.")
+    return dataset, list(first) if is_stream else dataset.column_names, first
+
+
+def _own_row(row: dict, kind: str) -> dict:
+    """A stream may give the same objects again, and TRL changes rows in place; its ids may be arrays, tensors or tuples."""
+    if kind == "conversations":
+        return copy.deepcopy(row)
+    if kind != "input_ids":
+        return dict(row)
+    return {name: _listed(value) if name in TOKEN_COLUMNS else value for name, value in row.items()}
+
+
+def _listed(value):
+    return (
+        value.tolist()
+        if isinstance(value, (np.ndarray, torch.Tensor))
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
+
+
+def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str, prompt_end: bool) -> None:
+    """Whether there is a place for a thought; warns of the rows, of so many `given`, that are left out."""
+    most = MOST_UNUSABLE if given is None else None
+    if not any(has_position(row, prompt_end) for row in islice(dataset, most)):
+        if prompt_end and any(has_position(row) for row in islice(dataset, most)):
+            raise ValueError(
+                f"`thought_positions` is 'prompt_end', and no text of the {name} dataset has a prompt before its labels; give "
+                "'prompt' and 'completion', or set `thought_positions='all'`."
+            )
+        raise ValueError(
+            f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
+            "be predicted. Texts are too short, or `max_length`, `completion_only_loss` or the labels mask everything."
+        )
+    if given is not None and len(dataset) < given:
+        logger.warning(f"{given - len(dataset):,} of {given:,} rows of the {name} dataset {DROPPED}.")
+
+
+def kept_columns(
+    columns: list[str], reward_function: RewardFunction | None, args: QuietStarConfig, name: str, packing: bool
+) -> list[str]:
+    """
+    Columns that stay beside what is made of them: those that a reward function names, and all with
+    `remove_unused_columns=False`.
+
+    Args:
+        columns (`list[str]`):
+            Those there are.
+        reward_function (`Callable`, *optional*):
+            Of the trainer.
+        args ([`QuietStarConfig`]):
+            Of the trainer.
+        name (`str`):
+            Of the dataset, for messages.
+        packing (`bool`):
+            Whether rows are joined, which leaves columns without a row.
+
+    Raises:
+        `ValueError`: if a column that is needed is missing, has a name that means something else, or is lost in packing.
+    """
+    named, takes_any = ({}, False) if reward_function is None else column_parameters(reward_function)
+    others = [column for column in columns if column not in TOKEN_COLUMNS]
+    for parameter, needed in named.items():
+        if parameter in TOKEN_COLUMNS:
+            raise ValueError(f"`reward_function` takes {parameter!r}, which it finds in `text`; take `text` for it.")
+        if needed and parameter not in others:
+            raise ValueError(
+                f"`reward_function` takes {parameter!r}, which is no column of the {name} dataset ({', '.join(columns)}), "
+                f"and none of its own arguments ({', '.join(ARGUMENTS)}); add the column, or give the parameter a default."
+            )
+    kept = [column for column in others if column in named or not args.remove_unused_columns]
+    taken = [column for column in kept if column in named or takes_any]
+    clashing = [column for column in taken if column in ARGUMENTS and column not in (args.dataset_text_field, "text")]
+    if clashing:
+        raise ValueError(
+            f"The column {clashing[0]!r} of the {name} dataset has the name of an argument of `reward_function`; rename it, "
+            "or set `remove_unused_columns=True`."
+        )
+    if packing and taken:
+        raise ValueError(
+            f"`packing=True` joins rows, and `reward_function` takes their columns ({', '.join(taken)}); set `packing=False`."
+        )
+    return [] if packing else kept
+
+
+ASIDE = "kept "  # before a name: no library then takes the column for one that it knows
+
+
+def _set_aside(row: dict, columns: list[str]) -> dict:
+    """Copies of columns, under names that pass through preparation, which changes messages in place."""
+    return {ASIDE + column: copy.deepcopy(row.get(column)) for column in columns}
+
+
+DROPPED = (
+    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
+    "`max_length`, `completion_only_loss` or the labels mask the rest"
+)
+
+
+@dataclass
+class _Run:
+    """Rows of a stream since the last one that can be trained on."""
+
+    name: str
+    length: int = 0
+
+    def add(self) -> None:
+        self.length += 1
+        if self.length > MOST_UNUSABLE:
+            raise ValueError(
+                f"{MOST_UNUSABLE:,} rows of the {self.name} dataset, one after the other, {DROPPED}; look at what the stream "
+                "gives."
+            )
+
+
+@dataclass
+class _Counted:
+    """A check of rows, which of a stream are counted."""
+
+    check: RowCheck
+    run: _Run | None
+
+    def __call__(self, row: dict, index: int) -> bool:
+        if self.run is not None:
+            self.run.add()
+        return self.check(row, index)
+
+
+@dataclass
+class _Usable:
+    """Lets a tokenized row pass that has something to predict; of a stream, warns at the first that has not."""
+
+    name: str
+    vocab_size: int
+    run: _Run | None = None
+
+    def __call__(self, row: dict) -> bool:
+        if max(row["input_ids"], default=0) >= self.vocab_size:
+            raise ValueError(
+                f"The tokenizer gives the id {max(row['input_ids'])} in the {self.name} dataset, and the model's vocabulary "
+                f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
+            )
+        usable = has_prediction(row)
+        if usable and self.run is not None:
+            self.run.length = 0
+        if self.run is not None and not usable:
+            logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
+        return usable
+
+
+def _check_masks(
+    names: list[str], kind: str, columns: list[str], conversation: bool, tokenizer, args, name: str, packing: bool
+) -> bool:
+    """Whether the loss is confined to completions; refuses options that the data cannot follow."""
+    completion_only = args.completion_only_loss
+    if completion_only is None:
+        completion_only = kind == "prompt" or "completion_mask" in columns
+    if "thought_mask" in names and (packing or kind != "input_ids"):
+        raise ValueError(
+            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
+        )
+    if "seq_lengths" in columns and packing:
+        raise ValueError(f"The {name} dataset has `seq_lengths`: it is packed already; set `packing=False`.")
+    if completion_only and kind != "prompt" and not {"completion_mask", "labels"} & set(columns):
+        raise ValueError(
+            f"`completion_only_loss=True` needs 'prompt' and 'completion', or a `completion_mask` or `labels` beside "
+            f"`input_ids`; the {name} dataset has {columns}."
+        )
+    if conversation and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The {name} dataset holds messages, and the tokenizer has no chat template; set `tokenizer.chat_template`."
+        )
+    if args.assistant_only_loss:
+        if not conversation and not {"assistant_masks", "labels"} & set(columns):
+            raise ValueError(
+                f"`assistant_only_loss=True` needs messages, or `assistant_masks` or `labels` beside `input_ids`; the {name} "
+                f"dataset has {columns}."
+            )
+        if conversation and not re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+            raise ValueError(
+                "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with "
+                "`{% generation %}` and `{% endgeneration %}`; change the template, or set it to False."
+            )
+    return completion_only
+
+
+def _cut(row: dict, keep_end: bool) -> dict:
+    """Cuts the mask and the lengths as the text was cut."""
+    length, cut = len(row["input_ids"]), {}
+    if "thought_mask" in row:
+        cut["thought_mask"] = row["thought_mask"][-length:] if keep_end else row["thought_mask"][:length]
+    if "seq_lengths" in row:
+        lengths, left = [], length
+        for document in reversed(row["seq_lengths"]) if keep_end else row["seq_lengths"]:
+            lengths.append(min(document, left))
+            left -= lengths[-1]
+        lengths = [document for document in lengths if document > 0]
+        cut["seq_lengths"] = lengths[::-1] if keep_end else lengths
+    return cut
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions the model has for text, or None where its configuration names no limit (or -1)."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 0 else limit - position_offset(config)
+
+
+def check_length(
+    longest: int,
+    thought_length: int,
+    limit: int | None,
+    text: str | None = None,
+    thoughts: str | None = None,
+    advice: str = "lower `max_length` to",
+    before: int = 0,
+) -> None:
+    """
+    Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
+
+    A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
+
+    Args:
+        longest, thought_length (`int`), limit (`int`, *optional*):
+            Tokens, and positions.
+        text, thoughts (`str`, *optional*):
+            What the message calls them.
+        advice (`str`):
+            What to change to the number of tokens that fit.
+        before (`int`):
+            Tokens that this number does not count.
+
+    Raises:
+        `ValueError`: if it does not fit.
+    """
+    if limit is None or longest + thought_length + 1 <= limit:
+        return
+    fitting = limit - thought_length - 1 - before
+    raise ValueError(
+        f"{text or f'A text of {longest} tokens'} with {thoughts or f'`thought_length` {thought_length}'} and its start "
+        f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
+        + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
+    )
+
+
+def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, is_stream: bool = False) -> None:
+    """
+    [`check_length`] of the longest text to train on, in the words of the options that the user gave.
+
+    Args:
+        longest (`int`):
+            Its tokens.
+        args ([`QuietStarConfig`]), config ([`~transformers.PreTrainedConfig`]):
+            Of the trainer, and of the model.
+        is_stream (`bool`):
+            Whether `longest` is `args.max_length`, since no text has been seen.
+
+    Raises:
+        `ValueError`: if it does not fit.
+    """
+    text = thoughts = None
+    if is_stream:
+        default = ", its default" if args.max_length == QuietStarConfig.max_length else ""
+        text = f"A text of a stream may have `max_length` ({args.max_length}{default}) tokens, and"
+    if args.longest_thought != args.thought_length:
+        thoughts = f"the `thought_length` {args.longest_thought} of a stage of `curriculum`"
+    advice = "set `max_length` to" if args.max_length is None else "lower `max_length` to"
+    check_length(longest, args.longest_thought, max_positions(config), text, thoughts, advice)
+
+
+def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> None:
+    """
+    Whether there is anything to train on, and an end to it.
+
+    Raises:
+        `ValueError`: for a stream without `max_steps`, or fewer rows than a batch that must be full.
+    """
+    if isinstance(dataset, IterableDataset):
+        if args.max_steps < 1:
+            raise ValueError(
+                f"A stream has no length, and `max_steps` is {args.max_steps}; set it to the steps to train."
+            )
+        return
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < batch:
+        raise ValueError(
+            f"`dataloader_drop_last=True` drops all {len(dataset)} rows of the train dataset, fewer than a batch of "
+            f"{batch}; lower `per_device_train_batch_size`, or leave it out."
+        )
+
+
+def longest_text(dataset: Dataset | IterableDataset, max_length: int | None) -> int | None:
+    """Tokens of the longest document; for a stream `max_length`, which may be None."""
+    if isinstance(dataset, IterableDataset):
+        return max_length
+    if "seq_lengths" in dataset.column_names:
+        return max(max(lengths) for lengths in dataset["seq_lengths"])
+    return max(len(ids) for ids in dataset["input_ids"])

@@ -1,0 +1,1 @@
+"""What thoughts are good for: validation, inspection, tasks."""

@@ -1,0 +1,58 @@
+"""Causal controls: the same text after something else than its own thought. What they cost is what the thought gave."""
+
+from dataclasses import replace
+
+import torch
+
+from ..text.batch import Thoughts
+
+
+CONTROLS = ("real", "shuffled", "random", "filler", "truncated")
+
+
+def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: torch.Generator) -> Thoughts:
+    """
+    Replaces every thought by its control.
+
+    - `"real"`: the thought itself.
+    - `"shuffled"`: a thought written at another position, of another text where there are several (content that
+      belongs elsewhere).
+    - `"random"`: tokens drawn uniformly from the vocabulary.
+    - `"filler"`: the start embedding repeated (compute without content).
+    - `"truncated"`: the first half of its tokens, rounded up.
+
+    Args:
+        thoughts ([`Thoughts`]):
+            Sampled thoughts.
+        control (`str`):
+            One of the above.
+        vocab_size (`int`):
+            V.
+        generator (`torch.Generator`):
+            Of the random tokens.
+
+    Raises:
+        `ValueError`: if the control is unknown.
+    """
+    if control == "real":
+        return thoughts
+    if control == "filler":
+        return replace(thoughts, filler=True)
+    if control == "random":
+        drawn = torch.randint(vocab_size, thoughts.token_ids.shape, generator=generator)
+        return replace(thoughts, token_ids=drawn.to(thoughts.token_ids.device))
+    if control == "truncated":
+        kept = (thoughts.mask.sum(-1, keepdim=True) + 1) // 2
+        return replace(thoughts, mask=thoughts.mask & (thoughts.mask.long().cumsum(-1) <= kept))
+    if control == "shuffled":
+        return _shuffled(thoughts)
+    raise ValueError(f"There is no control {control!r}; choose one of {', '.join(CONTROLS)}.")
+
+
+def _shuffled(thoughts: Thoughts) -> Thoughts:
+    """Gives each position the thoughts of the position half the batch further on."""
+    places = thoughts.positions.mask.flatten().nonzero().flatten()
+    moved = places.roll(-(len(places) // 2))
+    token_ids, mask = thoughts.token_ids.flatten(0, 1).clone(), thoughts.mask.flatten(0, 1).clone()
+    token_ids[places], mask[places] = token_ids[moved], mask[moved]
+    return replace(thoughts, token_ids=token_ids.view_as(thoughts.token_ids), mask=mask.view_as(thoughts.mask))

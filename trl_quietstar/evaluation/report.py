@@ -1,0 +1,313 @@
+"""Thoughts for people to read: a table of a few, and how it is printed."""
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from ..learning.metrics import BatchResult
+from ..learning.rewards import masked_mean
+from ..text.transfer import to_host
+from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
+
+
+if TYPE_CHECKING:
+    from .harness import Outcome
+
+
+CONTEXT_TOKENS = 16
+# control characters, by which text could command a terminal, as the pictures that Unicode has of them
+PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    127: 0x2421,
+    **dict.fromkeys([*range(128, 160), *range(0xD800, 0xE000)], 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """Text that does nothing but show, of the same length: tabs and line ends stay, other controls become visible."""
+    return text.translate(PICTURES)
+
+
+def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count: int) -> dict[str, list]:
+    """
+    Columns of a few thoughts, spread evenly over the batch.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes.
+        batch ([`BatchResult`]):
+            The batch.
+        count (`int`):
+            The most rows.
+
+    Returns:
+        `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
+        continuation), `with` and `without` (the continuation's mean probability), `reward`.
+    """
+    text, experience, talk_logps = batch.text.host, batch.experience, batch.scores.talk_logps
+    thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
+    p_with = masked_mean(talk_logps.exp(), experience.talk_mask.expand_as(talk_logps), dim=-1)
+    p_without = masked_mean(experience.logps_without.exp(), experience.talk_mask, dim=-1)
+    token_ids, mask, p_with, p_without, rewards = to_host(
+        [thoughts.token_ids, thoughts.mask, p_with, p_without, experience.rewards]
+    )
+    places = thoughts.positions.host.mask.nonzero().tolist()
+    count = min(count, len(places))
+    places = [places[i * len(places) // count] for i in range(count)]
+    table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
+    for b, j in places:
+        at = int(thoughts.positions.host.index[b, j])
+        document = text.document_ids[b] == text.document_ids[b, at]
+        ids = text.input_ids[b]
+        before = ids[: at + 1][document[: at + 1]][-CONTEXT_TOKENS:]
+        after = ids[at + 1 :][document[at + 1 :]][:talk_length]
+        thought = token_ids[b, j, 0][mask[b, j, 0]]
+        for name, tokens in (("context", before), ("thought", thought), ("next", after)):
+            table[name].append(tokenizer.decode(tokens.tolist()))
+        table["with"].append(round(float(p_with[b, j, 0]), 4))
+        table["without"].append(round(float(p_without[b, j, 0]), 4))
+        table["reward"].append(round(float(rewards[b, j, 0]), 4))
+    return table
+
+
+def print_thoughts(columns: dict[str, list], title: str) -> None:
+    """Prints a table of thoughts; text is shown as it is, never read as markup."""
+    table = Table(title=RichText(printable(title)), show_lines=True)
+    for name in columns:
+        table.add_column(name, justify="right" if isinstance(next(iter(columns[name]), ""), float) else "left")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(
+            *(RichText(f"{x:.4f}" if isinstance(x, float) else printable(str(x)).replace("\n", "↵")) for x in row)
+        )
+    Console().print(table)
+
+
+class TerminalStreamer(BaseStreamer):
+    """
+    Prints tokens as they come.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes.
+        console ([`~rich.console.Console`]):
+            Prints.
+        thoughts (`bool`):
+            Whether each `put` is a whole thought, shown in brackets; otherwise the first is the prompt, and each one after
+            it the next token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, thoughts: bool = False):
+        self.tokenizer, self.console, self.thoughts = tokenizer, console, thoughts
+        self.token_ids: list[int] = []
+        self.shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.thoughts:
+            text = printable(str(self.tokenizer.decode(value.tolist()))).replace("\n", "↵")
+            self._print(RichText(f"⟨{text}⟩", style="dim italic"))
+            return
+        self.token_ids += value.flatten().tolist()
+        text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
+        if not text.endswith("�"):  # the rest of a character comes with the next token
+            self._print(RichText(printable(text[self.shown :])))
+            self.shown = len(text)
+
+    def end(self) -> None:
+        self.console.print()
+
+    def _print(self, text: RichText) -> None:
+        self.console.print(text, end="", soft_wrap=True)
+
+
+EVALUATION_ROWS = {
+    "reward (gain of thoughts)": "eval_reward",
+    "NLL without thoughts, nats": "eval_nll_without",
+    "NLL with thoughts, nats": "eval_nll_with",
+    "accuracy without thoughts": "eval_accuracy_without",
+    "accuracy with thoughts": "eval_accuracy_with",
+    "coherence": "eval_coherence",
+}
+
+
+def card_name(name: str) -> str:
+    """A name for the model card, whose template takes it as it is: without what Markdown, HTML or YAML could read."""
+    return re.sub(r"[^\w./ -]+", "-", name).strip("- ") or "model"
+
+
+def card_section(
+    model_id: str, adapter: bool, evaluation: dict[str, float] | None, thoughts: dict[str, list] | None
+) -> str:
+    """
+    What a model card adds to TRL's.
+
+    Args:
+        model_id (`str`):
+            To load the model by.
+        adapter (`bool`):
+            Whether the repository holds an adapter.
+        evaluation (`dict[str, float]`, *optional*):
+            Metrics as `evaluate` gives them.
+        thoughts (`dict[str, list]`, *optional*):
+            Columns of [`thought_table`].
+    """
+    lines = [
+        "",
+        "## Thoughts",
+        "",
+        "This model thinks before it speaks, with `pip install trl-quietstar`:",
+        "",
+        "```python",
+        "from transformers import AutoTokenizer",
+        "from trl_quietstar import QuietStarForCausalLM",
+        "",
+        f"model = QuietStarForCausalLM.from_pretrained({model_id!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({model_id!r})",
+        'inputs = tokenizer("Twice seven is", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=32, return_thoughts=True)",
+        "print(tokenizer.decode(output.sequences[0]))",
+        "```",
+        "",
+    ]
+    if adapter:
+        lines += ["The adapter loads without its thoughts as any other, with `peft`.", ""]
+    else:
+        lines += [
+            "`AutoModelForCausalLM.from_pretrained` loads the base weights as usual, and thinks too with "
+            "`trust_remote_code=True`.",
+            "",
+        ]
+    if evaluation is not None:
+        lines += ["| held-out | |", "| --- | --- |"]
+        lines += [
+            f"| {label} | {evaluation[key]:.4f} |" for label, key in EVALUATION_ROWS.items() if key in evaluation
+        ]
+        lines.append("")
+    if thoughts:
+        lines += ["Some of its thoughts, in brackets, with the text before and after:", ""]
+        rows = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
+        # an indented block shows text as it is, and ends at no character that the text may hold
+        lines += ["    " + printable("↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines())) for a, b, c, r in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def print_evaluation(metrics: dict[str, float]) -> None:
+    """Prints metrics as `evaluate` gives them."""
+    table = Table("held-out", "", title="Evaluation")
+    for label, key in EVALUATION_ROWS.items():
+        if key in metrics:  # a model that does not think has those without thoughts
+            table.add_row(label, f"{metrics[key]:.4f}")
+    Console().print(table)
+
+
+def print_comparison(before: dict[str, float], after: dict[str, float], title: str) -> None:
+    """
+    Prints what changed between two evaluations.
+
+    Args:
+        before, after (`dict[str, float]`):
+            Metrics as `evaluate` gives them.
+        title (`str`):
+            Above the table.
+    """
+    table = Table(title=title)
+    for name in ("held-out", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "held-out" else "right")
+    for label, key in EVALUATION_ROWS.items():
+        if key in before:
+            table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
+    Console().print(table)
+
+
+TEST_LABELS = {
+    "divergence": "divergence from plain text",
+    "ablation": "ablation: with − without",
+    "correlation": "coherence ~ correctness",
+    "content_gain": "content: real − shuffled",
+}
+CONDITION_LABELS = {
+    "none": "no thought",
+    "real": "its own thought",
+    "shuffled": "another position's thought",
+    "random": "random tokens",
+    "filler": "filler (start embedding repeated)",
+    "truncated": "first half of the thought",
+}
+
+
+def print_anti_theater(report: AntiTheaterReport) -> None:
+    """
+    Prints the tests with their verdicts, the controls, and the gains.
+
+    Args:
+        report ([`~evaluation.anti_theater.AntiTheaterReport`]):
+            What a validation found.
+    """
+    verdict = "the thoughts are used" if report.passed else "theater"
+    tests = Table(title=f"Anti-theater validation: {verdict} ({report.thoughts:,} thoughts, {report.texts:,} texts)")
+    for name in ("test", "value", "95% interval", "wanted", ""):
+        tests.add_column(name, justify="left" if name == "test" else "right")
+    for name, threshold in THRESHOLDS.items():
+        wanted = f"> {threshold:g}" if name != "content_gain" else "interval > 0"
+        outcome = "failed" if name in report.failures else "passed"
+        tests.add_row(TEST_LABELS[name], *_shown(report.estimates[name]), wanted, outcome)
+    controls = Table(title="What stands in the thought's place")
+    for name in ("condition", "accuracy", "NLL, nats"):
+        controls.add_column(name, justify="left" if name == "condition" else "right")
+    for name in CONDITIONS:
+        accuracy, nll = report.estimates[f"accuracy_{name}"], report.estimates[f"nll_{name}"]
+        controls.add_row(CONDITION_LABELS[name], f"{accuracy.value:.4f}", f"{nll.value:.4f}")
+    gains = Table(title="Gains")
+    for name in ("gain", "accuracy", "95% interval", "nats", "95% interval"):
+        gains.add_column(name, justify="left" if name == "gain" else "right")
+    for name, label in (("content_gain", "content: real − shuffled"), ("compute_gain", "compute: filler − none")):
+        gains.add_row(label, *_shown(report.estimates[name]), *_shown(report.estimates[f"{name}_nll"]))
+    for table in (tests, controls, gains):
+        Console().print(table)
+
+
+def _shown(estimate: Estimate) -> tuple[str, str]:
+    """A value and its interval."""
+    if estimate.value != estimate.value:
+        return "undefined", ""
+    return f"{estimate.value:+.4f}", f"{estimate.low:+.4f} to {estimate.high:+.4f}"
+
+
+def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_values: list[float]) -> None:
+    """
+    Prints what lm-eval measured.
+
+    Args:
+        thinking (`list` of [`~evaluation.harness.Outcome`]):
+            With thoughts, or as the user asked.
+        plain (`list` of [`~evaluation.harness.Outcome`], *optional*):
+            The same without thoughts.
+        p_values (`list[float]`):
+            Of the paired tests, if there is something to compare.
+    """
+    title = "Tasks of lm-eval" + ("" if plain is None else ", with and without thoughts")
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # every number fits into 80 columns
+    table.add_column("task, metric", overflow="fold")
+    for name in ("value",) if plain is None else ("with", "without", "change", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, outcome in enumerate(thinking):
+        label = RichText(printable(f"{outcome.task}\n")).append(printable(outcome.metric), style="dim")
+        row: list[str | RichText] = [label, _with_error(outcome)]
+        if plain is not None:
+            change = f"{outcome.value - plain[i].value:+.4f}"
+            row += [_with_error(plain[i]), change, "–" if math.isnan(p_values[i]) else f"{p_values[i]:.3f}"]
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _with_error(outcome: "Outcome") -> str:
+    """A value and its standard error, if any."""
+    return f"{outcome.value:.4f}" + ("" if math.isnan(outcome.stderr) else f" ± {outcome.stderr:.4f}")

@@ -1,0 +1,1 @@
+"""What a thought is worth and what is learned from it, as functions of tensors."""

@@ -1,0 +1,130 @@
+"""Advantages: how much better a thought was than expected, token by token."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..text.transfer import exact_dtype
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> torch.Tensor:
+    """
+    Generalised advantage estimation (Schulman et al., 2016, eq. 16) over the tokens of each thought.
+
+    `delta_k = r_k + gamma * V_{k+1} - V_k` and `A_k = delta_k + gamma * lambda * A_{k+1}`, where V and A are 0 after
+    the last token. Nothing flows between thoughts.
+
+    Args:
+        rewards, values (`torch.Tensor` of shape `(..., L)`):
+            Reward given at each token and value of the state it was drawn in.
+        mask (`torch.Tensor` of shape `(..., L)`, bool):
+            Which tokens exist; they come first.
+        gamma, gae_lambda (`float`):
+            Discount and trace decay, in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(..., L)`; 0 where masked.
+    """
+    rewards, values = rewards * mask, values * mask
+    next_values = torch.nn.functional.pad(values[..., 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[..., 0])
+    for k in range(deltas.shape[-1] - 1, -1, -1):
+        running = deltas[..., k] + gamma * gae_lambda * running
+        advantages[..., k] = running
+    return advantages * mask
+
+
+def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
+    """
+    Mean reward of the *other* thoughts at the same position (RLOO, huggingface.co/papers/2402.14740, eq. 7).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            One for each thought.
+
+    Raises:
+        `ValueError`: if G is 1.
+    """
+    G = rewards.shape[-1]
+    if G < 2:
+        raise ValueError("A leave-one-out baseline needs `num_thoughts` of at least 2, got 1.")
+    return (rewards.sum(-1, keepdim=True) - rewards) / (G - 1)
+
+
+def thought_advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    baseline: str = "value",
+    use_gae: bool = True,
+    gamma: float = 0.99,
+    gae_lambda: float = 0.95,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantage of each thought token, and the return its value should have predicted.
+
+    The reward comes at the thought's last token. Without a value function there is nothing to bootstrap from, so the
+    baselines `"leave_one_out"`, `"mean"` and `"none"` give every token of a thought the same, undiscounted advantage.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            Reward of each thought.
+        values, mask (`torch.Tensor` of shape `(B, J, G, L)`):
+            Value of the state each token was drawn in, and which tokens exist.
+        baseline (`str`):
+            `"value"`, `"leave_one_out"`, `"both"` (the value head then predicts the centred reward), `"mean"` of all thoughts
+            at the position (Quiet-STaR, eq. 3), or `"none"`.
+        use_gae (`bool`):
+            With a value head: multi-step GAE; otherwise reward minus value.
+        gamma, gae_lambda (`float`):
+            Of GAE.
+
+    Returns:
+        `tuple`: advantages and returns of shape `(B, J, G, L)`, without gradient, 0 where masked.
+    """
+    values = values.detach()
+    if baseline in ("leave_one_out", "both"):
+        rewards = rewards - leave_one_out(rewards)
+    elif baseline == "mean":
+        rewards = rewards - rewards.mean(-1, keepdim=True)
+    spread = rewards[..., None].expand_as(values) * mask
+    if baseline not in ("value", "both"):
+        advantages, returns = spread, spread
+    elif use_gae:
+        last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
+        advantages = gae(spread * last, values, mask, gamma, gae_lambda)
+        returns = (advantages + values) * mask
+    else:
+        advantages, returns = (spread - values) * mask, spread
+    return advantages, returns
+
+
+def standardize(
+    advantages: list[torch.Tensor], masks: list[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """
+    To mean 0 and standard deviation 1 over the thought tokens of all batches of a step.
+
+    Args:
+        advantages, masks (`list[torch.Tensor]` of shape `(B, J, G, L)`):
+            Of each batch, and which tokens exist.
+        reduce (`Callable`):
+            Sums a tensor over processes.
+
+    Returns:
+        The advantages in the same shapes; 0 where masked, and everywhere where all are equal.
+    """
+    pairs = [(x.to(exact_dtype(x.device)), mask) for x, mask in zip(advantages, masks, strict=True)]
+    sums = [torch.stack([(x * mask).sum(), (x**2 * mask).sum(), mask.sum().to(x)]) for x, mask in pairs]
+    total, square, count = reduce(torch.stack(sums).sum(0))
+    count = count.clamp(min=1)
+    mean = total / count
+    variance = reduce(torch.stack([((x - mean) ** 2 * mask).sum() for x, mask in pairs]).sum()) / count
+    # equal advantages stay 0: their spread is below what rounding leaves of their size
+    rounding = 100 * torch.finfo(advantages[0].dtype).eps * (square / count).sqrt()
+    scale = variance.sqrt() + rounding + 1e-12
+    return [((x - mean) / scale * mask).to(x.dtype) for x, mask in zip(advantages, masks, strict=True)]

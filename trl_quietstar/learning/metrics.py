@@ -1,0 +1,171 @@
+"""What a batch is measured by, and running sums of it over a window and over processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..text.batch import Text
+from ..text.transfer import exact_dtype, to_device
+from ..thinking.scoring import Scores
+from .experience import Experience
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """
+    All that one batch yielded on its way to the loss.
+
+    Parameters:
+        text ([`Text`]), scores ([`Scores`]), experience ([`Experience`]):
+            The batch, the scores of its thoughts, and what they are worth.
+        loss (`torch.Tensor`), terms (`dict[str, torch.Tensor]`):
+            This batch's part of the step's objective, and of its unweighted terms.
+        share (`float`):
+            Of this batch among the batches of the step, on all processes.
+        finite (`torch.Tensor`, scalar bool, *optional*):
+            Whether reward, loss and terms are finite on all processes; known on the device, where it need not be waited for.
+    """
+
+    text: Text
+    scores: Scores
+    experience: Experience
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    share: float = 1.0
+    finite: torch.Tensor | None = None
+
+
+# values and the mask or weight of each, or None where there is nothing to measure
+Measured = tuple[torch.Tensor, torch.Tensor] | None
+
+# terms of which a batch has a part
+PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
+
+
+def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
+    """
+    The metrics of a batch, by their names without prefix.
+
+    Args:
+        batch ([`BatchResult`]):
+            The batch.
+
+    Returns:
+        `dict`: for each metric its values and their mask, whose mean is the metric; None where it is undefined.
+    """
+    scores, experience = batch.scores, batch.experience
+    tokens, exists = experience.thoughts.mask, experience.exists
+    said = experience.talk_mask.expand_as(scores.talk_logps)
+    exact = exact_dtype(tokens.device)
+    share = torch.full((), batch.share, dtype=exact, device=tokens.device)
+    parts = {"total_loss": batch.loss, **batch.terms}
+    moments = {
+        "reward": (experience.rewards, exists),
+        "return": (experience.returns, tokens),
+        "residual": (experience.returns - scores.thought_values.detach(), tokens),
+    }
+    return {
+        "reward": moments["reward"],
+        **{name: (parts[name] / share, share) if name in parts else None for name in PARTS},
+        **{name: (parts[name] / share, share) for name in ("router_loss", "distillation_loss") if name in parts},
+        "entropy": (scores.thought_entropies, tokens),
+        "advantages": (experience.advantages, tokens),
+        "mixing_weight": (scores.mixing_weights, said),
+        "nll_with": (-scores.talk_logps, said),
+        "reader_nll": (-scores.reader_logps, said),
+        "nll_without": (-experience.logps_without.expand_as(scores.talk_logps), said),
+        "accuracy_with": (scores.talk_correct, said),
+        "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
+        "thought_length": (tokens.sum(-1), exists),
+        **{f"_{name}": (values.to(exact), mask) for name, (values, mask) in moments.items()},
+        **{f"_{name}_square": (values.to(exact) ** 2, mask) for name, (values, mask) in moments.items()},
+    }
+
+
+class MetricSums:
+    """
+    Sum and weight of each metric since the last reset. They add up on the device, and are read when they are asked for.
+
+    Args:
+        saved (`dict[str, list[float]]`, *optional*):
+            What [`MetricSums.state`] gave.
+    """
+
+    def __init__(self, saved: dict[str, list[float]] | None = None):
+        self._names = list(saved or {})
+        self._sums = torch.tensor(list((saved or {}).values()), dtype=torch.float64).view(-1, 2)
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def add(
+        self,
+        metrics: dict[str, Measured],
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        finite: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Adds a batch.
+
+        Args:
+            metrics (`dict`):
+                As [`batch_metrics`] gives them; the same names on every process.
+            reduce (`Callable`):
+                Sums a tensor over processes.
+            finite (`torch.Tensor`, scalar bool, *optional*):
+                Whether to add it at all; the same on every process.
+
+        Returns:
+            `dict`: sum and weight, of shape `(2,)`, that each metric grew by.
+        """
+        self._names = list(dict.fromkeys([*self._names, *metrics]))
+        device = next((m[0].device for m in metrics.values() if m is not None), self._sums.device)
+        nothing = torch.zeros(2, dtype=exact_dtype(device), device=device)
+        measured = [metrics.get(name) for name in self._names]
+        pairs = [nothing if m is None else torch.stack([_total(m[0], m[1]), _total(m[1])]) for m in measured]
+        grown = reduce(torch.stack(pairs))
+        if finite is not None:
+            grown = torch.where(finite, grown, torch.zeros_like(grown))
+        missing = len(self._names) - len(self._sums)
+        self._sums = torch.nn.functional.pad(to_device(self._sums.to(grown.dtype), device), (0, 0, 0, missing)) + grown
+        return dict(zip(self._names, grown, strict=True))
+
+    def _read(self, name: str) -> tuple[float, float]:
+        self._sums = self._sums.cpu()
+        total, weight = self._sums[self._names.index(name)].tolist() if name in self._names else (0.0, 0.0)
+        return total, weight
+
+    def total(self, name: str) -> float:
+        """Weighted sum of a metric; 0 where nothing was added."""
+        return self._read(name)[0]
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a metric; None where nothing was measured."""
+        total, weight = self._read(name)
+        return total / weight if weight else None
+
+    def means(self) -> dict[str, float | None]:
+        """Mean of every metric, and what follows from the spread of some."""
+        means = {name: self.mean(name) for name in self._names if not name.startswith("_")}
+        reward, returns, residual = (self._variance(name) for name in ("reward", "return", "residual"))
+        means["reward_std"] = None if reward is None else reward**0.5
+        # the share of the returns' variance that the values predict
+        means["explained_variance"] = 1 - residual / returns if returns and residual is not None else None
+        return means
+
+    def _variance(self, name: str) -> float | None:
+        mean, square = self.mean(f"_{name}"), self.mean(f"_{name}_square")
+        if mean is None or square is None:
+            return None
+        variance = square - mean**2
+        return variance if variance > 1e-12 * square else 0.0  # what rounding leaves is none
+
+    def state(self) -> dict[str, list[float]]:
+        """For a checkpoint."""
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
+
+
+def _total(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    values = values.to(exact_dtype(values.device))
+    return values.sum() if mask is None else (values * mask).sum()

@@ -1,0 +1,185 @@
+"""Which adapters can be trained, and the policy that a run with one started from."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from ..modeling import base_of
+
+
+# Methods of PEFT that a step of thoughts does not train as they are meant to be
+REFUSED = {
+    "ADALORA": "it adds a term to the loss and prunes ranks as it trains",
+    "POLY": "its layers ask for `task_ids` at every forward",
+    "SHADOW": "its layers pass on a second state beside the hidden states, which thoughts do not have",
+    "XLORA": "it weighs its adapters by a first forward over token ids, and thoughts are read as embeddings",
+}
+# and options of others
+REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "which switches the adapter on at token ids, and thoughts are read as embeddings",
+    "kasa_config": "which adds a term to the loss",
+    "monteclora_config": "which adds a term to the loss and noise to the weights",
+    "use_asa": "which prunes ranks as it trains",
+}
+TASK_TYPES = (None, "CAUSAL_LM")
+
+
+def check_method(config) -> None:
+    """
+    Refuses an adapter that would not be trained, or not as its method says.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            Of the adapter.
+
+    Raises:
+        `ValueError`: for prompt learning, for a method or an option whose loss or forward is not that of a thinking step, and
+            for another task than language modelling.
+    """
+    method = getattr(config.peft_type, "value", config.peft_type)
+    instead = "Take a `LoraConfig`, or another method that changes layers."
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{type(config).__name__} ({method}) puts virtual tokens before the input, and a thinking step runs the layers "
+            f"without them, so that they would not be trained. {instead}"
+        )
+    if method in REFUSED:
+        raise ValueError(f"{type(config).__name__} ({method}) is not supported: {REFUSED[method]}. {instead}")
+    for name, reason in REFUSED_OPTIONS.items():
+        if getattr(config, name, None):
+            raise ValueError(
+                f"`{name}` of the {type(config).__name__} is {getattr(config, name)!r}, {reason}; leave it out."
+            )
+    if config.task_type not in TASK_TYPES:
+        task = getattr(config.task_type, "value", config.task_type)
+        raise ValueError(f"`task_type` of the {type(config).__name__} is {task!r}; set `task_type='CAUSAL_LM'`.")
+
+
+def trains_added_weights_only(config) -> bool:
+    """
+    Whether an adapter leaves every weight of its base as it is: LoRA that begins at zero, with nothing of the base trained beside
+    it or split off into it.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            Of the adapter.
+    """
+    return (
+        getattr(config.peft_type, "value", config.peft_type) == "LORA"
+        and config.init_lora_weights in (True, "gaussian")
+        and config.bias == "none"
+        and not (config.modules_to_save or config.use_dora or config.trainable_token_indices)
+    )
+
+
+def check_adapter_model(model: nn.Module) -> None:
+    """
+    Refuses a `PeftModel` whose adapters cannot be trained and read again.
+
+    Raises:
+        `ValueError`: as [`check_method`], and if the active adapter is not the one called `default`, the only one that is
+            saved where it is looked for.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The model has an adapter that Transformers put in (`add_adapter`, or an adapter's folder given to "
+            "`AutoModelForCausalLM`); load the base model, and the adapter onto it with `PeftModel.from_pretrained(base, "
+            "folder, is_trainable=True)`."
+        )
+    if not is_peft_model(model):
+        return
+    active = model.active_adapters
+    if active != ["default"]:
+        raise ValueError(
+            f"The active adapters of the model are {active}, and only one that is called 'default' is saved where it is looked "
+            "for; load it with `adapter_name='default'`, or merge the others into the base model."
+        )
+    check_method(model.peft_config["default"])
+
+
+def check_trainable(model: nn.Module) -> None:
+    """
+    Refuses a model of which nothing but the heads would be trained.
+
+    Raises:
+        `ValueError`: if adapter or base is frozen.
+    """
+    if any(p.requires_grad for name, p in model.named_parameters() if "quietstar." not in name):
+        return
+    if is_peft_model(model):
+        raise ValueError(
+            "The adapter is frozen, so that nothing but the thinking heads would be trained: load it with "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`, and a configuration with "
+            "`LoraConfig.from_pretrained(folder, inference_mode=False)`."
+        )
+    raise ValueError(
+        "All parameters of the model are frozen, so that nothing but the thinking heads would be trained: call "
+        "`model.requires_grad_(True)`, or pass a `peft_config`. To train the heads alone set `learning_rate=0`."
+    )
+
+
+def starts_as_its_base(model: nn.Module) -> bool:
+    """Whether the model predicts as its base does without the adapter, since all that is trained beside the heads is LoRA as it
+    begins: one matrix of each pair is 0."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "quietstar." not in name]
+    free, zero = (".lora_A.", ".lora_embedding_B."), (".lora_B.", ".lora_embedding_A.")
+    return all(
+        any(part in name for part in free) or (any(part in name for part in zero) and not p.any())
+        for name, p in trained
+    )
+
+
+class AdapterReference:
+    """
+    The policy that a run with an adapter started from: the base without its adapter where that is the same, and otherwise the
+    model with a copy of what is trained.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The thinking model, before the first step.
+        sharded (`bool`):
+            Whether each process holds a part of the parameters only.
+
+    Raises:
+        `ValueError`: if a copy is needed and parameters are sharded.
+    """
+
+    def __init__(self, model: nn.Module, sharded: bool):
+        self.model, self.is_base = model, starts_as_its_base(model)
+        if not self.is_base and sharded:
+            raise ValueError(
+                "A reference (`beta` above 0, or `no_thought_model='reference'`) of an adapter that was trained before, or does "
+                "not start as its base, needs a copy of it, which FSDP and ZeRO-3 would not shard. Merge the adapter into the "
+                "base and train a new one, or train with DDP."
+            )
+        self.heads = copy.deepcopy(base_of(model).quietstar).requires_grad_(False) if self.is_base else None
+        trained = [] if self.is_base else [p for p in model.parameters() if p.requires_grad]
+        copies = {p: nn.Parameter(p.detach().clone(), requires_grad=False) for p in trained}
+        # layers may share a parameter, and names leave out all its places but one
+        self.places = [
+            (module, name, copies[p])
+            for module in model.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if p in copies
+        ]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model is what it was, inside."""
+        base: Any = base_of(self.model)
+        heads, own = base.quietstar, [getattr(module, name) for module, name, _ in self.places]
+        try:
+            if self.heads is not None:
+                base.quietstar = self.heads
+            for module, name, copied in self.places:
+                setattr(module, name, copied)
+            with self.model.disable_adapter() if self.is_base else nullcontext():
+                yield
+        finally:
+            base.quietstar = heads
+            for (module, name, _), parameter in zip(self.places, own, strict=True):
+                setattr(module, name, parameter)

@@ -1,0 +1,65 @@
+"""Copies between the host and the device that runs the model.
+
+The host prepares kernels ahead of the device, and loses that lead each time it asks for a number: it then waits until all
+that was prepared before has run. So what the host knows (texts, positions, lengths, masks) is kept in its own memory, goes
+to the device without waiting, and what must come back comes back in one copy.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from typing_extensions import Self
+
+from .._compat import is_fault_of_device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor of the host on the device, without waiting for what the device is at; float64 as [`exact_dtype`]."""
+    if tensor.dtype == torch.float64:
+        tensor = tensor.to(exact_dtype(device))
+    # MPS reads the host's memory later, when it may hold something else
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns tensors of one device in the host's memory, detached, by a single copy of all their bytes."""
+    if all(x.device.type == "cpu" for x in tensors):
+        return [x.detach() for x in tensors]
+    parts = [x.detach().reshape(-1).contiguous().view(torch.uint8) for x in tensors]
+    copies = torch.cat(parts).cpu().split([len(part) for part in parts])
+    # clones, since a tensor's bytes must begin at a multiple of their size
+    return [copy.clone().view(x.dtype).view(x.shape) for copy, x in zip(copies, tensors, strict=True)]
+
+
+@functools.cache
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Returns the most exact floating-point type of a device: float64, or float32 where it has none, as Apple's MPS and some
+    of Intel's GPUs."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError) as error:
+        if is_fault_of_device(error):
+            raise
+        return torch.float32
+    return torch.float64
+
+
+class Placed:
+    """A dataclass of tensors that can be on a device, and remembers what the host knows of it."""
+
+    @functools.cached_property
+    def host(self) -> Self:
+        """The same in the host's memory; a copy, once, only where it did not come from there."""
+        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return self if all(x.device.type == "cpu" for x in tensors) else type(self)(*to_host(tensors))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device, without waiting for it; `self` must be on the host, or on that device."""
+        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        if all(x.device == device for x in tensors):
+            return self
+        moved = type(self)(*(to_device(x, device) for x in tensors))
+        vars(moved)["host"] = self.host  # no field: `dataclasses.replace` must not carry it to other tensors
+        return moved

@@ -1,0 +1,1 @@
+"""Thoughts written and read: sampling, scoring, generation, likelihood."""

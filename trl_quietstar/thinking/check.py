@@ -1,0 +1,197 @@
+"""The start-up check: is the fast path exact on *this* model? Nobody trains on silently wrong masks."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .._compat import full_float32, is_fault_of_device
+from ..branches import attention
+from ..branches.cached_replay import CachedReplay
+from ..branches.paths import MaskedPrefix, Path, Reader, Replay, SharedPrefix
+from ..model.concurrency import eval_mode
+from ..model.distributed import check_one_device
+from ..model.embeddings import embed_tokens, embed_vector
+from ..model.heads import ThinkingModel
+from ..model.lm_head import token_statistics
+from ..text.batch import Text, Thoughts, choose_positions, seeded_generators
+from ..text.transfer import exact_dtype
+from .sampling import SamplingSettings, sample_thoughts, uniforms
+from .scoring import ScoreRequest, score
+
+
+logger = logging.getLogger(__name__)
+
+# Largest difference in nats, relative to the largest magnitude, that rounding explains
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Of a quantized model, whose rows round otherwise in another batch: SmolLM2-135M differs by up to 0.15 in 8 bits, and by
+# 0.30 or more where a mask is wrong
+QUANTIZED_TOLERANCE = 2e-1
+TEXT_LENGTH = 24
+# Fastest first
+PATHS_OF: dict[str, tuple[Path, ...]] = {
+    "shared_prefix": (SharedPrefix(), MaskedPrefix()),
+    "replay": (CachedReplay(), CachedReplay(by_token=True), Replay()),
+}
+PATHS = PATHS_OF["shared_prefix"] + PATHS_OF["replay"]
+
+
+@torch.no_grad()
+def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
+    """
+    Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
+
+    Thoughts are sampled with `path`, then scored with it, with the forwards that sample, and with replay, on random
+    texts with padding and two packed documents; the text's log-probabilities are also held against the model's own
+    forward, LM head included.
+
+    Args:
+        model ([`ThinkingModel`]):
+            A model with heads; run in `eval()` mode.
+        path ([`Path`]):
+            The path on trial.
+        seed (`int`):
+            Of the texts.
+
+    Returns:
+        `float`: 0 is perfect agreement; NaN if any number is.
+    """
+    text = _random_text(model, seed)
+    ordinary = _ordinary_logps(model, text)  # before the path may change how the model attends
+    positions = choose_positions(text, 6, seeded_generators(seed, 0, [0, 1]))
+    settings = SamplingSettings(
+        thought_length=3, num_thoughts=2, min_thought_length=2, stop=lambda ids: ids[:, -1] % 2 == 0
+    )
+    generators = seeded_generators(seed, 1, [0, 1])
+    thoughts = sample_thoughts(
+        model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
+    )
+    ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
+    pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
+    if oracle.router_loss is not None:
+        pairs.append((ours.router_loss, oracle.router_loss))
+    pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
+    pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
+    plain = Text.from_batch(text.input_ids, text.attention_mask)  # which a path may read without a mask
+    pairs.append((_text_logps(model, path, plain), _text_logps(model, Replay(), plain)))
+    exact = exact_dtype(text.input_ids.device)
+    differences = [(a - b).to(exact).abs().max() / b.to(exact).abs().max().clamp(min=1) for a, b in pairs]
+    return float(torch.stack(differences).max())
+
+
+def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> torch.Tensor:
+    """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
+    B, J, G, L = thoughts.token_ids.shape
+    embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
+    start = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, 1, -1)
+    slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
+    hidden = torch.stack([reader.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
+    return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask).logps
+
+
+def _text_logps(model: ThinkingModel, path: Path, text: Text) -> torch.Tensor:
+    """Log-probabilities of the text as a path reads it: shape `(B, T - 1)`."""
+    hidden = path.read(model, text).text_hidden[:, :-1]
+    return token_statistics(model, hidden, text.input_ids[:, 1:], text.host.predicted()).logps
+
+
+def _random_text(model: ThinkingModel, seed: int) -> Text:
+    """Two rows: a row of two packed documents, and a row padded at its end."""
+    tables, device = (
+        (model.get_input_embeddings(), model.get_output_embeddings()),
+        model.quietstar.start_embedding.device,
+    )
+    V = min(int(table.weight.shape[0]) for table in tables)  # either may have rows that no token of a text has
+    ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed))
+    padding = model.config.get_text_config().pad_token_id
+    ids[ids == padding] = 0 if padding else 1  # some families take a position from a token that is padding
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    position_ids = torch.arange(TEXT_LENGTH).repeat(2, 1)
+    position_ids[0] %= TEXT_LENGTH // 2
+    return Text.from_batch(ids, mask, position_ids=position_ids).to(device)
+
+
+def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
+    """Log-probabilities of each row's first document by the model's own forward, without padding."""
+    logps = []
+    for ids, documents in zip(text.input_ids, text.host.document_ids, strict=True):
+        ids = ids[: int((documents == 1).sum())]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        logps.append(log_probs.gather(-1, ids[1:, None]).squeeze(-1))
+    return logps
+
+
+def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool = False) -> Path:
+    """
+    The first path that is exact on this model: the shared prefix by its attention or by a mask, replay that goes on from the
+    family's cache, plain replay.
+
+    Args:
+        model ([`ThinkingModel`]):
+            A model with heads.
+        wanted (`str`):
+            `"auto"`, `"shared_prefix"` (an error where it is not exact) or `"replay"`.
+        with_dropout (`bool`):
+            Whether training drops attention weights, which only the family's own attention does.
+
+    Raises:
+        `ValueError`: if `"shared_prefix"` is wanted and is not exact, or if even replay is not: the model does not read
+            from left to right, or not by embeddings; or if `device_map` spread it over several devices.
+    """
+    check_one_device(model)
+    paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
+    if with_dropout:
+        paths = tuple(path for path in paths if type(path) is not SharedPrefix)
+    # in the model's own precision, wherever it is asked for
+    with eval_mode(model), torch.autocast(model.device.type, enabled=False):
+        path, problems = _first_exact(model, paths)
+    if path is None and wanted == "shared_prefix":
+        raise ValueError(f"The shared prefix is not exact on this model: {problems[-1]}. Use `thought_path='auto'`.")
+    if path is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot think: run as an ordinary sequence, a thought {problems[-1]}. Thoughts need a "
+            "decoder that reads from left to right (an encoder may have to be loaded with `is_decoder=True`) and takes "
+            "`inputs_embeds`."
+        )
+    if wanted == "auto" and isinstance(path, Replay):
+        logger.warning(
+            "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
+            problems[sum(isinstance(tried, SharedPrefix) for tried in paths) - 1],
+        )
+    return path
+
+
+@torch.no_grad()
+def takes_masks(model: ThinkingModel) -> bool:
+    """Whether this model reads a branch by a 4D mask as it should; in `eval()` mode."""
+    return _problem(model, MaskedPrefix()) is None
+
+
+def _first_exact(model: ThinkingModel, paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The first path without a problem, if any, and the problems of those before it."""
+    problems: list[str] = []
+    for path in paths:
+        problem = _problem(model, path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+        attention.disable(model)
+    return None, problems
+
+
+def _problem(model: ThinkingModel, path: Path) -> str | None:
+    """What is wrong with a path on this model; None if nothing is."""
+    quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
+    try:
+        with full_float32():  # TF32 rounds by more than a wrong mask may differ
+            difference = path_difference(model, path)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        if is_fault_of_device(error):
+            raise
+        return f"fails with {type(error).__name__}: {error}"
+    if difference <= tolerance:  # False for NaN
+        return None
+    return f"differs from ordinary forwards by {difference:.1e} relative, above the {tolerance:.0e} that rounding explains"

@@ -1,0 +1,224 @@
+"""Scoring with thoughts: how likely given text is under the predictions that generation with thoughts would make.
+
+All positions think at once, on the packed path, with the random numbers of greedy generation; so the log-probabilities of
+what greedy generation wrote are those it wrote it with.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..branches.memory import CPU_TOKENS, Size, branches_without_graph, free_bytes, new_tokens
+from ..branches.paths import Path, Reader, SharedPrefix, read_again
+from ..model.heads import ThinkingModel
+from ..model.lm_head import normalized_entropy, token_statistics
+from ..text.batch import Positions, Text, Thoughts
+from ..text.transfer import to_device
+from .sampling import SamplingSettings, Thinking, ThoughtSampler, fixed_draws, sample_thoughts, thought_sampling
+from .scoring import ScoreRequest, Scores, score
+
+
+TALK_SCORES = ("talk_logps", "talk_correct", "mixing_weights")
+# positions that rows of a batch must be apart for the shorter ones to be left out of what follows: on other devices than a
+# CPU a few larger forwards cost less than many small ones
+LEAST_GROUP = 16
+GPU_LEAST_GROUP = 256
+
+
+@torch.no_grad()
+def think_in_chunks(
+    model: ThinkingModel,
+    path: Path,
+    text: Text,
+    positions: Positions,
+    settings: SamplingSettings,
+    draws: torch.Tensor,
+    talk_length: int,
+    prediction: str,
+    reader: Reader | None = None,
+    whole_text: bool = True,
+) -> tuple[Thoughts, Scores]:
+    """
+    Writes and scores thoughts at any number of positions, as many at a time as memory allows.
+
+    Args:
+        model ([`ThinkingModel`]):
+            A model with heads, in `eval()` mode.
+        path ([`Path`]):
+            How to get hidden states.
+        text ([`Text`]):
+            The batch.
+        positions ([`Positions`]):
+            Where to think.
+        settings ([`SamplingSettings`]):
+            How.
+        draws (`torch.Tensor` of shape `(B, J, G, L)`):
+            A uniform number for each token.
+        talk_length (`int`):
+            M.
+        prediction (`str`):
+            `"mixed"` or `"thought"`.
+        reader ([`Reader`], *optional*):
+            The text as this model read it, so that it is not read again.
+        whole_text (`bool`):
+            Whether `text_logps` are wanted.
+
+    Returns:
+        [`Thoughts`], and [`Scores`] with `text_logps` where they are wanted, `talk_logps`, `talk_correct` and `mixing_weights`.
+    """
+    reader = path.read(model, text) if reader is None else reader
+    text_logps, predicts = None, text.host.predicted()
+    if whole_text:
+        text_logps = token_statistics(model, reader.text_hidden[:, :-1], text.input_ids[:, 1:], predicts).logps
+    shape, device, host = draws.shape, text.input_ids.device, positions.host
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    found: dict[str, torch.Tensor] = {}
+    for i, (rows, at) in enumerate(_groups(model, path, text, positions, settings, talk_length)):
+        everyone = len(rows) == shape[0]
+        index = torch.tensor(rows)
+        group = Positions(host.index[index, at], host.mask[index, at]).to(device)
+        own = reader if i == 0 and everyone else read_again(path, model, text, reader, None if everyone else index)
+        part = text if everyone else text.rows(index)
+        request = ScoreRequest(
+            part,
+            _thoughts(model, path, part, group, settings, draws[index, at], own),
+            talk_length,
+            path,
+            prediction=prediction,
+            reader=own,
+            whole_text=False,
+        )
+        scores = score(model, request)
+        L = scores.thoughts.mask.shape[3]
+        index = to_device(index, device)
+        tokens[index, at, :, :L], mask[index, at, :, :L] = scores.thoughts.token_ids, scores.thoughts.mask
+        for name in TALK_SCORES:
+            found.setdefault(name, scores[name].new_zeros(*shape[:3], talk_length))[index, at] = scores[name]
+    return Thoughts(positions, tokens, mask), Scores(text_logps=text_logps, **found)  # type: ignore[arg-type]
+
+
+def _thoughts(
+    model: ThinkingModel,
+    path: Path,
+    text: Text,
+    positions: Positions,
+    settings: SamplingSettings,
+    draws: torch.Tensor,
+    reader: Reader,
+) -> Thoughts | ThoughtSampler:
+    """The thoughts of a group, or how to sample them in the forwards that score them, each token in one."""
+    if type(path) is SharedPrefix:
+        return ThoughtSampler(settings, [], "all", given=(positions, draws))
+    return sample_thoughts(model, reader, text, positions, settings, draws)
+
+
+def _groups(
+    model: ThinkingModel, path: Path, text: Text, positions: Positions, settings: SamplingSettings, talk_length: int
+) -> Iterator[tuple[list[int], slice]]:
+    """
+    Rows and positions that run at once: as many as fit, without the rows that have no more of them.
+
+    Yields:
+        `tuple`: indices of rows, and a slice of J.
+    """
+    counts = positions.host.mask.sum(1).tolist()
+    counts = counts if any(counts) else [1] * len(counts)
+    on_cpu, G = text.input_ids.device.type == "cpu", settings.num_thoughts
+    slots = settings.thought_length + talk_length + 1
+    new = talk_length + 2 if type(path) is SharedPrefix else slots
+    free, start = free_bytes(text.input_ids.device), 0
+    while start < max(counts):
+        rows = [row for row, count in enumerate(counts) if count > start]
+        size = Size(len(rows), text.input_ids.shape[1], G * (max(counts) - start), slots)
+        fitting = branches_without_graph(model, path, size, new, free)
+        if on_cpu:
+            fitting = min(fitting, CPU_TOKENS // (len(rows) * new_tokens(path, size, slots)))
+        least = start + (LEAST_GROUP if on_cpu else GPU_LEAST_GROUP)
+        # as far as the next row that ends, which is then left out
+        wanted = min((count for count in counts if count >= least), default=max(counts))
+        stop = min(wanted, start + max(fitting // G, 1))
+        yield rows, slice(start, stop)
+        start = stop
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: ThinkingModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    score_mask: torch.Tensor | None = None,
+    thinking: Thinking | None = None,
+    tokenizer=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-likelihoods of given text, thinking before its tokens as greedy generation would.
+
+    Args:
+        model ([`ThinkingModel`]):
+            A thinking model, in `eval()` mode.
+        input_ids (`torch.Tensor` of shape `(B, T)`):
+            The texts.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 on text; padding on either side.
+        score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+            1 on the tokens to score, a run in each row: the first is what generation would begin with. Defaults to all
+            tokens but the first.
+        thinking ([`~thinking.sampling.Thinking`], *optional*):
+            When to think. Defaults to always.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For models whose thoughts may end early. Defaults to the one beside the model.
+
+    Returns:
+        `tuple`: log-probabilities in nats and whether each token is the most likely one (bool), both of shape `(B, T - 1)`,
+        for all tokens but the first; 0 and False where nothing is scored.
+    """
+    thinking, text = thinking or Thinking(), Text.from_batch(input_ids, attention_mask)
+    wanted = text.predicted() if score_mask is None else text.predicted() & score_mask[:, 1:].bool()
+    path: Path = model.thought_path  # type: ignore[assignment]
+    reader = path.read(model, text)
+    hidden = reader.text_hidden[:, :-1]
+    plain = token_statistics(model, hidden, input_ids[:, 1:], wanted)
+    logps, correct = plain.logps, plain.correct
+    positions = _positions(wanted, thinking, hidden, model)
+    if not bool(positions.mask.any()):
+        return logps, correct
+    settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
+    draws = fixed_draws(text.position_ids.gather(1, positions.index), settings)
+    prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
+    ends = _ends(wanted, positions)
+    reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
+    _, scores = think_in_chunks(
+        model, path, text, positions, settings, draws, reach, prediction, reader, whole_text=False
+    )
+    served = positions.index[..., None] + torch.arange(reach, device=logps.device)
+    valid = positions.mask[..., None] & (served < ends[..., None])
+    valid &= wanted.gather(1, served.clamp(max=logps.shape[1] - 1).flatten(1)).view(served.shape)
+    rows = torch.arange(len(logps), device=logps.device)[:, None, None].expand_as(served)
+    logps[rows[valid], served[valid]] = scores.talk_logps[:, :, 0][valid].to(logps.dtype)
+    correct[rows[valid], served[valid]] = scores.talk_correct[:, :, 0][valid].to(correct.dtype)
+    return logps, correct
+
+
+def _positions(wanted: torch.Tensor, thinking: Thinking, hidden: torch.Tensor, model: ThinkingModel) -> Positions:
+    """Where generation would think: at the first wanted place where it is due, and again once that thought has served."""
+    due = wanted
+    if thinking.mode == "never":
+        due = torch.zeros_like(wanted)
+    elif thinking.mode == "adaptive":
+        due = wanted & (normalized_entropy(model, hidden) >= thinking.threshold)
+    chosen = torch.zeros_like(due)
+    free = torch.zeros(len(due), dtype=torch.long, device=due.device)  # from where a row may think again
+    for t in range(due.shape[1]):
+        chosen[:, t] = due[:, t] & (free <= t)
+        free = torch.where(chosen[:, t], t + thinking.distance, free)
+    width = max(int(chosen.sum(1).max()), 1)
+    order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
+    return Positions(order, chosen.gather(1, order))
+
+
+def _ends(wanted: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """Of shape `(B, J)`: where a thought's predictions end at the latest, at the next thought or the last wanted token."""
+    last = (wanted * torch.arange(1, wanted.shape[1] + 1, device=wanted.device)).amax(1, keepdim=True)
+    following = torch.where(positions.mask, positions.index, last)[:, 1:]
+    return torch.where(positions.mask, torch.cat([following, last], dim=1), positions.index)

@@ -1,0 +1,173 @@
+"""What happens beside a training step: a curriculum's stages, anti-theater validation and what a failed one does, the log
+of the last steps, and an end to epochs without a step."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import IntervalStrategy, TrainerCallback
+from transformers.utils import logging
+from trl import BEMACallback
+
+from ..evaluation.anti_theater import THRESHOLDS, AntiTheaterReport
+from .checkpoints import remove_folder, whole_folder
+
+
+logger = logging.get_logger(__name__)
+
+PASSED = "_passed"  # what the Trainer's uploads to the Hub pass over
+
+
+class CurriculumCallback(TrainerCallback):
+    """
+    Enters the stages of `curriculum` at the steps that they begin at. What is evaluated or saved between two stages is the
+    earlier one's.
+
+    Args:
+        trainer ([`QuietStarREINFORCETrainer`]):
+            The trainer it is added to.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.enter_stage(state.global_step):
+            self.trainer.adopt_settings()
+
+
+class AntiTheaterCallback(TrainerCallback):
+    """
+    Validates the thoughts every `anti_theater_steps` optimizer steps and once more at the end of training, on the model
+    that training returns. A validation that fails does what `anti_theater_action` says.
+
+    For `"rollback"`, the last model that passed (or its adapter) is kept with its heads in `_passed-{step}` of the output
+    directory (the underscore keeps it out of uploads to the Hub), and so is the one that the last checkpoint refers to. A
+    rollback also stops: the same data and settings led from that model to the one that failed.
+
+    Args:
+        trainer ([`QuietStarREINFORCETrainer`]):
+            The trainer it is added to.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forgets the validations of the run before."""
+        self.last_passed: str | None = None  # directory of the model; kept in checkpoints
+        self.saved_passed: str | None = None  # the same when the last checkpoint was written
+        self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
+        self.last_step = -1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.anti_theater_steps == 0 and not self._passes(args, state):
+            has_passed = self.last_passed is not None
+            if args.anti_theater_action == "stop" or (args.anti_theater_action == "rollback" and has_passed):
+                control.should_training_stop = self.has_stopped = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_passed = self.last_passed
+        self._forget()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        best_is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if best_is_back or self.last_step != state.global_step:
+            self._passes(args, state)
+
+    def _passes(self, args, state) -> bool:
+        """Validates, logs, and keeps or restores the model."""
+        self.last_step = state.global_step
+        report = self.trainer.validate_thoughts()
+        self.trainer.log({f"rl/anti_theater_{name}": value for name, value in report.metrics().items()})
+        rolls_back = args.anti_theater_action == "rollback"
+        if report.passed:
+            if rolls_back:
+                self._keep(str(Path(args.output_dir, f"{PASSED}-{state.global_step}")))
+            return True
+        complaint = _complaint(report, state.global_step)
+        if rolls_back and self.last_passed is not None:
+            complaint += f" Rolling back to the model in {self.last_passed!r}."
+            self.trainer.restore_model(self.last_passed)
+        elif rolls_back:
+            complaint += " No model has passed yet that could be rolled back to."
+        if state.is_world_process_zero:
+            logger.warning(complaint)
+        return False
+
+    def _keep(self, directory: str) -> None:
+        """Saves the model as the last one that passed."""
+        with whole_folder(directory, self.trainer.accelerator, self.trainer.args.should_save) as folder:
+            self.trainer.save_model(folder, _internal_call=True)
+        self.last_passed = directory
+        self._forget()
+
+    def _forget(self) -> None:
+        """Deletes models that passed and that neither this run nor its last checkpoint would roll back to."""
+        if self.trainer.args.should_save:
+            kept = {Path(folder).name for folder in (self.last_passed, self.saved_passed) if folder is not None}
+            for folder in Path(self.trainer.args.output_dir).glob(f"{PASSED}-*"):
+                if folder.name not in kept and folder.name.removeprefix(f"{PASSED}-").isdecimal():
+                    remove_folder(str(folder))
+
+
+def _complaint(report: AntiTheaterReport, step: int) -> str:
+    """Names each test that failed, its value and its threshold."""
+    parts = []
+    for name in report.failures:
+        estimate = report.estimates[name]
+        if name == "content_gain":
+            parts.append(f"content_gain {estimate.value:.3f} (95% interval from {estimate.low:.3f}; above 0 wanted)")
+        else:
+            parts.append(f"{name} {estimate.value:.3f} (above {THRESHOLDS[name]} wanted)")
+    return f"The thoughts failed anti-theater validation at step {step}: {', '.join(parts)}."
+
+
+def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
+    """
+    Refuses a callback that would fail in the middle of training.
+
+    Args:
+        callbacks (`list` of [`~transformers.TrainerCallback`]):
+            All of a run.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model to be trained.
+
+    Raises:
+        `ValueError`: for TRL's `BEMACallback` if a part of the model is frozen.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen and any(isinstance(callback, BEMACallback) for callback in callbacks):
+        raise ValueError(
+            f"`BEMACallback` averages whole models, and {len(frozen)} parameters of this one are frozen (as {frozen[0]!r}). "
+            "Leave it out, or train everything: without an adapter, with `advantage_baseline='value'` and "
+            "`reward_prediction='mixed'`."
+        )
+
+
+class LastWindowCallback(TrainerCallback):
+    """Logs the last steps of a run even if they are fewer than `logging_steps`."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_training_stop and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # which the Trainer does only where steps are not logged yet
+
+    def on_epoch_end(self, args, state, control, **kwargs):  # an evaluation may have stopped training after the step
+        self.on_step_end(args, state, control)
+
+
+class EmptyEpochCallback(TrainerCallback):
+    """Ends what would never end: a stream too short for one optimizer step, which the Trainer reads again and again."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step, self.epochs = state.global_step, 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs = self.epochs + 1 if state.global_step == self.step else 0
+        self.step = state.global_step
+        if self.epochs == 2:  # a single one may have been read before training was resumed
+            raise ValueError(
+                f"The train dataset has too few rows for an optimizer step of `gradient_accumulation_steps` "
+                f"({args.gradient_accumulation_steps}) batches of `per_device_train_batch_size` "
+                f"({args.per_device_train_batch_size}); lower them, leave out `dataloader_drop_last`, or give more rows."
+            )

@@ -1,0 +1,249 @@
+"""Non-finite values are found, named, skipped and counted, so that a bad batch costs one optimizer step and not the run.
+
+Two checks for each optimizer step: reward and terms of the objective when a batch has been scored, and the norm of the
+gradients after the last backward, ahead of clipping, which would spread a NaN to all of them. A fault in one batch, on
+one process, or of one gradient skips the whole step on all processes: its gradients are dropped, and an optimizer leaves
+parameters without a gradient alone, with their moments and their decay. What the Trainer counts goes on (global step,
+learning rate), and with it what is keyed by the step: thoughts, data, entropy coefficient.
+
+Under fp16 the gradient scaler looks for its scale by overflowing and skips those steps itself. That is no fault; gradients
+that overflow when the scale has come down to 1 are, and so is a loss that is not finite, whose step also lowers the scale.
+"""
+
+import math
+import textwrap
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+from ..learning.metrics import BatchResult
+from ..thinking.scoring import Scores
+
+
+logger = logging.get_logger(__name__)
+
+EXCERPT = 80  # characters of a row's text in a message
+NAMED = 3  # rows or parameters in a message
+
+
+class FaultGuard(TrainerCallback):
+    """
+    Skips optimizer steps with non-finite values, and stops training after `max_skipped_steps` of them in a row, with a
+    checkpoint of the weights as they were before.
+
+    Where the backward applies its gradients at once (DeepSpeed, LOMO, layerwise optimizers), nothing is left to skip: the
+    first batch with a fault stops training ahead of its backward, and gradients are not checked.
+
+    Args:
+        trainer ([`QuietStarREINFORCETrainer`]):
+            The trainer it is added to.
+
+    Raises:
+        `FloatingPointError`: when training stops.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.skipped = 0  # optimizer steps; kept in checkpoints, as is the next
+        self.in_a_row = 0
+        self._faults: dict[str, list[str]] = {"train": [], "eval": []}  # of the current step or evaluation
+        self._unread: list[_Check] = []
+
+    def begin_run(self) -> None:
+        """Counts from 0 again."""
+        self.skipped = self.in_a_row = 0
+        self._faults["train"], self._unread = [], []
+
+    # Checks
+
+    def check(self, batch: BatchResult, rows: list[int], mode: str) -> torch.Tensor | None:
+        """
+        Looks whether reward, loss and every term of a batch are finite on all processes. In training the host gets to know
+        in [`check_gradients`], so that it need not wait for the device after each batch.
+
+        Args:
+            batch ([`BatchResult`]):
+                The batch.
+            rows (`list[int]`):
+                Index of each of its rows in the global batch or in the evaluation data.
+            mode (`str`):
+                `"train"` or `"eval"`.
+
+        Returns:
+            `torch.Tensor`: a scalar bool on the device; None where the host knows already that something is not finite.
+        """
+        values = [batch.loss, _reward(batch), *batch.terms.values()]
+        mine = ~torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
+        check = _Check(_detached(batch), rows, mode, mine, self._total(mine))
+        self._unread.append(check)
+        at_once = mode == "eval" or self._steps_in_backward()
+        found = self._read() if at_once else []
+        if found and mode == "train":
+            self._stop(f"Stopped at step {self.trainer.state.global_step}: {'; '.join(found)}.")
+        return None if found else check.total == 0
+
+    def check_gradients(self) -> bool:
+        """Reads the checks of an optimizer step's batches, and looks whether its gradients are finite, once all have been
+        added up; returns whether everything is."""
+        scaler = self.trainer.accelerator.scaler
+        overflow_is_normal = scaler is not None and scaler.get_scale() > 1
+        gradients = {}
+        if not (overflow_is_normal or self._steps_in_backward()):
+            gradients = {n: p.grad for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        if gradients:
+            mine = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))
+            mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            self._unread.append(_Check(gradients, [], "train", mine, self._total(mine)))
+        self._read()
+        return not self._faults["train"]
+
+    def _total(self, mine: torch.Tensor) -> torch.Tensor:
+        """How many processes have a fault."""
+        return self.trainer.accelerator.reduce(mine.to(self.trainer.accelerator.device).float(), "sum")
+
+    def _read(self) -> list[str]:
+        """Notes and returns the faults of all processes, the same on each, with one wait for the device."""
+        checks, self._unread = self._unread, []
+        if not checks:
+            return []
+        noted: list[str] = []
+        found = torch.stack([torch.stack([check.mine.to(check.total), check.total]) for check in checks])
+        for check, (mine, total) in zip(checks, found.tolist(), strict=True):
+            # gradients of a batch with a fault have one too
+            if total and not (isinstance(check.what, dict) and self._faults[check.mode]):
+                faults = gather_object([self._words(check)] if mine else [])
+                noted += dict.fromkeys(faults)  # a gradient is the same everywhere
+                self._faults[check.mode] += dict.fromkeys(faults)
+        return noted
+
+    def _words(self, check: "_Check") -> str:
+        if isinstance(check.what, BatchResult):
+            return f"{' and '.join(bad_values(check.what))} {self._where(check.what, check.rows, check.mode)}"
+        names = [name for name, gradient in check.what.items() if not bool(torch.isfinite(gradient).all())]
+        return f"the gradient of {_listed(names)}" if names else "the norm of all gradients together"
+
+    def take_evaluation_faults(self) -> list[str]:
+        """What was not finite in the evaluation that ends; said in a warning."""
+        faults, self._faults["eval"] = self._faults["eval"], []
+        if faults and self.trainer.is_world_process_zero():
+            logger.warning(
+                f"Evaluation at step {self.trainer.state.global_step}: not finite is {'; '.join(faults)}. Its metrics are "
+                "NaN, so it counts as no improvement."
+            )
+        return faults
+
+    # The optimizer step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._faults["train"]:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        faults, self._faults["train"] = self._faults["train"], []
+        if not faults:
+            if not self.trainer.accelerator.optimizer_step_was_skipped:  # by the scaler, which tells nothing
+                self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        limit = args.max_skipped_steps
+        complaint = (
+            f"Optimizer step {state.global_step} was skipped: not finite is {'; '.join(faults)}. "
+            f"Skipped so far: {self.skipped}, in a row: {self.in_a_row} (`max_skipped_steps`: {limit})."
+        )
+        if limit is not None and self.in_a_row >= limit:
+            self._stop(complaint)
+        if state.is_world_process_zero:
+            logger.warning(complaint)
+
+    def _stop(self, complaint: str) -> None:
+        """Saves what training had come to before the faults, and raises."""
+        trainer = self.trainer
+        self.in_a_row, self._faults["train"] = 0, []  # a run that resumes from here has its whole patience again
+        trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        raise FloatingPointError(
+            f"{complaint} The weights of before are in checkpoint-{trainer.state.global_step} of "
+            f"{trainer.args.output_dir!r}. Look at the data that is named, lower `learning_rate`, or compute in float32; "
+            "then resume from there."
+        )
+
+    # Processes, and words
+
+    def _steps_in_backward(self) -> bool:
+        return self.trainer.is_deepspeed_enabled or any(
+            name in self.trainer.args.optim.value for name in ("lomo", "layerwise")
+        )
+
+    def _where(self, batch: BatchResult, rows: list[int], mode: str) -> str:
+        """The rows that are at fault, and how their texts begin."""
+        whole = "the global batch" if mode == "train" else "the evaluation data"
+        bad, tokenizer = bad_rows(batch), self.trainer.processing_class
+        if not bad:
+            return f"in one of the rows {rows[0]} to {rows[-1]} of {whole}"
+        return f"in {_listed([f'row {rows[b]} ({excerpt(batch, b, tokenizer)!r})' for b in bad])} of {whole}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    """
+    Of a batch, or of gradients by name: whether this process has a fault, and how many processes have; scalars on the
+    device.
+    """
+
+    what: BatchResult | dict[str, torch.Tensor]
+    rows: list[int]
+    mode: str
+    mine: torch.Tensor
+    total: torch.Tensor
+
+
+def _detached(batch: BatchResult) -> BatchResult:
+    """Without the graph, which would be held until the check is read."""
+    scores = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in batch.scores.items()}
+    return replace(batch, scores=Scores(**scores), loss=batch.loss.detach())  # type: ignore[arg-type]
+
+
+def _reward(batch: BatchResult) -> torch.Tensor:
+    return batch.experience.rewards.masked_fill(~batch.experience.exists, 0).sum()
+
+
+def bad_values(batch: BatchResult) -> list[str]:
+    """The reward and the terms of a batch that are not finite, each with its value; else the loss."""
+    values = {"reward": _reward(batch), **batch.terms}
+    if all(math.isfinite(value) for value in values.values()):
+        values = {"loss": batch.loss}
+    return [f"{name} ({value.item()})" for name, value in values.items() if not math.isfinite(value)]
+
+
+def bad_rows(batch: BatchResult) -> list[int]:
+    """Rows of a batch with a score or reward that is not finite; empty where it lies in none of them."""
+    scores, experience = batch.scores, batch.experience
+    talk, tokens = experience.talk_mask, experience.thoughts.mask
+    places: tuple = (
+        (experience.rewards, experience.exists),
+        (experience.logps_without, talk),
+        (scores.talk_logps, talk),
+        (scores.reader_logps, talk),
+        (scores.thought_logps, tokens),
+        (scores.thought_entropies, tokens),
+        (scores.thought_values, tokens),
+        (scores.text_logps, batch.text.predicted()),
+    )
+    bad = torch.stack([(~torch.isfinite(values) & mask).flatten(1).any(1) for values, mask in places]).any(0)
+    return bad.nonzero().flatten().tolist()
+
+
+def excerpt(batch: BatchResult, row: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """How the text of a row begins; its token ids where there is no tokenizer."""
+    ids = batch.text.input_ids[row][batch.text.attention_mask[row]][:EXCERPT].tolist()
+    text = str(ids) if tokenizer is None else str(tokenizer.decode(ids))
+    return textwrap.shorten(text, EXCERPT, placeholder=" ...")
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
