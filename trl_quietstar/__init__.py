@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import QuietStarConfig
-    from .model.heads import QuietStarSettings
     from .modeling import QuietStarForCausalLM
+    from .settings import QuietStarSettings
     from .trainer import QuietStarREINFORCETrainer
 
 __all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarREINFORCETrainer", "QuietStarSettings"]
@@ -16,7 +16,7 @@ MODULES = {
     "QuietStarConfig": "config",
     "QuietStarForCausalLM": "modeling",
     "QuietStarREINFORCETrainer": "trainer",
-    "QuietStarSettings": "model.heads",
+    "QuietStarSettings": "settings",
 }
 
 

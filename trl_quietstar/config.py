@@ -12,7 +12,8 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ._compat import _BaseConfig
 from .learning.rewards import REWARD_TYPES
-from .model.heads import VALUE_HEAD_TYPES, QuietStarSettings
+from .model.heads import VALUE_HEAD_TYPES
+from .settings import QuietStarSettings
 
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,6 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 from .config import QuietStarConfig
 from .model.adapters import check_adapter_model, check_method, trains_added_weights_only
 from .model.distributed import check_one_device, check_whole, loaded_whole
-from .model.heads import QuietStarSettings
 from .modeling import (
     HUB_KWARGS,
     QuietStarForCausalLM,
@@ -26,6 +25,7 @@ from .modeling import (
     heads_aside,
     warn_of_lost_heads,
 )
+from .settings import QuietStarSettings
 
 
 if is_peft_available():

@@ -54,7 +54,8 @@ from ._compat import set_unsaved_keys
 from .branches.paths import Path, SharedPrefix
 from .model.concurrency import LOCK, eval_mode
 from .model.distributed import load_full
-from .model.heads import QuietStarHeads, QuietStarSettings
+from .model.heads import QuietStarHeads
+from .settings import QuietStarSettings
 from .thinking.check import choose_path, takes_masks
 from .thinking.generation import think_and_speak
 from .thinking.likelihood import log_likelihoods

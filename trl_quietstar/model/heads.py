@@ -3,96 +3,14 @@
 They are one submodule, `model.quietstar`, kept in a file of their own, so that the base checkpoint stays what it was.
 """
 
-from dataclasses import asdict, dataclass
-from typing import get_args, get_type_hints
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..settings import QuietStarSettings
+
 
 VALUE_HEAD_TYPES = ("linear", "mlp", "transformer")
-SAVED_TYPES: dict[str, tuple[type, ...]] = {  # of settings that are not simply of their default's type
-    "talk_length": (int, str),
-    "thought_positions": (str, int, float),
-    **dict.fromkeys(("temperature", "top_p", "difficulty_threshold"), (int, float)),
-    "min_p": (int, float, type(None)),
-    "min_thought_length": (int, type(None)),
-    "thought_stop_string": (str, type(None)),
-}
-
-
-@dataclass(frozen=True)
-class QuietStarSettings:
-    """
-    What a saved model needs to think again; stored under `quietstar` in `config.json`.
-
-    Parameters:
-        thought_length (`int`):
-            L, thought tokens.
-        talk_length (`int` or `str`):
-            M, text tokens a thought is read for; `"completion"`: all that follow.
-        prediction (`str`):
-            `"mixed"` (mixing head weighs the predictions with and without the thought) or `"thought"`.
-        value_head_type (`str`):
-            `"linear"`, `"mlp"` or `"transformer"`.
-        value_head_hidden_size (`int`):
-            Width of the last two.
-        temperature, top_k, top_p, min_p, min_thought_length, thought_stop_string:
-            How thoughts are drawn and end, as in [`QuietStarConfig`].
-        thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
-            Where the model learned to think, as in [`QuietStarConfig`]; [`~thinking.sampling.Thinking.of`] says what generation and
-            scoring make of it.
-    """
-
-    thought_length: int = 8
-    talk_length: int | str = 4
-    prediction: str = "mixed"
-    value_head_type: str = "mlp"
-    value_head_hidden_size: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float | None = None
-    min_thought_length: int | None = None
-    thought_stop_string: str | None = None
-    thought_positions: str | int | float = "all"
-    difficulty_threshold: float = 0.6
-    min_thought_interval: int = 3
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, saved: dict, source: str) -> "QuietStarSettings":
-        """
-        Settings that were saved.
-
-        Args:
-            saved (`dict`):
-                The `quietstar` entry of a `config.json`, or what is saved beside an adapter.
-            source (`str`):
-                Where it is from, for errors.
-
-        Raises:
-            `ValueError`: if it has settings that this version does not know, or values of another kind.
-        """
-        where = f"What {source!r} saves as its `quietstar` settings"
-        if not isinstance(saved, dict):
-            raise ValueError(f"{where} is damaged: {saved!r} is no JSON object. Copy the file again.")
-        hints = get_type_hints(cls)
-        unknown = sorted(saved.keys() - hints.keys())
-        if unknown:
-            raise ValueError(
-                f"{where} has {', '.join(unknown)}, which this version does not know: a newer version of trl-quietstar wrote it. "
-                "Upgrade trl-quietstar."
-            )
-        for name, value in saved.items():
-            kinds = (*get_args(hints[name]), hints[name])
-            if isinstance(value, bool) or not isinstance(value, tuple(x for x in kinds if isinstance(x, type))):
-                if not (isinstance(value, int) and float in kinds):
-                    raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
-        return cls(**saved)
 
 
 class MixingHead(nn.Module):

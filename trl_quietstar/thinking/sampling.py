@@ -19,8 +19,9 @@ from transformers.generation import (
 
 from ..branches.paths import Path, Reader, read_again
 from ..model.embeddings import embed_tokens, embed_vector
-from ..model.heads import QuietStarSettings, ThinkingModel
+from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
+from ..settings import QuietStarSettings
 from ..text.batch import Positions, Text, Thoughts, choose_positions, gather_hidden, seeded_generators
 from ..text.transfer import to_device, to_host
 
@@ -130,7 +131,7 @@ class Thinking:
         When a model thinks: as it was trained to, unless a user asks for something else.
 
         Args:
-            settings ([`~model.heads.QuietStarSettings`]):
+            settings ([`~settings.QuietStarSettings`]):
                 The model's.
             mode (`str` or [`Thinking`], *optional*), every (`int`, *optional*), threshold (`float`, *optional*):
                 What the user asks for. `every` alone keeps the mode, unless the model thinks at the end of the prompt only.
@@ -225,7 +226,7 @@ def thought_sampling(
     How a model draws its thoughts, by the settings it was trained with.
 
     Args:
-        settings ([`~model.heads.QuietStarSettings`]):
+        settings ([`~settings.QuietStarSettings`]):
             The model's.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Needed where thoughts may end early.
