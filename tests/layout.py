@@ -1,6 +1,6 @@
 """The limits that keep the package readable, and the order in which its rooms may import each other.
 
-    python -m tests.layout
+python -m tests.layout
 """
 
 import ast
@@ -91,7 +91,9 @@ def too_long() -> list[str]:
 def main() -> int:
     lengths = [lines for path in modules() for lines in functions(path).values()]
     total = sum(len(path.read_text("utf-8").splitlines()) for path in modules())
-    print(f"{len(modules())} modules, {total:,} lines, {len(lengths)} functions, median {statistics.median(lengths):g}")
+    print(
+        f"{len(modules())} modules, {total:,} lines, {len(lengths)} functions, median {statistics.median(lengths):g}"
+    )
     complaints = against_the_order() + too_long()
     print(*complaints, sep="\n", end="\n" if complaints else "")
     return 1 if complaints else 0
