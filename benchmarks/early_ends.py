@@ -45,9 +45,9 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     for _ in range(args.repeats):
         for way, settings in (("with", ends), ("without", replace(ends, stop=lambda ids: ids[:, -1] < 0))):
             with Counted(model) as counted, torch.no_grad():
-                reader = PATHS[name].read(model, text)
+                cache = PATHS[name].read(model, text)
                 counted.tokens = 0  # of the texts
-                thoughts = sample_thoughts(model, reader, text, positions, settings, draws)
+                thoughts = sample_thoughts(model, cache, text, positions, settings, draws)
             seconds[way].append(counted.seconds)
             if way == "with":
                 run, existing = counted.tokens, int(thoughts.mask.sum())

@@ -54,9 +54,9 @@ def rollout(trainer: QuietStarREINFORCETrainer, text: Text, seed: int) -> tuple[
     model, args = trainer.model, trainer.args
     generators = seeded_generators(seed, 0, list(range(PROBLEMS)))
     positions = choose_positions(text, "all", generators)
-    reader = trainer.path.read(model, text)
+    cache = trainer.path.read(model, text)
     thoughts = sample_thoughts(
-        model, reader, text, positions, trainer.sampling, uniforms(positions, trainer.sampling, generators)
+        model, cache, text, positions, trainer.sampling, uniforms(positions, trainer.sampling, generators)
     )
     scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
     mask = talk_after(text, positions, 1).target_mask[:, :, None]

@@ -16,8 +16,7 @@ import torch
 from transformers import BloomConfig, MambaConfig, Qwen3NextConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import Path as ThoughtPath
-from trl_quietstar.branches.paths import Replay
+from trl_quietstar.branches.paths import BranchPath, Replay
 from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 from trl_quietstar.thinking.check import choose_path
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
@@ -68,7 +67,7 @@ class Counted:
         type(self.model).forward = self.plain
 
 
-def sample(model, path: ThoughtPath, args: argparse.Namespace) -> Counted:
+def sample(model, path: BranchPath, args: argparse.Namespace) -> Counted:
     """Thoughts at the positions of one text."""
     text = Text.from_batch(torch.randint(1, 1024, (1, args.length), generator=torch.Generator().manual_seed(0)))
     positions = choose_positions(text, args.positions, seeded_generators(0, 0, [0]))
@@ -79,7 +78,7 @@ def sample(model, path: ThoughtPath, args: argparse.Namespace) -> Counted:
     return counted
 
 
-def generate(model, path: ThoughtPath, args: argparse.Namespace) -> Counted:
+def generate(model, path: BranchPath, args: argparse.Namespace) -> Counted:
     """New tokens after a text, each with a thought."""
     model.thought_path = path
     ids = torch.randint(1, 1024, (1, args.length), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.branches.paths import MaskedPrefix, Path, Replay, SharedPrefix
+from trl_quietstar.branches.paths import BranchPath, MaskedPrefix, Replay, SharedPrefix
 from trl_quietstar.text.batch import Text, Thoughts, talk_after
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts
@@ -62,7 +62,7 @@ def assert_same_gradients(ours: dict, oracle: dict, tolerance: float = TOLERANCE
             assert_same(ours[name], gradient, f"gradient of {name}", tolerance)
 
 
-def assert_paths_agree(model, path: Path = FAST, **options) -> None:
+def assert_paths_agree(model, path: BranchPath = FAST, **options) -> None:
     """A path and replay give the same scores and gradients on every kind of row."""
     text = mixed_text(model.config.vocab_size)
     thoughts = think(model, text, positions=positions_of(text, 0.7))

@@ -338,9 +338,9 @@ def test_a_tokenizer_without_eos_still_stops_at_the_string():
 def test_sampling_leaves_no_graph():
     """Sampling runs without autograd, whatever the caller's mode."""
     model, text = exact_model(), mixed_text()
-    reader = SharedPrefix().read(model, text)
+    cache = SharedPrefix().read(model, text)
     places = choose_positions(text, 2, generators(text))
-    thoughts = sample_thoughts(model, reader, text, places, sampling(), uniforms(places, sampling(), generators(text)))
+    thoughts = sample_thoughts(model, cache, text, places, sampling(), uniforms(places, sampling(), generators(text)))
     assert not thoughts.token_ids.requires_grad
     assert torch.is_grad_enabled()
 

@@ -23,7 +23,7 @@ from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches import attention as branch_attention
 from trl_quietstar.branches.attention import BranchReading
 from trl_quietstar.branches.cached_replay import CachedReplay
-from trl_quietstar.branches.paths import BranchReader, MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix, SharedPrefixCache
 from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
@@ -133,28 +133,28 @@ def test_the_check_leaves_the_model_as_it_was():
 class EarlyAnchor(SharedPrefix):
     """Branches miss the last token of their text."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         return super().encode(model, text, replace(branches, anchors=(branches.anchors - 1).clamp(min=0)))
 
 
 class LeakingDocuments(SharedPrefix):
     """Packed documents see each other."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         return super().encode(model, replace(text, document_ids=text.attention_mask.long()), branches)
 
 
 class CountedGaps(SharedPrefix):
     """Slots after a thought that ended early keep their old positions and see what it left out."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         return super().encode(model, text, replace(branches, mask=torch.ones_like(branches.mask)))
 
 
 class WiderWindow(MaskedPrefix):
     """Sliding windows are one token too wide."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         model.config.sliding_window += 1
         try:
             return super().encode(model, text, branches)
@@ -165,7 +165,7 @@ class WiderWindow(MaskedPrefix):
 class WiderBranchWindow(SharedPrefix):
     """The same for branches alone."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         attend = BranchReading.attend
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -179,19 +179,19 @@ class WiderBranchWindow(SharedPrefix):
 class WholeDocument(SharedPrefix):
     """Branches see the token after their anchor."""
 
-    class Reader(BranchReader):
+    class Cache(SharedPrefixCache):
         def _branch_reading(self, anchors, *rest):
             last = (anchors + 1).clamp(max=self.text.input_ids.shape[1] - 1)
             return replace(super()._branch_reading(anchors, *rest), last=last)
 
     def read(self, model, text):
-        return self.Reader(model, text)
+        return self.Cache(model, text)
 
 
 class WiderChunk(MaskedPrefix):
     """Chunks of attention begin one token late."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         model.config.attention_chunk_size += 1
         try:
             return super().encode(model, text, branches)
@@ -199,19 +199,19 @@ class WiderChunk(MaskedPrefix):
             model.config.attention_chunk_size -= 1
 
 
-class LateReader(SharedPrefix):
+class LateCache(SharedPrefix):
     """Thoughts are sampled as if after the token before; scoring is right."""
 
-    class Reader(BranchReader):
+    class Cache(SharedPrefixCache):
         def extend(self, anchors, embeds):
             return super().extend((anchors - 1).clamp(min=0), embeds)
 
     def read(self, model, text):
-        return self.Reader(model, text)
+        return self.Cache(model, text)
 
 
 @pytest.mark.parametrize(
-    "wrong", [EarlyAnchor, LeakingDocuments, CountedGaps, WiderWindow, WiderBranchWindow, WholeDocument, LateReader]
+    "wrong", [EarlyAnchor, LeakingDocuments, CountedGaps, WiderWindow, WiderBranchWindow, WholeDocument, LateCache]
 )
 def test_the_check_sees_small_mistakes(wrong):
     """Being off by one token anywhere, in scoring or in sampling, exceeds the tolerance by far."""
@@ -228,7 +228,7 @@ def test_the_check_sees_a_wrong_chunk():
 class NotANumber(SharedPrefix):
     """One branch overflows."""
 
-    def encode(self, model, text, branches, batch_size=None, reader=None):
+    def encode(self, model, text, branches, batch_size=None, cache=None):
         encoded = super().encode(model, text, branches)
         return replace(encoded, branches=encoded.branches.index_fill(1, torch.tensor([0]), torch.nan))
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import Path, SharedPrefix
+from trl_quietstar.branches.paths import BranchPath, SharedPrefix
 from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
@@ -151,7 +151,7 @@ def positions_of(text: Text, amount: int | float | str = "all", seed: int = 0) -
 def think(
     model: PreTrainedModel,
     text: Text,
-    path: Path | None = None,
+    path: BranchPath | None = None,
     positions: Positions | None = None,
     settings: SamplingSettings | None = None,
     seed: int = 1,
@@ -161,9 +161,9 @@ def think(
     positions = positions_of(text) if positions is None else positions
     settings = settings or sampling()
     with torch.no_grad():
-        reader = path.read(model, text)
+        cache = path.read(model, text)
     return sample_thoughts(
-        model, reader, text, positions, settings, uniforms(positions, settings, generators(text, seed))
+        model, cache, text, positions, settings, uniforms(positions, settings, generators(text, seed))
     )
 
 

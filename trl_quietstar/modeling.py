@@ -21,7 +21,7 @@ import shutil
 import types
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -51,7 +51,7 @@ from transformers.utils import (
 )
 
 from ._compat import set_unsaved_keys
-from .branches.paths import Path, SharedPrefix
+from .branches.paths import BranchPath, SharedPrefix
 from .model.concurrency import LOCK, eval_mode
 from .model.distributed import load_full
 from .model.heads import QuietStarHeads
@@ -106,12 +106,12 @@ class QuietStarMixin:
         return Thinking.of(self.quietstar_settings)
 
     @property
-    def thought_path(self) -> Path:
+    def thought_path(self) -> BranchPath:
         """How thoughts are run on this model, by the start-up check."""
         return self._checked("_thought_path", lambda: choose_path(self))
 
     @thought_path.setter
-    def thought_path(self, path: Path) -> None:
+    def thought_path(self, path: BranchPath) -> None:
         vars(self)["_thought_path"] = path
 
     @property
@@ -328,7 +328,7 @@ class QuietStarMixin:
                 "model's own."
             )
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        save_file(tensors, FilePath(save_directory) / HEADS_NAME, metadata={"format": "pt"})
+        save_file(tensors, Path(save_directory) / HEADS_NAME, metadata={"format": "pt"})
 
     def read_heads(self, path: str) -> dict[str, torch.Tensor]:
         """
@@ -345,7 +345,7 @@ class QuietStarMixin:
             `FileNotFoundError`: if there is no such file.
             `ValueError`: if it is damaged, or the heads were saved for another model or with other head settings.
         """
-        path = FilePath(path)
+        path = Path(path)
         path = path / HEADS_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"There is no {str(path)!r}: the heads are not there.")
@@ -389,7 +389,7 @@ class QuietStarMixin:
         **kwargs,
     ) -> None:
         """Saves the base model in its family's own format, and the heads and what generates with them beside it."""
-        repo_id = kwargs.pop("repo_id", FilePath(save_directory).name)
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
         own = None if state_dict is None else dict(state_dict)  # Transformers takes out what is not to be saved
         super().save_pretrained(save_directory, is_main_process, own, **kwargs)
@@ -421,14 +421,14 @@ def save_config(model: PreTrainedModel, save_directory: str) -> None:
 
 def save_settings(model: PreTrainedModel, save_directory: str) -> None:
     """Writes `quietstar.json`, the settings beside an adapter."""
-    (FilePath(save_directory) / CONFIG_NAME).unlink(missing_ok=True)  # of an older save
-    (FilePath(save_directory) / SETTINGS_NAME).write_text(json.dumps(model.config.quietstar, indent=2) + "\n")
+    (Path(save_directory) / CONFIG_NAME).unlink(missing_ok=True)  # of an older save
+    (Path(save_directory) / SETTINGS_NAME).write_text(json.dumps(model.config.quietstar, indent=2) + "\n")
 
 
 def save_index(save_directory: str) -> None:
     """Writes the index of a model that is one file, as Transformers does of one that is several: vLLM and others take all
     `*.safetensors` of a folder without one for the model's, the heads among them."""
-    weights, index = (FilePath(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    weights, index = (Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if not weights.is_file():
         return
     with safe_open(weights, framework="pt") as file:
@@ -442,10 +442,10 @@ def save_index(save_directory: str) -> None:
 
 def save_custom_generate(save_directory: str) -> None:
     """Writes `custom_generate/`, by which a plainly loaded model thinks if its user trusts remote code."""
-    target = FilePath(save_directory) / CUSTOM_GENERATE
+    target = Path(save_directory) / CUSTOM_GENERATE
     target.mkdir(exist_ok=True)
     for name in ("generate.py", "requirements.txt"):
-        shutil.copyfile(FilePath(__file__).parent / CUSTOM_GENERATE / name, target / name)
+        shutil.copyfile(Path(__file__).parent / CUSTOM_GENERATE / name, target / name)
 
 
 @functools.cache
@@ -527,7 +527,7 @@ def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, QuietStarMixin):
             return model
         source = model.config.name_or_path
-        hub = {} if FilePath(source).is_dir() else {"revision": _commit_of(model)}
+        hub = {} if Path(source).is_dir() else {"revision": _commit_of(model)}
         settings, heads = _settings_in(model.config), _find(source, HEADS_NAME, hub)
         if settings is None or heads is None:
             raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
@@ -539,7 +539,7 @@ def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
 def _commit_of(model: PreTrainedModel) -> str | None:
     """The commit of the Hub that a model was plainly loaded from: in the path of the code that came with it."""
     generate = getattr(vars(model).get("generate"), "func", None)
-    parts = FilePath(generate.__code__.co_filename).parts if generate is not None else ()
+    parts = Path(generate.__code__.co_filename).parts if generate is not None else ()
     noted = getattr(model.config, "_commit_hash", None)  # by Transformers until 5.23
     return next((part for part in parts if re.fullmatch("[0-9a-f]{40}", part)), noted)
 
@@ -728,7 +728,7 @@ def warn_of_lost_heads(source: str) -> None:
 
 def _read_json(file: str) -> dict:
     try:
-        return json.loads(FilePath(file).read_text(encoding="utf-8"))
+        return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file!r} is damaged: it is no valid JSON ({error}). Copy it again.") from error
 
@@ -766,7 +766,7 @@ def _check_reads_text(config: PreTrainedConfig, name: str) -> None:
 
 def check_source(source: str) -> None:
     """Refuses a path of no folder, which would be looked for on the Hub."""
-    if not FilePath(source).is_dir() and (source[:1] in "./~" or source.count("/") > 1):
+    if not Path(source).is_dir() and (source[:1] in "./~" or source.count("/") > 1):
         raise FileNotFoundError(f"There is no model folder {source!r}; give a local folder or a Hub id.")
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from ..model.embeddings import embed_tokens
 from ..text.batch import Text
 from ..text.transfer import to_device
-from .paths import Reader, Replay, backbone_output, cache_name, forward_arguments, position_offset
+from .paths import BranchCache, Replay, backbone_output, cache_name, forward_arguments, position_offset
 
 
 class States:
@@ -144,11 +144,11 @@ class CachedReplay(Replay):
     def __init__(self, by_token: bool = False):
         self.by_token = by_token
 
-    def read(self, model: PreTrainedModel, text: Text) -> Reader:
-        return CachedReplayReader(model, text, self.by_token)
+    def read(self, model: PreTrainedModel, text: Text) -> BranchCache:
+        return ForkedStates(model, text, self.by_token)
 
 
-class CachedReplayReader:
+class ForkedStates:
     """Reads each text once, up to its last anchor, and copies what is kept of it at the anchors."""
 
     def __init__(self, model: PreTrainedModel, text: Text, by_token: bool):
@@ -159,7 +159,7 @@ class CachedReplayReader:
     def text_hidden(self) -> torch.Tensor:
         return Replay().text_hidden(self.model, self.text)
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "CachedReplayReader":
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "ForkedStates":
         assert self.forks is not None
         states, order = self.forks
         fresh, wanted = copy.copy(self), (rows[:, None] * self.branches + columns).flatten()

@@ -12,8 +12,7 @@ from ..data.prepare import max_positions
 from ..model.distributed import own_part
 from ..model.embeddings import embed_tokens
 from .cached_replay import CachedReplay
-from .paths import Path as BranchPath
-from .paths import Replay, backbone
+from .paths import BranchPath, Replay, backbone
 
 
 PROBE_TOKENS = 64  # of the longer of two forwards; the other has half as many
@@ -175,7 +174,7 @@ def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size,
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal LM.
-        path ([`~branches.paths.Path`]):
+        path ([`~branches.paths.BranchPath`]):
             How thoughts are run.
         size ([`Size`]):
             Of the batch.
@@ -242,7 +241,7 @@ def plan_batch(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal LM.
-        path ([`~branches.paths.Path`]):
+        path ([`~branches.paths.BranchPath`]):
             How thoughts are run.
         size ([`Size`]):
             Of the batch; N of the process with most.

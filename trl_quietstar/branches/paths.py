@@ -67,7 +67,7 @@ def cache_name(arguments: frozenset[str]) -> str:
     raise ValueError("the family keeps no cache")
 
 
-class Reader(Protocol):
+class BranchCache(Protocol):
     """A text that was read, and branches that grow token by token after it."""
 
     @property
@@ -90,9 +90,9 @@ class Reader(Protocol):
         """
         ...
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "Reader":
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "BranchCache":
         """
-        Some of the branches as they are, to go on with alone; this reader keeps all.
+        Some of the branches as they are, to go on with alone; this cache keeps all.
 
         Args:
             rows (`torch.Tensor` of shape `(R,)`):
@@ -120,10 +120,10 @@ class Encoded:
     routings: list[Routing]
 
 
-class Path(Protocol):
+class BranchPath(Protocol):
     """A way to run texts and branches through a model's backbone."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> Reader:
+    def read(self, model: PreTrainedModel, text: Text) -> BranchCache:
         """Reads a text to sample from."""
         ...
 
@@ -133,7 +133,7 @@ class Path(Protocol):
         text: Text,
         branches: Branches,
         batch_size: int | None = None,
-        reader: Reader | None = None,
+        cache: BranchCache | None = None,
     ) -> Encoded:
         """
         Runs the text and its branches, with gradient.
@@ -146,7 +146,7 @@ class Path(Protocol):
             batch_size (`int`, *optional*):
                 How many branches of each row at once; their activations are computed again in the backward, so that
                 memory holds those of one group only. Defaults to all, whose activations are kept.
-            reader ([`Reader`], *optional*):
+            cache ([`BranchCache`], *optional*):
                 The text as it was read before, so that it need not be read again where the path can do without; routings are
                 then of the branches alone.
         """
@@ -173,19 +173,19 @@ def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs) -> t
 
 
 def read_again(
-    path: Path, model: PreTrainedModel, text: Text, reader: Reader, rows: torch.Tensor | None = None
-) -> Reader:
-    """A reader without branches of the text that another one has read, or of some rows of it."""
-    if isinstance(reader, BranchReader):
-        return reader.again(rows)
+    path: BranchPath, model: PreTrainedModel, text: Text, cache: BranchCache, rows: torch.Tensor | None = None
+) -> BranchCache:
+    """A cache without branches of the text that another one has read, or of some rows of it."""
+    if isinstance(cache, SharedPrefixCache):
+        return cache.again(rows)
     return path.read(model, text if rows is None else text.rows(rows))
 
 
 class SharedPrefix:
     """The text once, and all branches attending to it."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "Reader":
-        return BranchReader(model, text)
+    def read(self, model: PreTrainedModel, text: Text) -> "BranchCache":
+        return SharedPrefixCache(model, text)
 
     def encode(
         self,
@@ -193,15 +193,15 @@ class SharedPrefix:
         text: Text,
         branches: Branches,
         batch_size: int | None = None,
-        reader: Reader | None = None,
+        cache: BranchCache | None = None,
     ) -> Encoded:
         with recorded_routing(model) as calls:
-            reader = reader.again() if isinstance(reader, BranchReader) else BranchReader(model, text)
+            cache = cache.again() if isinstance(cache, SharedPrefixCache) else SharedPrefixCache(model, text)
         routings = [Routing(logits, text.attention_mask.flatten()) for logits in calls]
 
         def run(group: Branches):
             with recorded_routing(model) as calls:
-                hidden = reader.grow(group.anchors, group.embeds, group.mask)
+                hidden = cache.grow(group.anchors, group.embeds, group.mask)
             return hidden, calls
 
         hidden = []
@@ -209,7 +209,7 @@ class SharedPrefix:
             branch_hidden, calls = _run(run, group, batch_size is not None)
             hidden.append(branch_hidden)
             routings += [Routing(logits, group.mask.flatten()) for logits in calls]
-        return Encoded(reader.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), reader.text_hidden), routings)
+        return Encoded(cache.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), cache.text_hidden), routings)
 
 
 class _AfterText(torch.autograd.Function):
@@ -230,7 +230,7 @@ class _AfterText(torch.autograd.Function):
         return grad, grad.new_zeros(ctx.text_shape)
 
 
-class BranchReader:
+class SharedPrefixCache:
     """
     Keeps the text's keys and values, and those of the branches' slots, step after step.
 
@@ -257,7 +257,7 @@ class BranchReader:
         self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
         _check_windows(model.config, self.memory)
 
-    def again(self, rows: torch.Tensor | None = None) -> "BranchReader":
+    def again(self, rows: torch.Tensor | None = None) -> "SharedPrefixCache":
         """The same text as it was read, or some rows of it by an index of shape `(rows,)` in the host's memory, without
         branches."""
         fresh = copy.copy(self)
@@ -269,7 +269,7 @@ class BranchReader:
             fresh.text, fresh.text_hidden = self.text.rows(rows), self.text_hidden[index]
         return fresh
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "BranchReader":
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "SharedPrefixCache":
         fresh, places = copy.copy(self), _places(rows, columns, self.text_hidden.device)
         if len(rows) < len(self.text.input_ids):
             kept = {module: tuple(x[places[0][:, 0]] for x in pair) for module, pair in self.memory.layers.items()}
@@ -281,7 +281,7 @@ class BranchReader:
         }
         return fresh
 
-    def take_back(self, grown: "BranchReader", places: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def take_back(self, grown: "SharedPrefixCache", places: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Adds the slots that a selection of the branches, at their rows and columns, has grown since; others have zeros."""
         for module, pair in self.own.items():
             joined = []
@@ -424,8 +424,8 @@ def _run(function: Callable, group: Branches, again: bool):
 class MaskedPrefix(SharedPrefix):
     """The text and all branches in one forward, told apart by a 4D mask."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> "Reader":
-        return CachedReader(model, text)
+    def read(self, model: PreTrainedModel, text: Text) -> "BranchCache":
+        return MaskedPrefixCache(model, text)
 
     def encode(
         self,
@@ -433,7 +433,7 @@ class MaskedPrefix(SharedPrefix):
         text: Text,
         branches: Branches,
         batch_size: int | None = None,
-        reader: Reader | None = None,
+        cache: BranchCache | None = None,
     ) -> Encoded:
         def run(group: Branches):
             with recorded_routing(model) as calls:
@@ -467,7 +467,7 @@ class MaskedPrefix(SharedPrefix):
         )
 
 
-class CachedReader:
+class MaskedPrefixCache:
     """Keeps the text and the branches' slots, step after step, in one KV cache (a 4D mask tells them apart)."""
 
     def __init__(self, model: PreTrainedModel, text: Text):
@@ -477,7 +477,7 @@ class CachedReader:
         embeds = embed_tokens(model, text.input_ids)
         self.text_hidden = self._forward(embeds, text_attention(text), text.position_ids)
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "CachedReader":
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "MaskedPrefixCache":
         T, fresh = self.text.input_ids.shape[1], copy.copy(self)
         slots = (self.key_positions.shape[1] - T) // self.branches
         own = T + self.branches * torch.arange(slots)[:, None] + columns[:, None]  # (R, slots, W)
@@ -517,8 +517,8 @@ class Replay:
     """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
     hand."""
 
-    def read(self, model: PreTrainedModel, text: Text) -> Reader:
-        return ReplayReader(model, text)
+    def read(self, model: PreTrainedModel, text: Text) -> BranchCache:
+        return ReplayCache(model, text)
 
     def encode(
         self,
@@ -526,15 +526,15 @@ class Replay:
         text: Text,
         branches: Branches,
         batch_size: int | None = None,
-        reader: Reader | None = None,
+        cache: BranchCache | None = None,
     ) -> Encoded:
         routings, hidden = [], []
-        if reader is None:
+        if cache is None:
             with recorded_routing(model) as calls:
                 text_hidden, text_mask = self._text(model, text)
             routings = [Routing(logits, text_mask) for logits in calls]
         else:
-            text_hidden = reader.text_hidden
+            text_hidden = cache.text_hidden
 
         def run(group: Branches):
             with recorded_routing(model) as calls:
@@ -608,7 +608,7 @@ class Replay:
         return hidden.unflatten(0, (B, N))
 
 
-class ReplayReader:
+class ReplayCache:
     """Runs every branch again from the text's start at each step."""
 
     def __init__(self, model: PreTrainedModel, text: Text):
@@ -616,7 +616,7 @@ class ReplayReader:
         self.text_hidden = self.path.text_hidden(model, text)
         self.embeds: list[torch.Tensor] = []
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "ReplayReader":
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "ReplayCache":
         fresh, places = copy.copy(self), _places(rows, columns, self.text_hidden.device)
         fresh.text, fresh.embeds = self.text.rows(rows), [x[places] for x in self.embeds]
         return fresh

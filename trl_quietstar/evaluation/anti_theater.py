@@ -17,7 +17,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from ..branches.memory import Plan
-from ..branches.paths import Path, Reader, read_again
+from ..branches.paths import BranchCache, BranchPath, read_again
 from ..learning.rewards import coherence, masked_mean
 from ..model.heads import ThinkingModel
 from ..text.batch import Positions, Text, Thoughts, talk_after
@@ -102,7 +102,7 @@ def text_sums(
     text: Text,
     thoughts: Thoughts,
     talk_length: int,
-    path: Path,
+    path: BranchPath,
     prediction: str,
     generator: torch.Generator,
     plan: Plan | None = None,
@@ -119,7 +119,7 @@ def text_sums(
             The model's own.
         talk_length (`int`):
             M.
-        path ([`Path`]):
+        path ([`BranchPath`]):
             How to get hidden states.
         prediction (`str`):
             `"mixed"` or `"thought"`.
@@ -132,7 +132,7 @@ def text_sums(
         `torch.Tensor` of shape `(B, len(SUMS))`, in float64 where the device has it.
     """
     exact, plan = exact_dtype(text.input_ids.device), plan or Plan(False)
-    reader = path.read(model, text)
+    cache = path.read(model, text)
     talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
     exists = thoughts.positions.mask[..., None].expand(thoughts.mask.shape[:3])
     scored: dict[str, Scores] = {}
@@ -145,18 +145,18 @@ def text_sums(
             path,
             prediction=prediction,
             branch_batch_size=plan.scoring,
-            reader=reader,
+            cache=cache,
             whole_text=control == "real",
         )
         scored[control] = score(model, request)
     real = scored["real"]
     logps_without = at_talk(real.text_logps, thoughts, talk_length)
-    plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, reader=reader)
+    plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, cache=cache)
     coherent = coherence(
         real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps_without, talk_mask
     ).to(exact)
     correct = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
-    continuation = _continuation(model, path, text, reader, thoughts, plan.sampling)
+    continuation = _continuation(model, path, text, cache, thoughts, plan.sampling)
     said = talk_mask.expand_as(real.talk_logps)
     per_thought = {
         "thoughts": torch.ones_like(correct),
@@ -179,14 +179,14 @@ def text_sums(
 
 
 def _continuation(
-    model: ThinkingModel, path: Path, text: Text, reader: Reader, thoughts: Thoughts, batch_size: int | None
+    model: ThinkingModel, path: BranchPath, text: Text, cache: BranchCache, thoughts: Thoughts, batch_size: int | None
 ) -> torch.Tensor:
     """What the model would say in place of its thoughts, `(B, J, L)`, at `batch_size` positions of each row at once."""
     positions, length, device = thoughts.positions.host, thoughts.mask.shape[-1], thoughts.mask.device
     size = positions.index.shape[1] if batch_size is None else batch_size
     groups = zip(positions.index.split(size, dim=1), positions.mask.split(size, dim=1), strict=True)
     said = [
-        greedy_continuation(model, read_again(path, model, text, reader), Positions(*group).to(device), length)
+        greedy_continuation(model, read_again(path, model, text, cache), Positions(*group).to(device), length)
         for group in groups
     ]
     return torch.cat(said, dim=1)

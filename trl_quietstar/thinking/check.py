@@ -8,7 +8,7 @@ import torch
 from .._compat import full_float32, is_fault_of_device
 from ..branches import attention
 from ..branches.cached_replay import CachedReplay
-from ..branches.paths import MaskedPrefix, Path, Reader, Replay, SharedPrefix
+from ..branches.paths import BranchCache, BranchPath, MaskedPrefix, Replay, SharedPrefix
 from ..model.concurrency import eval_mode
 from ..model.distributed import check_one_device
 from ..model.embeddings import embed_tokens, embed_vector
@@ -29,7 +29,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 QUANTIZED_TOLERANCE = 2e-1
 TEXT_LENGTH = 24
 # Fastest first
-PATHS_OF: dict[str, tuple[Path, ...]] = {
+PATHS_OF: dict[str, tuple[BranchPath, ...]] = {
     "shared_prefix": (SharedPrefix(), MaskedPrefix()),
     "replay": (CachedReplay(), CachedReplay(by_token=True), Replay()),
 }
@@ -37,7 +37,7 @@ PATHS = PATHS_OF["shared_prefix"] + PATHS_OF["replay"]
 
 
 @torch.no_grad()
-def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
+def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> float:
     """
     Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
 
@@ -48,7 +48,7 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     Args:
         model ([`ThinkingModel`]):
             A model with heads; run in `eval()` mode.
-        path ([`Path`]):
+        path ([`BranchPath`]):
             The path on trial.
         seed (`int`):
             Of the texts.
@@ -70,7 +70,7 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
     if oracle.router_loss is not None:
         pairs.append((ours.router_loss, oracle.router_loss))
-    pairs.append((_reader_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
+    pairs.append((_stepwise_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
     pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
     plain = Text.from_batch(text.input_ids, text.attention_mask)  # which a path may read without a mask
     pairs.append((_text_logps(model, path, plain), _text_logps(model, Replay(), plain)))
@@ -79,17 +79,17 @@ def path_difference(model: ThinkingModel, path: Path, seed: int = 0) -> float:
     return float(torch.stack(differences).max())
 
 
-def _reader_logps(model: ThinkingModel, reader: Reader, thoughts: Thoughts) -> torch.Tensor:
+def _stepwise_logps(model: ThinkingModel, cache: BranchCache, thoughts: Thoughts) -> torch.Tensor:
     """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
     start = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, 1, -1)
     slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
-    hidden = torch.stack([reader.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
+    hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
     return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask).logps
 
 
-def _text_logps(model: ThinkingModel, path: Path, text: Text) -> torch.Tensor:
+def _text_logps(model: ThinkingModel, path: BranchPath, text: Text) -> torch.Tensor:
     """Log-probabilities of the text as a path reads it: shape `(B, T - 1)`."""
     hidden = path.read(model, text).text_hidden[:, :-1]
     return token_statistics(model, hidden, text.input_ids[:, 1:], text.host.predicted()).logps
@@ -123,7 +123,7 @@ def _ordinary_logps(model: ThinkingModel, text: Text) -> list[torch.Tensor]:
     return logps
 
 
-def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool = False) -> Path:
+def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool = False) -> BranchPath:
     """
     The first path that is exact on this model: the shared prefix by its attention or by a mask, replay that goes on from the
     family's cache, plain replay.
@@ -169,7 +169,7 @@ def takes_masks(model: ThinkingModel) -> bool:
     return _problem(model, MaskedPrefix()) is None
 
 
-def _first_exact(model: ThinkingModel, paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+def _first_exact(model: ThinkingModel, paths: Sequence[BranchPath]) -> tuple[BranchPath | None, list[str]]:
     """The first path without a problem, if any, and the problems of those before it."""
     problems: list[str] = []
     for path in paths:
@@ -181,7 +181,7 @@ def _first_exact(model: ThinkingModel, paths: Sequence[Path]) -> tuple[Path | No
     return None, problems
 
 
-def _problem(model: ThinkingModel, path: Path) -> str | None:
+def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
     """What is wrong with a path on this model; None if nothing is."""
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from ..branches.memory import CPU_TOKENS, Size, branches_without_graph, free_bytes, new_tokens
-from ..branches.paths import Path, Reader, SharedPrefix, read_again
+from ..branches.paths import BranchCache, BranchPath, SharedPrefix, read_again
 from ..model.heads import ThinkingModel
 from ..model.lm_head import normalized_entropy, token_statistics
 from ..text.batch import Positions, Text, Thoughts
@@ -28,14 +28,14 @@ GPU_LEAST_GROUP = 256
 @torch.no_grad()
 def think_in_chunks(
     model: ThinkingModel,
-    path: Path,
+    path: BranchPath,
     text: Text,
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
     talk_length: int,
     prediction: str,
-    reader: Reader | None = None,
+    cache: BranchCache | None = None,
     whole_text: bool = True,
 ) -> tuple[Thoughts, Scores]:
     """
@@ -44,7 +44,7 @@ def think_in_chunks(
     Args:
         model ([`ThinkingModel`]):
             A model with heads, in `eval()` mode.
-        path ([`Path`]):
+        path ([`BranchPath`]):
             How to get hidden states.
         text ([`Text`]):
             The batch.
@@ -58,7 +58,7 @@ def think_in_chunks(
             M.
         prediction (`str`):
             `"mixed"` or `"thought"`.
-        reader ([`Reader`], *optional*):
+        cache ([`BranchCache`], *optional*):
             The text as this model read it, so that it is not read again.
         whole_text (`bool`):
             Whether `text_logps` are wanted.
@@ -66,10 +66,10 @@ def think_in_chunks(
     Returns:
         [`Thoughts`], and [`Scores`] with `text_logps` where they are wanted, `talk_logps`, `talk_correct` and `mixing_weights`.
     """
-    reader = path.read(model, text) if reader is None else reader
+    cache = path.read(model, text) if cache is None else cache
     text_logps, predicts = None, text.host.predicted()
     if whole_text:
-        text_logps = token_statistics(model, reader.text_hidden[:, :-1], text.input_ids[:, 1:], predicts).logps
+        text_logps = token_statistics(model, cache.text_hidden[:, :-1], text.input_ids[:, 1:], predicts).logps
     shape, device, host = draws.shape, text.input_ids.device, positions.host
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -78,7 +78,7 @@ def think_in_chunks(
         everyone = len(rows) == shape[0]
         index = torch.tensor(rows)
         group = Positions(host.index[index, at], host.mask[index, at]).to(device)
-        own = reader if i == 0 and everyone else read_again(path, model, text, reader, None if everyone else index)
+        own = cache if i == 0 and everyone else read_again(path, model, text, cache, None if everyone else index)
         part = text if everyone else text.rows(index)
         request = ScoreRequest(
             part,
@@ -86,7 +86,7 @@ def think_in_chunks(
             talk_length,
             path,
             prediction=prediction,
-            reader=own,
+            cache=own,
             whole_text=False,
         )
         scores = score(model, request)
@@ -100,21 +100,26 @@ def think_in_chunks(
 
 def _thoughts(
     model: ThinkingModel,
-    path: Path,
+    path: BranchPath,
     text: Text,
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
-    reader: Reader,
+    cache: BranchCache,
 ) -> Thoughts | ThoughtSampler:
     """The thoughts of a group, or how to sample them in the forwards that score them, each token in one."""
     if type(path) is SharedPrefix:
         return ThoughtSampler(settings, [], "all", given=(positions, draws))
-    return sample_thoughts(model, reader, text, positions, settings, draws)
+    return sample_thoughts(model, cache, text, positions, settings, draws)
 
 
 def _groups(
-    model: ThinkingModel, path: Path, text: Text, positions: Positions, settings: SamplingSettings, talk_length: int
+    model: ThinkingModel,
+    path: BranchPath,
+    text: Text,
+    positions: Positions,
+    settings: SamplingSettings,
+    talk_length: int,
 ) -> Iterator[tuple[list[int], slice]]:
     """
     Rows and positions that run at once: as many as fit, without the rows that have no more of them.
@@ -175,9 +180,9 @@ def log_likelihoods(
     """
     thinking, text = thinking or Thinking(), Text.from_batch(input_ids, attention_mask)
     wanted = text.predicted() if score_mask is None else text.predicted() & score_mask[:, 1:].bool()
-    path: Path = model.thought_path  # type: ignore[assignment]
-    reader = path.read(model, text)
-    hidden = reader.text_hidden[:, :-1]
+    path: BranchPath = model.thought_path  # type: ignore[assignment]
+    cache = path.read(model, text)
+    hidden = cache.text_hidden[:, :-1]
     plain = token_statistics(model, hidden, input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct
     positions = _positions(wanted, thinking, hidden, model)
@@ -189,7 +194,7 @@ def log_likelihoods(
     ends = _ends(wanted, positions)
     reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
     _, scores = think_in_chunks(
-        model, path, text, positions, settings, draws, reach, prediction, reader, whole_text=False
+        model, path, text, positions, settings, draws, reach, prediction, cache, whole_text=False
     )
     served = positions.index[..., None] + torch.arange(reach, device=logps.device)
     valid = positions.mask[..., None] & (served < ends[..., None])

@@ -17,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..branches.paths import Path, Reader, read_again
+from ..branches.paths import BranchCache, BranchPath, read_again
 from ..model.embeddings import embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
@@ -286,7 +286,7 @@ def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: in
 @torch.no_grad()
 def sample_thoughts(
     model: ThinkingModel,
-    reader: Reader,
+    cache: BranchCache,
     text: Text,
     positions: Positions,
     settings: SamplingSettings,
@@ -299,7 +299,7 @@ def sample_thoughts(
     Args:
         model ([`ThinkingModel`]):
             A model with heads, in `eval()` mode.
-        reader ([`Reader`]):
+        cache ([`BranchCache`]):
             The text as this model read it; not used again after this call.
         text ([`Text`]):
             The batch.
@@ -320,7 +320,7 @@ def sample_thoughts(
         return draw_tokens(model, hidden, u, settings)
 
     embed = functools.partial(embed_tokens, model)
-    return _write(model, reader, positions, settings, draws, draw, embed, greatest)[0]
+    return _write(model, cache, positions, settings, draws, draw, embed, greatest)[0]
 
 
 @dataclass(frozen=True)
@@ -329,12 +329,12 @@ class _Running:
     Branches that the model runs on: all `(B, N)`, or a selection `(R, W)` of them where many have ended.
 
     Parameters:
-        reader ([`Reader`]):
+        cache ([`BranchCache`]):
             Of these branches.
         places (`tuple` of `torch.Tensor`, *optional*):
             Row and column of each among those of `of`; None: these are all.
         anchors (`torch.Tensor` of shape `(R, W)`):
-            As in [`Reader`].
+            As in [`BranchCache`].
         draws, token_ids, mask (`torch.Tensor` of shape `(R, W, L)`):
             Uniform numbers, tokens so far, and which of them exist.
         alive (`torch.Tensor` of shape `(R, W)`, bool):
@@ -343,7 +343,7 @@ class _Running:
             What they were selected from.
     """
 
-    reader: Reader
+    cache: BranchCache
     anchors: torch.Tensor
     draws: torch.Tensor
     token_ids: torch.Tensor
@@ -357,8 +357,8 @@ class _Running:
         device = self.token_ids.device
         places = (to_device(rows[:, None], device), to_device(columns, device))
         draws, token_ids, mask, alive = (x[places] for x in (self.draws, self.token_ids, self.mask, self.alive))
-        reader, anchors = self.reader.select(rows, columns), self.anchors[rows[:, None], columns]
-        return _Running(reader, anchors, draws, token_ids, mask, alive, places, self)
+        cache, anchors = self.cache.select(rows, columns), self.anchors[rows[:, None], columns]
+        return _Running(cache, anchors, draws, token_ids, mask, alive, places, self)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of these branches, `(R, W, ...)`, among all, `(B, N, ...)`, where others have 0."""
@@ -391,7 +391,7 @@ def _fewer(alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def _write(
     model: ThinkingModel,
-    reader: Reader,
+    cache: BranchCache,
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
@@ -411,11 +411,11 @@ def _write(
     alive = positions.mask.repeat_interleave(G, dim=1)
     anchors = positions.host.index.repeat_interleave(G, dim=1)
     mask = torch.zeros_like(token_ids, dtype=torch.bool)
-    now = _Running(reader, anchors, to_device(draws, device).flatten(1, 2), token_ids, mask, alive)
+    now = _Running(cache, anchors, to_device(draws, device).flatten(1, 2), token_ids, mask, alive)
     embeds = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, -1)
     for step in range(L):
         now.mask[..., step] = now.alive
-        drawn = draw(now.reader.extend(now.anchors, embeds), now.draws[..., step], now)
+        drawn = draw(now.cache.extend(now.anchors, embeds), now.draws[..., step], now)
         now.token_ids[..., step] = drawn
         if settings.stop is not None and settings.min_thought_length <= step + 1 < L:
             now.alive.logical_and_(~settings.stop(now.token_ids[..., : step + 1].flatten(0, 1)).view(drawn.shape))
@@ -495,18 +495,18 @@ class ThoughtSampler:
         return choose_positions(text, self.thought_positions, self.generators)
 
     @torch.no_grad()
-    def sample(self, model: ThinkingModel, text: Text, path: Path, batch_size: int | None = None) -> Thoughts:
+    def sample(self, model: ThinkingModel, text: Text, path: BranchPath, batch_size: int | None = None) -> Thoughts:
         """Reads the text and writes its thoughts, without gradient; of each row about `batch_size` at once, or all."""
-        reader, device = path.read(model, text), text.input_ids.device
-        positions = self._positions(model, text, reader)
+        cache, device = path.read(model, text), text.input_ids.device
+        positions = self._positions(model, text, cache)
         size = positions.index.shape[1] if batch_size is None else max(batch_size // self.settings.num_thoughts, 1)
         groups = (x.split(size, dim=1) for x in (positions.host.index, positions.host.mask, self._draws(positions)))
         parts: list[Thoughts] = []
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
-                reader = read_again(path, model, text, reader)
+                cache = read_again(path, model, text, cache)
             places = Positions(index, mask).to(device)
-            parts.append(sample_thoughts(model, reader, text, places, self.settings, draws, self.greatest))
+            parts.append(sample_thoughts(model, cache, text, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
         thoughts, longest = Thoughts(positions, token_ids, mask), self.settings.thought_length
         if self.settings.stop is not None:  # where all thoughts ended early, no slot is kept for more
@@ -514,7 +514,7 @@ class ThoughtSampler:
         return _cut(thoughts, longest, self.settings)
 
     def sample_in_graph(
-        self, model: ThinkingModel, text: Text, reader: Reader, embed: Callable[[torch.Tensor], torch.Tensor]
+        self, model: ThinkingModel, text: Text, cache: BranchCache, embed: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[Thoughts, torch.Tensor, Drawn]:
         """
         The same thoughts, keeping the graph of the forwards that they were drawn from.
@@ -524,7 +524,7 @@ class ThoughtSampler:
                 A model with heads.
             text ([`Text`]):
                 The batch.
-            reader ([`Reader`]):
+            cache ([`BranchCache`]):
                 The text as this model read it, with gradient; it has then seen all tokens of a thought but the last.
             embed (`Callable`):
                 From token ids to embeddings.
@@ -542,26 +542,26 @@ class ThoughtSampler:
             drawn.append(tuple(running.spread(getattr(known, field.name)) for field in fields(Drawn)))
             return known.token_ids
 
-        positions = self._positions(model, text, reader)
+        positions = self._positions(model, text, cache)
         draws = self._draws(positions)
-        args = (model, reader, positions, self.settings, draws, draw, embed, self.greatest)
+        args = (model, cache, positions, self.settings, draws, draw, embed, self.greatest)
         thoughts, running = _write(*args, finishes=True)
         while running.of is not None and running.places is not None:
-            running.of.reader.take_back(running.reader, running.places)  # type: ignore[attr-defined]  # they branch
+            running.of.cache.take_back(running.cache, running.places)  # type: ignore[attr-defined]  # they branch
             running = running.of
         thoughts = _cut(thoughts, len(states), self.settings)
         shape = thoughts.mask.shape
         known = Drawn(*(torch.stack(x, dim=2).view(shape) for x in zip(*drawn, strict=True)))
         return thoughts, torch.stack(states, dim=2).unflatten(1, shape[1:3]), known
 
-    def _positions(self, model: ThinkingModel, text: Text, reader: Reader) -> Positions:
+    def _positions(self, model: ThinkingModel, text: Text, cache: BranchCache) -> Positions:
         if self.given is not None:
             return self.given[0]
         positions = choose_positions(
             text,
             self.thought_positions,
             self.generators,
-            lambda: normalized_entropy(model, reader.text_hidden[:, :-1]),
+            lambda: normalized_entropy(model, cache.text_hidden[:, :-1]),
             self.difficulty_threshold,
             self.min_thought_interval,
         )
@@ -577,14 +577,14 @@ class ThoughtSampler:
 
 
 @torch.no_grad()
-def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positions, length: int) -> torch.Tensor:
+def greedy_continuation(model: ThinkingModel, cache: BranchCache, positions: Positions, length: int) -> torch.Tensor:
     """
     What the model would say after each position if it did not think: its most likely tokens, without start embedding.
 
     Args:
         model ([`ThinkingModel`]):
             A model with heads, in `eval()` mode.
-        reader ([`Reader`]):
+        cache ([`BranchCache`]):
             The text as this model read it; not used again after this call.
         positions ([`Positions`]):
             Where.
@@ -595,11 +595,11 @@ def greedy_continuation(model: ThinkingModel, reader: Reader, positions: Positio
         `torch.Tensor` of shape `(B, J, length)`.
     """
     greedy = SamplingSettings(length, do_sample=False)
-    hidden = gather_hidden(reader.text_hidden, positions.index)
+    hidden = gather_hidden(cache.text_hidden, positions.index)
     unused = torch.zeros(positions.index.shape, device=hidden.device)
     tokens = [draw_tokens(model, hidden, unused, greedy)]
     while len(tokens) < length:
-        hidden = reader.extend(positions.host.index, embed_tokens(model, tokens[-1]))
+        hidden = cache.extend(positions.host.index, embed_tokens(model, tokens[-1]))
         tokens.append(draw_tokens(model, hidden, unused, greedy))
     return torch.stack(tokens, dim=-1)
 

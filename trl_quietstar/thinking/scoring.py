@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from ..branches.paths import BranchReader, Encoded, Path, Reader
+from ..branches.paths import BranchCache, BranchPath, Encoded, SharedPrefixCache
 from ..model.distributed import model_is_sharded
 from ..model.embeddings import LookupTape, embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
@@ -36,15 +36,15 @@ class ScoreRequest:
             The sampled thoughts; or how to sample them in the same pass, whose graph is kept (`SharedPrefix` only).
         talk_length (`int`):
             M.
-        path ([`Path`]):
+        path ([`BranchPath`]):
             How to get the hidden states.
         temperature (`float`):
             The sampling temperature; the policy's log-probabilities are taken at it.
         prediction (`str`):
             `"mixed"` or `"thought"`.
         branch_batch_size (`int`, *optional*):
-            How many branches of each row are scored at once, as in [`~branches.paths.Path.encode`].
-        reader ([`~branches.paths.Reader`], *optional*):
+            How many branches of each row are scored at once, as in [`~branches.paths.BranchPath.encode`].
+        cache ([`~branches.paths.BranchCache`], *optional*):
             The text as it was read before, without gradient.
         whole_text (`bool`):
             Whether statistics of all of the text are wanted, or only of what predictions are mixed with.
@@ -53,11 +53,11 @@ class ScoreRequest:
     text: Text
     thoughts: Thoughts | ThoughtSampler
     talk_length: int
-    path: Path
+    path: BranchPath
     temperature: float = 1.0
     prediction: str = "mixed"
     branch_batch_size: int | None = None
-    reader: Reader | None = None
+    cache: BranchCache | None = None
     whole_text: bool = True
 
     def __call__(self, model: ThinkingModel) -> "Scores":
@@ -185,7 +185,7 @@ def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> 
     L = thoughts.mask.shape[3]
     lengths = thoughts.host_mask.sum(-1).flatten(1)
     encoded = _encode_by_length(
-        *(model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size, request.reader)
+        *(model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size, request.cache)
     )
     return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
 
@@ -193,15 +193,15 @@ def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> 
 def _encode_by_length(
     model: ThinkingModel,
     text: Text,
-    path: Path,
+    path: BranchPath,
     branches: Branches,
     lengths: torch.Tensor,
     slots: slice,
     batch_size: int | None,
-    reader: Reader | None,
+    cache: BranchCache | None,
 ) -> Encoded:
     """
-    What [`~branches.paths.Path.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
+    What [`~branches.paths.BranchPath.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
     ones have forwards of their own, which leave out those of the thought's `slots` that none of them has.
     """
     (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
@@ -210,7 +210,7 @@ def _encode_by_length(
     saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
     worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
     if 2 * saved < N * S + T or not worthwhile or has_router_loss(model.config) or model_is_sharded(model):
-        return path.encode(model, text, branches, batch_size, reader)
+        return path.encode(model, text, branches, batch_size, cache)
     rows, parts, text_hidden = torch.arange(B)[:, None], [], None
     for start, stop, longest in blocks:
         columns, end = order[:, start:stop], slots.start + longest
@@ -218,7 +218,7 @@ def _encode_by_length(
         kept = to_device(torch.cat([torch.arange(end), torch.arange(slots.stop, S)]), branches.mask.device)
         embeds, mask = (x[places].index_select(2, kept) for x in (branches.embeds, branches.mask))
         block = Branches(branches.anchors.gather(1, columns), embeds, mask)
-        encoded = path.encode(model, text, block, batch_size, reader)
+        encoded = path.encode(model, text, block, batch_size, cache)
         text_hidden, hidden = encoded.text if text_hidden is None else text_hidden, encoded.branches
         left_out = hidden.new_zeros(B, stop - start, L - longest, hidden.shape[-1])
         parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
@@ -245,25 +245,25 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     and the talk.
     """
     text, embed = request.text, LookupTape(model)
-    read = request.reader
-    reader = read.again() if isinstance(read, BranchReader) else BranchReader(model, text, embed)
-    thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, reader, embed)
+    read = request.cache
+    cache = read.again() if isinstance(read, SharedPrefixCache) else SharedPrefixCache(model, text, embed)
+    thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, cache, embed)
     talk = talk_after(text, thoughts.positions, request.talk_length)
     rest = _full_branches(model, thoughts, talk, embed, seen=thoughts.mask.shape[3])
-    tail = reader.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
+    tail = cache.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
     hidden = torch.cat([drawn_from, tail], dim=3)
-    return _Encoding(thoughts, reader.text_hidden, hidden, [], drawn)
+    return _Encoding(thoughts, cache.text_hidden, hidden, [], drawn)
 
 
 def score_thoughts(
     model: ThinkingModel,
     text: Text,
     thoughts: Thoughts,
-    path: Path,
+    path: BranchPath,
     temperature: float = 1.0,
     start: bool = True,
     branch_batch_size: int | None = None,
-    reader: Reader | None = None,
+    cache: BranchCache | None = None,
 ) -> Scores:
     """
     The thought tokens alone, and the text: what a reference model is asked for.
@@ -275,14 +275,14 @@ def score_thoughts(
             The batch.
         thoughts ([`Thoughts`]):
             The sampled thoughts.
-        path ([`Path`]):
+        path ([`BranchPath`]):
             How to get the hidden states.
         temperature (`float`):
             Divides the thought tokens' logits.
         start (`bool`):
             Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
             no-thought model.
-        branch_batch_size (`int`, *optional*), reader ([`~branches.paths.Reader`], *optional*):
+        branch_batch_size (`int`, *optional*), cache ([`~branches.paths.BranchCache`], *optional*):
             As in [`ScoreRequest`].
 
     Returns:
@@ -297,7 +297,7 @@ def score_thoughts(
     branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
     slots = slice(int(start), int(start) + L - 1)
-    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, reader)
+    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, cache)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
