@@ -344,7 +344,7 @@ forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer make
 starts, and refuses a model that even replay cannot score.
 
 A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
-build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/branches/paths.py` if its positions do not begin at 0; in `logit_transform` of
+build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/model/family.py` if its positions do not begin at 0; in `logit_transform` of
 `trl_quietstar/model/lm_head.py` if it scales or caps its logits after the head under a name of its own.
 
 """

@@ -18,9 +18,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from ..model.embeddings import embed_tokens
+from ..model.family import cache_name, forward_arguments, position_offset
 from ..text.batch import Text
 from ..text.transfer import to_device
-from .paths import BranchCache, Replay, backbone_output, cache_name, forward_arguments, position_offset
+from .paths import BranchCache, Replay, backbone_output
 
 
 class States:

@@ -9,8 +9,6 @@ A path only answers "what are the hidden states?"; sampling and scoring are the 
 """
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -22,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from ..model.concurrency import without_head
 from ..model.embeddings import embed_tokens, embedding_inputs
+from ..model.family import cache_name, forward_arguments, position_offset
 from ..model.routing import Routing, has_router_loss, recorded_routing
 from ..text.batch import (
     Branches,
@@ -35,36 +34,6 @@ from ..text.batch import (
 from ..text.transfer import to_device
 from . import attention
 from .attention import BranchReading, TextMemory, TextReading
-
-
-# families whose table of absolute positions begins after the padding index
-POSITIONS_AFTER_PADDING = (
-    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what families call their cache
-
-
-def position_offset(config: PreTrainedConfig) -> int:
-    """The position id of a text's first token."""
-    return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
-
-
-def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
-    """Names that the family's own forward takes."""
-    return _arguments_of(getattr(type(model), "_plain_class", type(model)))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _arguments_of(family: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(family.forward).parameters)
-
-
-def cache_name(arguments: frozenset[str]) -> str:
-    """What the family calls its cache, as argument and in its output."""
-    for name in CACHE_NAMES:
-        if name in arguments:
-            return name
-    raise ValueError("the family keeps no cache")
 
 
 class BranchCache(Protocol):

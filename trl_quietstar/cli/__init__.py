@@ -34,7 +34,6 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import QuietStarConfig
 from ..data.files import READERS, load_files, load_folder, reader_of
-from ..data.prepare import check_length, max_positions
 from ..evaluation.inspection import inspect_texts
 from ..evaluation.page import write_page
 from ..evaluation.report import (
@@ -46,6 +45,7 @@ from ..evaluation.report import (
     print_thoughts,
 )
 from ..loading import build_model, load_tokenizer, pad_token_id, warn_of_untrained_heads
+from ..model.family import check_length, max_positions
 from ..model.lm_head import normalized_entropy
 from ..modeling import HUB_KWARGS, QuietStarForCausalLM, base_of, saved_settings
 from ..text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_span

@@ -14,9 +14,9 @@ from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler, pad
 
 from .._compat import DataCollatorForLanguageModeling, prepare_dataset
-from ..branches.paths import position_offset
 from ..config import QuietStarConfig
 from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
+from ..model.family import check_length, max_positions
 from .rows import RowCheck, columns_read, has_position, has_prediction
 
 
@@ -379,49 +379,6 @@ def _cut(row: dict, keep_end: bool) -> dict:
         lengths = [document for document in lengths if document > 0]
         cut["seq_lengths"] = lengths[::-1] if keep_end else lengths
     return cut
-
-
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """Positions the model has for text, or None where its configuration names no limit (or -1)."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None or limit < 0 else limit - position_offset(config)
-
-
-def check_length(
-    longest: int,
-    thought_length: int,
-    limit: int | None,
-    text: str | None = None,
-    thoughts: str | None = None,
-    advice: str = "lower `max_length` to",
-    before: int = 0,
-) -> None:
-    """
-    Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
-
-    A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
-
-    Args:
-        longest, thought_length (`int`), limit (`int`, *optional*):
-            Tokens, and positions.
-        text, thoughts (`str`, *optional*):
-            What the message calls them.
-        advice (`str`):
-            What to change to the number of tokens that fit.
-        before (`int`):
-            Tokens that this number does not count.
-
-    Raises:
-        `ValueError`: if it does not fit.
-    """
-    if limit is None or longest + thought_length + 1 <= limit:
-        return
-    fitting = limit - thought_length - 1 - before
-    raise ValueError(
-        f"{text or f'A text of {longest} tokens'} with {thoughts or f'`thought_length` {thought_length}'} and its start "
-        f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
-        + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
-    )
 
 
 def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, is_stream: bool = False) -> None:

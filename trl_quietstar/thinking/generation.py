@@ -17,9 +17,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from ..branches.cached_replay import CachedReplay, CachedReplayDecoder
-from ..branches.paths import Replay, additive_masks, backbone, cache_name, forward_arguments, position_offset
-from ..data.prepare import check_length, max_positions
+from ..branches.paths import Replay, additive_masks, backbone
 from ..model.embeddings import embed_tokens, embed_vector
+from ..model.family import cache_name, check_length, forward_arguments, max_positions, position_offset
 from ..model.heads import ThinkingModel
 from ..model.lm_head import logits_of, uncertainty
 from ..text.batch import Branches, Text

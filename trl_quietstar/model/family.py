@@ -1,0 +1,79 @@
+"""What differs from one model family to another: names of arguments, and where positions begin and end."""
+
+import functools
+import inspect
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# families whose table of absolute positions begins after the padding index
+POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what families call their cache
+
+
+def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Names that the family's own forward takes."""
+    return _arguments_of(getattr(type(model), "_plain_class", type(model)))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _arguments_of(family: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(family.forward).parameters)
+
+
+def cache_name(arguments: frozenset[str]) -> str:
+    """What the family calls its cache, as argument and in its output."""
+    for name in CACHE_NAMES:
+        if name in arguments:
+            return name
+    raise ValueError("the family keeps no cache")
+
+
+def position_offset(config: PreTrainedConfig) -> int:
+    """The position id of a text's first token."""
+    return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions the model has for text, or None where its configuration names no limit (or -1)."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 0 else limit - position_offset(config)
+
+
+def check_length(
+    longest: int,
+    thought_length: int,
+    limit: int | None,
+    text: str | None = None,
+    thoughts: str | None = None,
+    advice: str = "lower `max_length` to",
+    before: int = 0,
+) -> None:
+    """
+    Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
+
+    A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
+
+    Args:
+        longest, thought_length (`int`), limit (`int`, *optional*):
+            Tokens, and positions.
+        text, thoughts (`str`, *optional*):
+            What the message calls them.
+        advice (`str`):
+            What to change to the number of tokens that fit.
+        before (`int`):
+            Tokens that this number does not count.
+
+    Raises:
+        `ValueError`: if it does not fit.
+    """
+    if limit is None or longest + thought_length + 1 <= limit:
+        return
+    fitting = limit - thought_length - 1 - before
+    raise ValueError(
+        f"{text or f'A text of {longest} tokens'} with {thoughts or f'`thought_length` {thought_length}'} and its start "
+        f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
+        + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
+    )
