@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.learning.experience import StepPart
-from trl_quietstar.modeling import base_of
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.text.batch import Text
 
 from .generation import FIXED_WAYS, compare

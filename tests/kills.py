@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.training.checkpoints import STATE_NAME, check_whole
+from trl_quietstar.training.checkpoints import STATE_NAME, check_checkpoint
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_args
@@ -198,7 +198,7 @@ def halves(folder: Path) -> list[str]:
     for path in (*folder.glob("checkpoint-*"), *folder.glob("_passed-*")):
         try:
             if path.name.startswith("checkpoint-"):
-                check_whole(path)
+                check_checkpoint(path)
             last = STATE_NAME if path.name.startswith("checkpoint-") else "training_args.bin"
             (path / last).stat()
         except (OSError, ValueError) as error:

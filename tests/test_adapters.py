@@ -16,8 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, TrainerCallback
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.model.adapters import AdapterReference
-from trl_quietstar.modeling import attach_heads, base_of
+from trl_quietstar.model.adapters import AdapterReference, base_of
+from trl_quietstar.modeling import attach_heads
 from trl_quietstar.text.batch import Text
 from trl_quietstar.thinking.check import _text_logps
 

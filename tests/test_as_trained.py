@@ -12,8 +12,8 @@ from peft import LoraConfig
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.paths import Replay
 from trl_quietstar.cli import main
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.lm_head import normalized_entropy
-from trl_quietstar.modeling import base_of
 from trl_quietstar.text.batch import Text, choose_positions
 from trl_quietstar.thinking.likelihood import log_likelihoods
 from trl_quietstar.thinking.sampling import ENDLESS, Thinking

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.training.checkpoints import check_whole, last_checkpoint
+from trl_quietstar.training.checkpoints import check_checkpoint, last_checkpoint
 
 from .training import saved_model, tiny_trainer
 
@@ -67,7 +67,7 @@ def forget_files(checkpoint: Path) -> None:
 def test_the_checkpoints_are_good(run):
     """What the tests damage is whole."""
     assert last_checkpoint(str(run / "out")).endswith("checkpoint-2")
-    check_whole(run / "out/checkpoint-1")
+    check_checkpoint(run / "out/checkpoint-1")
 
 
 def test_a_missing_folder(out, trainer):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
-from trl_quietstar.modeling import base_of
+from trl_quietstar.model.adapters import base_of
 
 from .tiny import byte_tokenizer
 from .training import logged, plain_model, saved_model, text_data, tiny_trainer

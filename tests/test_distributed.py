@@ -12,8 +12,9 @@ from torch.distributed.fsdp import StateDictType
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.learning.rewards import thought_rewards
-from trl_quietstar.model.distributed import check_engine, check_optimizer_file, load_sharded
-from trl_quietstar.training.checkpoints import check_whole
+from trl_quietstar.model.sharding import load_sharded
+from trl_quietstar.training.checkpoints import check_checkpoint
+from trl_quietstar.training.distributed import check_engine, check_optimizer_file
 
 from .engines import UNSHARED, Run, has_deepspeed
 from .training import plain_model, saved_model
@@ -182,7 +183,7 @@ def test_a_fault_of_one_process_is_all_processes(engine, tmp_path):
     if engine.startswith("zero"):
         with pytest.raises(AssertionError, match=r"\[1, 1\]"):
             Run(engine, tmp_path, reward_function=SpoiltReward())
-        check_whole(tmp_path / "checkpoint-1")
+        check_checkpoint(tmp_path / "checkpoint-1")
         return
     run, single = (Run(name, tmp_path / name, reward_function=SpoiltReward()) for name in (engine, "one"))
     assert [entry["rl/skipped_steps"] for entry in run.history if "loss" in entry] == [0, 1, 1]

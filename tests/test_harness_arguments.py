@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.evaluation.harness import OF_LOADING, REFUSED, QuietStarLM
-from trl_quietstar.modeling import base_of
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.thinking.sampling import Thinking
 
 from .tiny import byte_tokenizer

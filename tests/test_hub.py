@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.modeling import base_of, save_config
+from trl_quietstar.model.adapters import base_of
+from trl_quietstar.modeling import save_config
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_trainer

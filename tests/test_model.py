@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, T5Config
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.heads import MixingHead
-from trl_quietstar.modeling import attach_heads, base_of, heads_aside
+from trl_quietstar.modeling import attach_heads, heads_aside
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import (

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from trl_quietstar.modeling import base_of
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.training.optimizers import CombinedOptimizer, check_optimizers, hidden_weights
 
 from .conformance import tiny_model as any_model

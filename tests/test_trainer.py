@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
-from trl_quietstar.modeling import base_of
+from trl_quietstar.model.adapters import base_of
 from trl_quietstar.text.batch import Text, choose_positions
 
 from .tiny import byte_tokenizer, generators, sums

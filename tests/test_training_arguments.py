@@ -19,8 +19,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import trl_quietstar
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.model.distributed import check_engine
-from trl_quietstar.training.checkpoints import check_whole
+from trl_quietstar.training.checkpoints import check_checkpoint
+from trl_quietstar.training.distributed import check_engine
 
 from .test_checkpoints import log_of
 from .training import text_data, tiny_args, tiny_trainer
@@ -343,7 +343,7 @@ def test_a_checkpoint_just_in_time(tmp_path):
         "checkpoint-2"
     ]
     assert signal.getsignal(signal.SIGTERM) == handler
-    check_whole(tmp_path / "run/checkpoint-2")
+    check_checkpoint(tmp_path / "run/checkpoint-2")
     whole, resumed = (tiny_trainer(tmp_path / name, **options) for name in ("whole", "again"))
     whole.train(), resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert log_of(resumed, after=2) == log_of(whole, after=2)

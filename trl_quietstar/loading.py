@@ -12,15 +12,14 @@ from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .config import QuietStarConfig
-from .model.adapters import check_adapter_model, check_method, trains_added_weights_only
-from .model.distributed import check_one_device, check_whole, loaded_whole
+from .model.adapters import base_of, check_adapter_model, check_method, trains_added_weights_only
+from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
 from .modeling import (
     HUB_KWARGS,
     QuietStarForCausalLM,
     QuietStarMixin,
     attach_heads,
     attach_saved_heads,
-    base_of,
     has_file,
     heads_aside,
     warn_of_lost_heads,
@@ -64,7 +63,7 @@ def build_model(
     if source is not None:
         dtype = _dtype(args, quantization_config, peft_config)
         source, model = _load(source, args, settings, quantization_config, hub, dtype)
-    check_whole(model)
+    check_unpartitioned(model)
     base = base_of(model)
     check_one_device(base)
     check_adapter_model(model)

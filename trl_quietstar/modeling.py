@@ -52,9 +52,10 @@ from transformers.utils import (
 
 from ._compat import set_unsaved_keys
 from .branches.paths import BranchPath, SharedPrefix
+from .model.adapters import base_of, check_method
 from .model.concurrency import LOCK, eval_mode
-from .model.distributed import load_full
 from .model.heads import QuietStarHeads
+from .model.sharding import load_full
 from .settings import QuietStarSettings
 from .thinking.check import choose_path, takes_masks
 from .thinking.generation import think_and_speak
@@ -468,11 +469,6 @@ def _thinking_forward(plain: Callable) -> Callable:
     return forward
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The causal LM itself, inside a `PeftModel` or not."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
 def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrainedModel:
     """
     Turns a causal LM, in place, into its thinking class, with fresh heads.
@@ -811,8 +807,6 @@ def _load_adapter(source, adapter_config, settings, hub, kwargs):
 def _check_adapter(source: str, hub: dict) -> str:
     """Refuses an adapter that cannot be read; returns the file of its weights."""
     from peft import PeftConfig
-
-    from .model.adapters import check_method  # which imports this module
 
     weights = _find(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
     if weights is None:

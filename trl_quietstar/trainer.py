@@ -65,10 +65,9 @@ from .learning.metrics import BatchResult, MetricSums, batch_metrics
 from .learning.objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
 from .learning.rewards import RewardFunction, coherence, column_parameters, has_columns
 from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
-from .model.adapters import AdapterReference, check_trainable
-from .model.distributed import check_engine, greatest, is_sharded, prepare_reference
+from .model.adapters import AdapterReference, base_of, check_trainable
 from .model.routing import has_router_loss, use_router_loss
-from .modeling import base_of, save_settings
+from .modeling import save_settings
 from .text.batch import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .thinking.check import choose_path
 from .thinking.sampling import ThoughtSampler, thought_sampling
@@ -82,6 +81,7 @@ from .training.callbacks import (
 )
 from .training.checkpoints import CheckpointTrainer, check_output_dir, kept_weights, optimizer_fields
 from .training.collapse import CollapseWatch
+from .training.distributed import check_engine, greatest, is_sharded, prepare_reference
 from .training.faults import FaultGuard
 from .training.optimizers import check_optimizers, combine, hold_all
 

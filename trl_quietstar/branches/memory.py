@@ -8,9 +8,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from ..model.distributed import own_part
 from ..model.embeddings import embed_tokens
 from ..model.family import max_positions
+from ..model.sharding import own_part
 from .cached_replay import CachedReplay
 from .paths import BranchPath, Replay, backbone
 

@@ -45,9 +45,10 @@ from ..evaluation.report import (
     print_thoughts,
 )
 from ..loading import build_model, load_tokenizer, pad_token_id, warn_of_untrained_heads
+from ..model.adapters import base_of
 from ..model.family import check_length, max_positions
 from ..model.lm_head import normalized_entropy
-from ..modeling import HUB_KWARGS, QuietStarForCausalLM, base_of, saved_settings
+from ..modeling import HUB_KWARGS, QuietStarForCausalLM, saved_settings
 from ..text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.likelihood import think_in_chunks

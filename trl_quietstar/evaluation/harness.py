@@ -26,8 +26,9 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
 from ..loading import load_tokenizer, warn_of_untrained_heads
+from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
-from ..modeling import QuietStarForCausalLM, base_of, check_source, check_thinker, put_adapter
+from ..modeling import QuietStarForCausalLM, check_source, check_thinker, put_adapter
 from ..thinking.sampling import Thinking
 
 

@@ -1,4 +1,4 @@
-"""Which adapters can be trained, and the policy that a run with one started from."""
+"""The causal LM inside an adapter, which adapters can be trained, and the policy that a run with one started from."""
 
 import copy
 from collections.abc import Iterator
@@ -7,8 +7,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
-
-from ..modeling import base_of
+from transformers import PreTrainedModel
 
 
 # Methods of PEFT that a step of thoughts does not train as they are meant to be
@@ -26,6 +25,12 @@ REFUSED_OPTIONS = {
     "use_asa": "which prunes ranks as it trains",
 }
 TASK_TYPES = (None, "CAUSAL_LM")
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, inside a `PeftModel` or not."""
+    inside: Any = model
+    return inside.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else inside
 
 
 def check_method(config) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .distributed import module_is_sharded
+from .sharding import module_is_sharded
 
 
 def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:

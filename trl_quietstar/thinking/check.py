@@ -10,10 +10,10 @@ from ..branches import attention
 from ..branches.cached_replay import CachedReplay
 from ..branches.paths import BranchCache, BranchPath, MaskedPrefix, Replay, SharedPrefix
 from ..model.concurrency import eval_mode
-from ..model.distributed import check_one_device
 from ..model.embeddings import embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import token_statistics
+from ..model.sharding import check_one_device
 from ..text.batch import Text, Thoughts, choose_positions, seeded_generators
 from ..text.transfer import exact_dtype
 from .sampling import SamplingSettings, sample_thoughts, uniforms

@@ -11,11 +11,11 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..branches.paths import BranchCache, BranchPath, Encoded, SharedPrefixCache
-from ..model.distributed import model_is_sharded
 from ..model.embeddings import LookupTape, embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, prediction_statistics, token_statistics
 from ..model.routing import Routing, has_router_loss, router_loss
+from ..model.sharding import model_is_sharded
 from ..text.batch import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from ..text.transfer import to_device
 from .sampling import ThoughtSampler

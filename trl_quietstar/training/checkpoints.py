@@ -48,17 +48,10 @@ from transformers.utils import (
 
 from .._compat import _BaseTrainer
 from ..config import ADAMW, VALUE_BASELINES, QuietStarConfig
-from ..model.distributed import (
-    check_optimizer_file,
-    full_state_dict,
-    gathered,
-    is_sharded,
-    load_optimizer,
-    load_sharded,
-    loaded_whole,
-    save_optimizer,
-)
-from ..modeling import HEADS_NAME, base_of, saved_settings
+from ..model.adapters import base_of
+from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
+from ..modeling import HEADS_NAME, saved_settings
+from .distributed import check_optimizer_file, is_sharded, load_optimizer, save_optimizer
 
 
 logger = logging.get_logger(__name__)
@@ -249,7 +242,7 @@ def last_checkpoint(directory: str) -> str:
     checkpoints = _checkpoints(directory)
     for checkpoint in reversed(checkpoints):
         try:
-            check_whole(checkpoint)
+            check_checkpoint(checkpoint)
             return str(checkpoint)
         except (FileNotFoundError, ValueError) as error:
             logger.warning(f"Passing over {str(checkpoint)!r}: {error}")
@@ -268,7 +261,7 @@ def _checkpoints(directory: str | Path) -> list[Path]:
     return sorted((path for path in found if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
-def check_whole(folder: str | Path) -> None:
+def check_checkpoint(folder: str | Path) -> None:
     """
     Refuses what is no whole checkpoint. Nothing in it is executed.
 
@@ -631,7 +624,7 @@ class CheckpointTrainer(_BaseTrainer):
             checkpoint = last_checkpoint(self.args.output_dir)
         else:
             checkpoint = os.fspath(resume_from_checkpoint)
-            check_whole(checkpoint)
+            check_checkpoint(checkpoint)
         if not self.is_deepspeed_enabled:  # whose parameters may have no shape here
             check_fits(checkpoint, self.accelerator.unwrap_model(self.model))
             check_optimizer_fields(checkpoint, self.args)

@@ -12,7 +12,7 @@ from accelerate.utils import is_torch_version
 from torch import nn
 
 from ..config import QuietStarConfig
-from ..modeling import base_of
+from ..model.adapters import base_of
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
