@@ -16,7 +16,9 @@ import torch
 from transformers import LlamaConfig
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 

@@ -16,7 +16,8 @@ import torch
 from transformers import BloomConfig, MambaConfig, Qwen3NextConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import BranchPath, Replay
+from trl_quietstar.branches.base import BranchPath
+from trl_quietstar.branches.replay import Replay
 from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 from trl_quietstar.thinking.check import choose_path
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms

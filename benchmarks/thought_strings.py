@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.branches.paths import SharedPrefix
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.learning.rewards import masked_mean
 from trl_quietstar.text.batch import Text, choose_positions, seeded_generators, talk_after
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms

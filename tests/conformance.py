@@ -29,7 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.branches.cached_replay import CachedReplay
-from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.thinking.check import path_difference
 
 from .tiny import byte_tokenizer
@@ -344,8 +346,8 @@ forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer make
 starts, and refuses a model that even replay cannot score.
 
 A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
-build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/model/family.py` if its positions do not begin at 0; in `logit_transform` of
-`trl_quietstar/model/lm_head.py` if it scales or caps its logits after the head under a name of its own.
+build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/model/family.py` if its positions do not begin at 0; in `SCALES`
+or `SOFTCAPS` of the same file if it scales or caps its logits after the head under a name of its own.
 
 """
 

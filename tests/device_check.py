@@ -42,7 +42,8 @@ from datasets import Dataset  # noqa: E402
 
 from trl_quietstar import QuietStarForCausalLM  # noqa: E402
 from trl_quietstar.branches.cached_replay import CachedReplay  # noqa: E402
-from trl_quietstar.branches.paths import MaskedPrefix, SharedPrefix  # noqa: E402
+from trl_quietstar.branches.masked_prefix import MaskedPrefix  # noqa: E402
+from trl_quietstar.branches.shared_prefix import SharedPrefix  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.evaluation.harness import QuietStarLM  # noqa: E402
 from trl_quietstar.text.transfer import exact_dtype  # noqa: E402

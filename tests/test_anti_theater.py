@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.evaluation.anti_theater import CONDITIONS, SUMS, THRESHOLDS, judge, text_sums
 from trl_quietstar.evaluation.controls import CONTROLS, controlled
 from trl_quietstar.learning.rewards import coherence, masked_mean

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import Replay
+from trl_quietstar.branches.replay import Replay
 from trl_quietstar.cli import main
 from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.lm_head import normalized_entropy

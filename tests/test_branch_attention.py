@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_quietstar.branches import attention as branch_attention
 from trl_quietstar.branches.attention import _Attend, _Layout
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 

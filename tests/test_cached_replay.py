@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_quietstar.branches.cached_replay import CachedReplay, States
-from trl_quietstar.branches.paths import Replay
+from trl_quietstar.branches.replay import Replay
 from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
 from trl_quietstar.thinking.sampling import greedy_continuation
 

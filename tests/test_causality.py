@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.lm_head import normalized_entropy
 from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
 from trl_quietstar.thinking.scoring import ScoreRequest, score

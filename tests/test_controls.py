@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.evaluation.controls import CONTROLS, controlled
 from trl_quietstar.text.batch import Thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, score

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from trl_quietstar.branches.cached_replay import CachedReplay
-from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Positions, Thoughts
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts

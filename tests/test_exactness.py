@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.branches.paths import BranchPath, MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.base import BranchPath
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Text, Thoughts, talk_after
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts

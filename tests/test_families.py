@@ -5,7 +5,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Positions, Text
 from trl_quietstar.thinking.check import choose_path, path_difference
 from trl_quietstar.thinking.sampling import SamplingSettings

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria, TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
-from trl_quietstar.branches.paths import CACHE_NAMES, Replay
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.model.family import CACHE_NAMES
 from trl_quietstar.model.lm_head import logits_of, normalized_entropy
 from trl_quietstar.modeling import heads_aside
 from trl_quietstar.text.batch import Branches, Positions, Text

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, thought_end, uniforms
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.cli import main
 from trl_quietstar.evaluation.inspection import inspect_texts, summarize, token_pieces
 from trl_quietstar.evaluation.page import render_page

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_quietstar.model import lm_head
+from trl_quietstar.model.family import logit_transform
 from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
 from trl_quietstar.thinking.sampling import BLOCK, _invert
 
@@ -42,7 +43,7 @@ def model_with(kind: str):
 
 def log_probs(model, hidden, temperature=1.0):
     """By the definition."""
-    scale, softcap = lm_head.logit_transform(model.config)
+    scale, softcap = logit_transform(model.config)
     logits = model.get_output_embeddings()(hidden) * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return (logits / temperature).log_softmax(-1)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from trl_quietstar import trainer as trainer_module
 from trl_quietstar.branches import memory as memory_module
 from trl_quietstar.branches.attention import TextReading
+from trl_quietstar.branches.base import backbone
 from trl_quietstar.branches.memory import (
     Plan,
     Size,
@@ -22,7 +23,8 @@ from trl_quietstar.branches.memory import (
     plan_batch,
     suits_one_pass,
 )
-from trl_quietstar.branches.paths import Replay, SharedPrefix, backbone
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.embeddings import embed_tokens
 from trl_quietstar.text.batch import Branches, Text
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, T5Config
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.heads import MixingHead
 from trl_quietstar.modeling import attach_heads, heads_aside

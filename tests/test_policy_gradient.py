@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from trl_quietstar.branches.paths import Replay
+from trl_quietstar.branches.replay import Replay
 from trl_quietstar.learning.advantages import thought_advantages
 from trl_quietstar.learning.objective import Coefficients, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards

@@ -8,7 +8,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
-from trl_quietstar.branches.paths import Replay, SharedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.config import _has_bf16
 from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.branches.paths import SharedPrefix
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 from trl_quietstar.thinking.check import TOLERANCES, path_difference
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms

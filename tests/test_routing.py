@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.routing import recorded_routing, router_loss, use_router_loss
 from trl_quietstar.text.batch import Branches, Text
 from trl_quietstar.thinking.scoring import ScoreRequest, score

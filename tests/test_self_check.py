@@ -23,7 +23,9 @@ from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches import attention as branch_attention
 from trl_quietstar.branches.attention import BranchReading
 from trl_quietstar.branches.cached_replay import CachedReplay
-from trl_quietstar.branches.paths import MaskedPrefix, Replay, SharedPrefix, SharedPrefixCache
+from trl_quietstar.branches.masked_prefix import MaskedPrefix
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix, SharedPrefixCache
 from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 

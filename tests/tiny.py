@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches.paths import BranchPath, SharedPrefix
+from trl_quietstar.branches.base import BranchPath
+from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 

@@ -51,7 +51,8 @@ from transformers.utils import (
 )
 
 from ._compat import set_unsaved_keys
-from .branches.paths import BranchPath, SharedPrefix
+from .branches.base import BranchPath
+from .branches.replay import Replay
 from .model.adapters import base_of, check_method
 from .model.concurrency import LOCK, eval_mode
 from .model.heads import QuietStarHeads
@@ -119,7 +120,7 @@ class QuietStarMixin:
     def branches_in_cache(self) -> bool:
         """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
         return self._checked(
-            "_branches_in_cache", lambda: isinstance(self.thought_path, SharedPrefix) and takes_masks(self)
+            "_branches_in_cache", lambda: not isinstance(self.thought_path, Replay) and takes_masks(self)
         )
 
     def _checked(self, name: str, check: Callable[[], Any]) -> Any:

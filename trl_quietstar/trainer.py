@@ -44,7 +44,8 @@ from trl.trainer.utils import get_config_model_id
 from ._compat import fingerprint, left_on_host
 from .branches.cached_replay import CachedReplay
 from .branches.memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
-from .branches.paths import Replay, SharedPrefix
+from .branches.replay import Replay
+from .branches.shared_prefix import SharedPrefix
 from .config import QuietStarConfig
 from .data.prepare import (
     OWN_COLUMNS,

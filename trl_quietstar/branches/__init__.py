@@ -1,1 +1,7 @@
-"""Ways to run a model over a text and the branches that leave it."""
+"""Ways to run a model over a text and the branches that hang off it; all give equal hidden states.
+
+- [`shared_prefix`] (fast): the text runs once, and every branch attends to it and to itself.
+- [`masked_prefix`]: the shared prefix by a 4D mask, for families whose attention does not come by Transformers' interface.
+- [`cached_replay`]: sampling goes on from copies of the family's own cache; scoring is replayed.
+- [`replay`] (universal, and the oracle): every branch is run as an ordinary sequence.
+"""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..model.softcap import cap_, slope, times_
+from ..model.family import cap_, cap_slope, times_
 
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class _Attend(torch.autograd.Function):
         for at, span, unseen in chunks:
             q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
             scores, own_scores = chunks.scores(at, span, unseen)
-            slopes = [slope(x, chunks.softcap) for x in (scores, own_scores)]
+            slopes = [cap_slope(x, chunks.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
             d_scores = _product(g, text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
             d_own_scores = _product(grad[:, :, at], own_value[:, :, at].mT).to(chunks.dtype)

@@ -3,7 +3,7 @@
 A recurrent state cannot be masked, but it can be copied. So texts are read from one thought position to the next, the
 cache is copied at each, and the copies of all branches, stacked into one batch, take one token a forward: ordinary cached
 decoding. Keys and values of unequal lengths are padded on the left, as `generate` pads prompts. Whether that is exact is
-for the start-up check to say; where it is not, [`~branches.paths.Replay`] runs everything again.
+for the start-up check to say; where it is not, [`~branches.replay.Replay`] runs everything again.
 
 R is the number of rows of a batch of such states, W the slots of its keys.
 """
@@ -21,7 +21,8 @@ from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, forward_arguments, position_offset
 from ..text.batch import Text
 from ..text.transfer import to_device
-from .paths import BranchCache, Replay, backbone_output
+from .base import BranchCache, backbone_output
+from .replay import Replay
 
 
 class States:
@@ -166,6 +167,9 @@ class ForkedStates:
         fresh, wanted = copy.copy(self), (rows[:, None] * self.branches + columns).flatten()
         fresh.forks = states.select(order.argsort()[wanted]), torch.arange(len(wanted))
         return fresh
+
+    def again(self, rows: torch.Tensor | None = None) -> "ForkedStates":
+        return ForkedStates(self.model, self.text if rows is None else self.text.rows(rows), self.by_token)
 
     @torch.no_grad()
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:

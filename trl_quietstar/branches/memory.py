@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..model.embeddings import embed_tokens
 from ..model.family import max_positions
 from ..model.sharding import own_part
+from .base import BranchPath, backbone
 from .cached_replay import CachedReplay
-from .paths import BranchPath, Replay, backbone
+from .replay import Replay
 
 
 PROBE_TOKENS = 64  # of the longer of two forwards; the other has half as many
@@ -174,7 +175,7 @@ def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size,
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal LM.
-        path ([`~branches.paths.BranchPath`]):
+        path ([`~branches.base.BranchPath`]):
             How thoughts are run.
         size ([`Size`]):
             Of the batch.
@@ -241,7 +242,7 @@ def plan_batch(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal LM.
-        path ([`~branches.paths.BranchPath`]):
+        path ([`~branches.base.BranchPath`]):
             How thoughts are run.
         size ([`Size`]):
             Of the batch; N of the process with most.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
+from ..branches.base import BranchCache, BranchPath
 from ..branches.memory import Plan
-from ..branches.paths import BranchCache, BranchPath, read_again
 from ..learning.rewards import coherence, masked_mean
 from ..model.heads import ThinkingModel
 from ..text.batch import Positions, Text, Thoughts, talk_after
@@ -185,10 +185,7 @@ def _continuation(
     positions, length, device = thoughts.positions.host, thoughts.mask.shape[-1], thoughts.mask.device
     size = positions.index.shape[1] if batch_size is None else batch_size
     groups = zip(positions.index.split(size, dim=1), positions.mask.split(size, dim=1), strict=True)
-    said = [
-        greedy_continuation(model, read_again(path, model, text, cache), Positions(*group).to(device), length)
-        for group in groups
-    ]
+    said = [greedy_continuation(model, cache.again(), Positions(*group).to(device), length) for group in groups]
     return torch.cat(said, dim=1)
 
 

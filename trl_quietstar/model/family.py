@@ -1,8 +1,10 @@
-"""What differs from one model family to another: names of arguments, and where positions begin and end."""
+"""What differs from one model family to another: names of arguments, where positions begin and end, and what is done to
+attention scores and logits."""
 
 import functools
 import inspect
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -11,6 +13,8 @@ POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # what families call their cache
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # what they call a factor on their logits,
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # and a soft-cap on them
 
 
 def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
@@ -34,6 +38,19 @@ def cache_name(arguments: frozenset[str]) -> str:
 def position_offset(config: PreTrainedConfig) -> int:
     """The position id of a text's first token."""
     return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
+def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """Factor on the logits, and soft-cap after it (or None), as the family's own forward applies them."""
+    config = config.get_text_config()
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
+    scale = next((factor for name in SCALES if (factor := getattr(config, name, None)) is not None), None)
+    if scale is not None:
+        return float(scale), softcap
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None and config.model_type != "minicpm3":  # which divides what the head reads instead
+        return (divisor if config.model_type == "hyperclovax" else 1 / divisor), softcap
+    return 1.0, softcap
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -77,3 +94,23 @@ def check_length(
         f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
         + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
     )
+
+
+def cap_(values: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`softcap · tanh(values / softcap)`, in place; the values themselves without a cap."""
+    return values if softcap is None else values.div_(softcap).tanh_().mul_(softcap)
+
+
+def cap_slope(capped: torch.Tensor, softcap: float | None) -> torch.Tensor | None:
+    """
+    Derivative of the cap at capped values `c`: since `c = softcap · tanh(x / softcap)`, `dc/dx = 1 − (c / softcap)²`.
+
+    Returns:
+        `torch.Tensor`: 0 where a value is -inf; None without a cap.
+    """
+    return None if softcap is None else 1 - (capped.clamp(min=-softcap) / softcap) ** 2
+
+
+def times_(grad: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+    """A gradient times the cap's derivative as [`cap_slope`] gives it, in place."""
+    return grad if slope is None else grad.mul_(slope)

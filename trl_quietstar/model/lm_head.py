@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..text.transfer import to_device
-from .softcap import cap_, slope, times_
+from .family import cap_, cap_slope, logit_transform, times_
 
 
 TILE_ELEMENTS = 2**21  # logits held at once on a CPU, so that they stay in its cache (8 MB in float32)
 GPU_TILE_ELEMENTS = 2**26  # the same on any other device, which needs that much to be busy (256 MB)
 LEAST_WIDTH = 256  # of a tile, however many rows it has
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # what families call it
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,6 @@ class Drawn:
     logps: torch.Tensor
     entropies: torch.Tensor
     log_z: torch.Tensor
-
-
-def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """Factor on the logits and soft-cap after it (or None), as the family's own forward applies them."""
-    config = config.get_text_config()
-    softcaps = (getattr(config, name, None) for name in SOFTCAPS)
-    softcap = next((value for value in softcaps if value is not None), None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name)), softcap
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None and config.model_type != "minicpm3":  # which divides what the head reads instead
-        return (divisor if config.model_type == "hyperclovax" else 1 / divisor), softcap
-    return 1.0, softcap
 
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -418,7 +403,7 @@ class _Statistics(torch.autograd.Function):
         own, minus, log_z = d_logps[:, None] * places.inside, -d_entropies[:, None], log_z[:, None]
         for i, at in enumerate(tiles.slices):
             capped = cap_(tiles.raw(states, at, "logits"), tiles.softcap)
-            factor = slope(capped, tiles.softcap)
+            factor = cap_slope(capped, tiles.softcap)
             log_p = capped.div_(ctx.temperature).sub_(log_z)
             grad = torch.exp(log_p, out=tiles.scratch("weights", log_p))
             # -p·(d_logp + d_entropy·(log p + entropy)), and d_logp at the target
@@ -470,7 +455,7 @@ class _MixedStatistics(torch.autograd.Function):
             gap = torch.sub(raw, gap, out=gap)
             both = torch.addcmul(raw, gap, less, out=tiles.scratch("weights", raw))
             capped = [cap_(x, tiles.softcap) for x in (text_raw, both, raw)]
-            factors = [slope(x, tiles.softcap) for x in capped]
+            factors = [cap_slope(x, tiles.softcap) for x in capped]
             text_grad, mixed_grad, own_grad = (
                 times_(_nll_slope(i, x, *goal), factor) for x, goal, factor in zip(capped, goals, factors, strict=True)
             )

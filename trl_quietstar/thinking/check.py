@@ -7,8 +7,11 @@ import torch
 
 from .._compat import full_float32, is_fault_of_device
 from ..branches import attention
+from ..branches.base import BranchCache, BranchPath
 from ..branches.cached_replay import CachedReplay
-from ..branches.paths import BranchCache, BranchPath, MaskedPrefix, Replay, SharedPrefix
+from ..branches.masked_prefix import MaskedPrefix
+from ..branches.replay import Replay
+from ..branches.shared_prefix import SharedPrefix
 from ..model.concurrency import eval_mode
 from ..model.embeddings import embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
@@ -143,7 +146,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     check_one_device(model)
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
-        paths = tuple(path for path in paths if type(path) is not SharedPrefix)
+        paths = tuple(path for path in paths if not isinstance(path, SharedPrefix))
     # in the model's own precision, wherever it is asked for
     with eval_mode(model), torch.autocast(model.device.type, enabled=False):
         path, problems = _first_exact(model, paths)
@@ -158,7 +161,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     if wanted == "auto" and isinstance(path, Replay):
         logger.warning(
             "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
-            problems[sum(isinstance(tried, SharedPrefix) for tried in paths) - 1],
+            problems[sum(isinstance(tried, (SharedPrefix, MaskedPrefix)) for tried in paths) - 1],
         )
     return path
 

@@ -16,8 +16,10 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from ..branches.base import backbone
 from ..branches.cached_replay import CachedReplay, CachedReplayDecoder
-from ..branches.paths import Replay, additive_masks, backbone
+from ..branches.masks import additive_masks
+from ..branches.replay import Replay
 from ..model.embeddings import embed_tokens, embed_vector
 from ..model.family import cache_name, check_length, forward_arguments, max_positions, position_offset
 from ..model.heads import ThinkingModel

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
+from ..branches.base import BranchCache, BranchPath
 from ..branches.memory import CPU_TOKENS, Size, branches_without_graph, free_bytes, new_tokens
-from ..branches.paths import BranchCache, BranchPath, SharedPrefix, read_again
+from ..branches.shared_prefix import SharedPrefix
 from ..model.heads import ThinkingModel
 from ..model.lm_head import normalized_entropy, token_statistics
 from ..text.batch import Positions, Text, Thoughts
@@ -78,7 +79,7 @@ def think_in_chunks(
         everyone = len(rows) == shape[0]
         index = torch.tensor(rows)
         group = Positions(host.index[index, at], host.mask[index, at]).to(device)
-        own = cache if i == 0 and everyone else read_again(path, model, text, cache, None if everyone else index)
+        own = cache if i == 0 and everyone else cache.again(None if everyone else index)
         part = text if everyone else text.rows(index)
         request = ScoreRequest(
             part,

@@ -17,7 +17,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..branches.paths import BranchCache, BranchPath, read_again
+from ..branches.base import BranchCache, BranchPath
 from ..model.embeddings import embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, logits_by_rows, normalized_entropy, scratch
@@ -504,7 +504,7 @@ class ThoughtSampler:
         parts: list[Thoughts] = []
         for index, mask, draws in zip(*groups, strict=True):
             if parts:
-                cache = read_again(path, model, text, cache)
+                cache = cache.again()
             places = Positions(index, mask).to(device)
             parts.append(sample_thoughts(model, cache, text, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))

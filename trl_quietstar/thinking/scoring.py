@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from ..branches.paths import BranchCache, BranchPath, Encoded, SharedPrefixCache
+from ..branches.base import BranchCache, BranchPath, Encoded
+from ..branches.shared_prefix import SharedPrefixCache
 from ..model.embeddings import LookupTape, embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, prediction_statistics, token_statistics
@@ -43,8 +44,8 @@ class ScoreRequest:
         prediction (`str`):
             `"mixed"` or `"thought"`.
         branch_batch_size (`int`, *optional*):
-            How many branches of each row are scored at once, as in [`~branches.paths.BranchPath.encode`].
-        cache ([`~branches.paths.BranchCache`], *optional*):
+            How many branches of each row are scored at once, as in [`~branches.base.BranchPath.encode`].
+        cache ([`~branches.base.BranchCache`], *optional*):
             The text as it was read before, without gradient.
         whole_text (`bool`):
             Whether statistics of all of the text are wanted, or only of what predictions are mixed with.
@@ -168,7 +169,7 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
 @dataclass(frozen=True)
 class _Encoding:
     """Hidden states of the text, `(B, T, H)`, and of the thoughts' branches, `(B, J, G, S, H)`; what is known of thought
-    tokens that were drawn on the way; and routings as in [`~branches.paths.Encoded`]."""
+    tokens that were drawn on the way; and routings as in [`~branches.base.Encoded`]."""
 
     thoughts: Thoughts
     text: torch.Tensor
@@ -201,7 +202,7 @@ def _encode_by_length(
     cache: BranchCache | None,
 ) -> Encoded:
     """
-    What [`~branches.paths.BranchPath.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
+    What [`~branches.base.BranchPath.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
     ones have forwards of their own, which leave out those of the thought's `slots` that none of them has.
     """
     (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
@@ -282,7 +283,7 @@ def score_thoughts(
         start (`bool`):
             Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
             no-thought model.
-        branch_batch_size (`int`, *optional*), cache ([`~branches.paths.BranchCache`], *optional*):
+        branch_batch_size (`int`, *optional*), cache ([`~branches.base.BranchCache`], *optional*):
             As in [`ScoreRequest`].
 
     Returns:

@@ -1,0 +1,214 @@
+"""The fast path: the text runs once, and every branch attends to it and to itself ([`attention`])."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..model.embeddings import embed_tokens
+from ..model.family import position_offset
+from ..model.routing import Routing, recorded_routing
+from ..text.batch import Branches, Text, branch_position_ids, text_attention
+from ..text.transfer import to_device
+from . import attention
+from .attention import BranchReading, TextMemory, TextReading
+from .base import BranchCache, Encoded, backbone, branch_places, run_group
+from .masks import additive_masks, in_mask_form, local_layer_types
+
+
+class SharedPrefix:
+    """The text once, and all branches attending to it."""
+
+    def read(self, model: PreTrainedModel, text: Text) -> BranchCache:
+        return SharedPrefixCache(model, text)
+
+    def encode(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        branches: Branches,
+        batch_size: int | None = None,
+        cache: BranchCache | None = None,
+    ) -> Encoded:
+        with recorded_routing(model) as calls:
+            cache = cache.again() if isinstance(cache, SharedPrefixCache) else SharedPrefixCache(model, text)
+        routings = [Routing(logits, text.attention_mask.flatten()) for logits in calls]
+
+        def run(group: Branches):
+            with recorded_routing(model) as calls:
+                hidden = cache.grow(group.anchors, group.embeds, group.mask)
+            return hidden, calls
+
+        hidden = []
+        for group in branches.split(batch_size):
+            branch_hidden, calls = run_group(run, group, batch_size is not None)
+            hidden.append(branch_hidden)
+            routings += [Routing(logits, group.mask.flatten()) for logits in calls]
+        return Encoded(cache.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), cache.text_hidden), routings)
+
+
+class _AfterText(torch.autograd.Function):
+    """
+    The branches' hidden states, whose backward reaches the text's too, with zeros.
+
+    Sharded layers gather their weights when a gradient comes to their output. Where no loss is on the text itself, its last
+    layer would get gradients through keys and values alone, and find its weights away.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, text_hidden):
+        ctx.text_shape = text_hidden.shape
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros(ctx.text_shape)
+
+
+class SharedPrefixCache:
+    """
+    Keeps the text's keys and values, and those of the branches' slots, step after step.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        text ([`Text`]):
+            The batch.
+        embed (`Callable`, *optional*):
+            From token ids to embeddings. Defaults to [`~model.embeddings.embed_tokens`].
+    """
+
+    def __init__(self, model: PreTrainedModel, text: Text, embed: Callable | None = None):
+        if not attention.enable(model):
+            raise ValueError("The attention of this family cannot branch.")
+        self.model, self.text, self.memory = model, text, TextMemory()
+        self.own: dict = {}
+        self.length = 0  # slots that were kept
+        mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
+        embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
+        if not text.is_plain:
+            position_ids = text.position_ids
+            mask = additive_masks(model.config, text_attention(text), position_ids, position_ids, embeds.dtype)
+        self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
+        _check_windows(model.config, self.memory)
+
+    def again(self, rows: torch.Tensor | None = None) -> "SharedPrefixCache":
+        fresh = copy.copy(self)
+        fresh.own, fresh.length = {}, 0
+        if rows is not None:
+            index = to_device(rows, self.text_hidden.device)
+            layers = {module: (key[index], value[index]) for module, (key, value) in self.memory.layers.items()}
+            fresh.memory = TextMemory(layers, self.memory.has_windows)
+            fresh.text, fresh.text_hidden = self.text.rows(rows), self.text_hidden[index]
+        return fresh
+
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "SharedPrefixCache":
+        fresh, places = copy.copy(self), branch_places(rows, columns, self.text_hidden.device)
+        if len(rows) < len(self.text.input_ids):
+            kept = {module: tuple(x[places[0][:, 0]] for x in pair) for module, pair in self.memory.layers.items()}
+            fresh.text, fresh.memory = self.text.rows(rows), TextMemory(kept, self.memory.has_windows)  # type: ignore[arg-type]
+        used = slice(self.length)
+        fresh.own = {
+            module: tuple(x[:, :, :, used].transpose(1, 2)[places].transpose(1, 2) for x in pair)
+            for module, pair in self.own.items()
+        }
+        return fresh
+
+    def take_back(self, grown: "SharedPrefixCache", places: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Adds the slots that a selection of the branches, at their rows and columns, has grown since; others have zeros."""
+        for module, pair in self.own.items():
+            joined = []
+            for old, new in zip(pair, grown.own[module], strict=True):
+                added = new[:, :, :, self.length : grown.length].transpose(1, 2)
+                room = added.new_zeros(*old.transpose(1, 2).shape[:3], *added.shape[3:])
+                room = room.index_put(places, added).transpose(1, 2)
+                joined.append(torch.cat([old[:, :, :, : self.length], room], dim=3))
+            self.own[module] = tuple(joined)
+        self.length = grown.length
+
+    def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
+        return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
+
+    def grow(
+        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor, keep: bool = False
+    ) -> torch.Tensor:
+        """
+        Adds slots to every branch.
+
+        Args:
+            anchors (`torch.Tensor` of shape `(B, N)`):
+                The text index each branch hangs off, in the host's memory.
+            embeds (`torch.Tensor` of shape `(B, N, Q, E)`):
+                Input embeddings of the new slots.
+            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool):
+                Which of the slots that were kept, and of the new ones, hold something.
+            keep (`bool`):
+                Whether later slots will see the new ones.
+
+        Returns:
+            Hidden states of the new slots, of shape `(B, N, Q, H)`.
+        """
+        if embeds[..., 0].numel() == 0:
+            return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
+        positions = branch_position_ids(self.text, to_device(anchors, mask.device), mask)
+        reading = self._branch_reading(anchors, mask, positions, keep)
+        # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
+        nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
+        masks = in_mask_form(self.model.config, nothing, dict.fromkeys(local_layer_types(self.model.config), nothing))
+        hidden = self._forward(embeds.flatten(1, 2), reading, masks, positions[:, :, self.length :].flatten(1))
+        self.length += embeds.shape[2] if keep else 0
+        return hidden.unflatten(1, embeds.shape[1:3])
+
+    def _branch_reading(
+        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
+    ) -> BranchReading:
+        """Of the slots that are not kept yet; mask and position ids, `(B, N, s + Q)`, are those of all."""
+        slots, new = mask.shape[2], positions[:, :, self.length :]
+        Q = new.shape[2]
+        causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
+        itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
+        heads = self.model.config.get_text_config().num_attention_heads
+        rows = len(anchors) * heads * min(Q, attention.CHUNK_SLOTS)
+        chunk = attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, mask.device)
+        anchors, host = anchors.cpu(), self.text.host
+        first = anchors - host.position_ids.gather(1, anchors)  # where the anchor's document begins
+        spans = _spans(first, anchors, chunk)
+        first, anchors = (to_device(x, mask.device) for x in (first, anchors))
+        return BranchReading(
+            memory=self.memory,
+            own=self.own,
+            first=first,
+            last=anchors,
+            spans=spans,
+            chunk=chunk,
+            slots=(causal & mask[:, :, None]) | itself,
+            positions=positions,
+            ahead=new + first[..., None],
+            keep=keep,
+        )
+
+    def _forward(self, embeds: torch.Tensor, reading, mask, position_ids: torch.Tensor) -> torch.Tensor:
+        return backbone(
+            self.model,
+            embeds,
+            attention_mask=mask,
+            position_ids=position_ids + position_offset(self.model.config),
+            use_cache=False,
+            quietstar_reading=reading.attend,  # a function, since FSDP2 copies any dataclass on its way to a layer
+        )
+
+
+def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
+    """Least `first` and greatest `last`, `(B, N)`, of each chunk of branches."""
+    least, greatest = first.amin(0), torch.maximum(first, last).amax(0)
+    pairs = [torch.stack([a.amin(), b.amax()]) for a, b in zip(least.split(chunk), greatest.split(chunk), strict=True)]
+    return [tuple(pair) for pair in torch.stack(pairs).tolist()]
+
+
+def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
+    """A window that the layers do not name would be seen past, and only in texts longer than it."""
+    kinds = local_layer_types(config)
+    if "chunked_attention" in kinds or (kinds and not memory.has_windows):
+        raise ValueError("The attention layers of this family do not name the window that they see.")
