@@ -48,7 +48,7 @@ def of_row(thoughts: Thoughts, scores, row: int) -> dict[int, dict[str, torch.Te
         int(thoughts.positions.index[row, j]): {
             "mask": thoughts.mask[row, j],
             "token_ids": thoughts.token_ids[row, j] * thoughts.mask[row, j],
-            **{name: scores[name][row, j] for name in FIELDS},
+            **{name: getattr(scores, name)[row, j] for name in FIELDS},
         }
         for j in places
     }
@@ -180,7 +180,8 @@ def test_packed_documents_are_strangers(name, path):
         with torch.no_grad():
             alone = score(model, ScoreRequest(document, given, M, path))
         for name in FIELDS:
-            torch.testing.assert_close(alone[name][0], scores[name][row, own], rtol=0, atol=1e-11, msg=name)
+            whole = getattr(scores, name)[row, own]
+            torch.testing.assert_close(getattr(alone, name)[0], whole, rtol=0, atol=1e-11, msg=name)
         inside_logps = scores.text_logps[row, start : start + length - 1]
         torch.testing.assert_close(alone.text_logps[0], inside_logps, rtol=0, atol=1e-11)
 

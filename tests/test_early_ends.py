@@ -79,7 +79,7 @@ def test_sampling_in_the_graph_is_scoring(monkeypatch):
         model.zero_grad()
         scores = score(model, ScoreRequest(text, thoughts, 3, SharedPrefix(), 2.0))
         fields = ("thought_logps", "thought_entropies", "thought_values", "talk_logps", "text_logps", "similarity")
-        sum((scores[name].sin().sum() for name in fields), torch.zeros(())).backward()
+        sum((getattr(scores, name).sin().sum() for name in fields), torch.zeros(())).backward()
         return scores, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     counter = Counter(model, monkeypatch)
@@ -89,7 +89,7 @@ def test_sampling_in_the_graph_is_scoring(monkeypatch):
     assert counter.tokens - text.input_ids.numel() <= 2 * existing + slots * 4
     two, expected = scored(one.thoughts)
     for name in ("thought_logps", "thought_entropies", "thought_values", "talk_logps", "similarity"):
-        torch.testing.assert_close(one[name], two[name], atol=1e-9, rtol=0)
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), atol=1e-9, rtol=0)
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-8, rtol=1e-8, msg=name)
@@ -107,7 +107,9 @@ def test_scoring_runs_no_slots_that_no_thought_has(name, size, monkeypatch):
     def scored(thoughts):
         scores = score(model, ScoreRequest(text, thoughts, 3, path, branch_batch_size=size))
         both = (score_thoughts(model, text, thoughts, path, start=start).thought_logps for start in (True, False))
-        found = {**{field: scores[field] for field in fields}, **dict(zip(("reference", "plain"), both, strict=True))}
+        found = {field: getattr(scores, field) for field in fields} | dict(
+            zip(("reference", "plain"), both, strict=True)
+        )
         sum((values.sin().sum() for values in found.values()), torch.zeros(())).backward()
         return found
 

@@ -37,13 +37,19 @@ def assert_same(ours: torch.Tensor, oracle: torch.Tensor, name: str, tolerance: 
     assert difference <= tolerance * max(1.0, oracle.abs().max().item()), f"{name} differs by {difference:.1e}"
 
 
+def assert_same_scores(ours, oracle, tolerance: float = TOLERANCE) -> None:
+    """Every field within `tolerance`, in float64."""
+    for name in FIELDS:
+        assert_same(getattr(ours, name).double(), getattr(oracle, name).double(), name, tolerance)
+
+
 def random_objective(scores) -> torch.Tensor:
     """A weighted sum of everything that carries gradient, with fixed random weights."""
     generator = torch.Generator().manual_seed(3)
     return sum(
-        (scores[name].double() * torch.randn(scores[name].shape, generator=generator, dtype=torch.float64)).sum()
-        for name in TRAINED
-        if scores[name].requires_grad
+        (values.double() * torch.randn(values.shape, generator=generator, dtype=torch.float64)).sum()
+        for values in (getattr(scores, name) for name in TRAINED)
+        if values.requires_grad
     )
 
 
@@ -73,10 +79,9 @@ def assert_paths_agree(model, path: BranchPath = FAST, **options) -> None:
     ours, our_gradients = run(model, text, thoughts, path, **options)
     options.pop("branch_batch_size", None)
     oracle, oracle_gradients = run(model, text, thoughts, Replay(), **options)
-    for name in FIELDS:
-        assert_same(ours[name].double(), oracle[name].double(), name)
+    assert_same_scores(ours, oracle)
     for name in ("talk_correct", "text_correct"):
-        assert torch.equal(ours[name], oracle[name]), name
+        assert torch.equal(getattr(ours, name), getattr(oracle, name)), name
     assert_same_gradients(our_gradients, oracle_gradients)
 
 
@@ -133,8 +138,7 @@ def test_paths_agree_under_eager_attention():
     text = mixed_text()
     thoughts = think(model, text)
     ours, oracle = (run(model, text, thoughts, path)[0] for path in (SharedPrefix(), Replay()))
-    for name in FIELDS:
-        assert_same(ours[name].double(), oracle[name].double(), name, 1e-5)
+    assert_same_scores(ours, oracle, 1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -154,8 +158,8 @@ def test_scores_are_zero_where_masked(name):
         "text_logps": text.predicted(),
     }
     for name, mask in masks.items():
-        assert not mask.all() and (scores[name][~mask] == 0).all(), name
-        assert (scores[name][mask] != 0).all(), name
+        assert not mask.all() and (getattr(scores, name)[~mask] == 0).all(), name
+        assert (getattr(scores, name)[mask] != 0).all(), name
 
 
 DRAWS = {
@@ -282,7 +286,7 @@ def test_scores_are_those_done_by_hand(path):
         for b, j in thoughts.positions.mask.nonzero().tolist():
             g = (b + j) % 2
             hand = ByHand(model, text, thoughts, b, j, g, M)
-            ours, L = {name: scores[name][b, j, g] for name in FIELDS[:4]}, len(hand.thought)
+            ours, L = {name: getattr(scores, name)[b, j, g] for name in FIELDS[:4]}, len(hand.thought)
             log_probs = hand.thought_log_probs(temperature)
             chosen = log_probs.gather(1, torch.tensor(hand.thought)[:, None])[:, 0]
             assert_same(ours["thought_logps"][:L], chosen, "thought_logps")
@@ -319,8 +323,7 @@ def test_float32_agrees_with_float64(name):
     thoughts = think(model, text)
     oracle, oracle_gradients = run(model, text, thoughts, Replay())
     ours, gradients = run(copy.deepcopy(model).float(), text, thoughts, SharedPrefix())
-    for field in FIELDS:
-        assert_same(ours[field].double(), oracle[field].double(), field, 1e-4)
+    assert_same_scores(ours, oracle, 1e-4)
     for parameter, gradient in oracle_gradients.items():
         assert_same(gradients[parameter].double(), gradient, f"gradient of {parameter}", 1e-3)
 

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.cli import main
-from trl_quietstar.evaluation.inspection import inspect_texts, summarize, token_pieces
+from trl_quietstar.evaluation.inspection import ShownScores, inspect_texts, summarize, token_pieces
 from trl_quietstar.evaluation.page import render_page
 from trl_quietstar.learning.rewards import masked_mean
 from trl_quietstar.text.batch import Text, talk_after
 from trl_quietstar.thinking.likelihood import think_in_chunks
 from trl_quietstar.thinking.sampling import uniforms
-from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
+from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score, score_thoughts
 
 from .tiny import byte_tokenizer, generators, mixed_text, positions_of, sampling, think, tiny_model
 from .training import saved_model, text_data, tiny_trainer
@@ -192,7 +191,7 @@ def test_the_summary_orders_thoughts(measured):
 def test_only_what_helped_is_called_helpful(measured):
     """Where every thought hurts, none is listed as helpful."""
     text, thoughts, scores = measured
-    worse = replace(scores, talk_logps=scores.talk_logps - 50)
+    worse = scores._replace(talk_logps=scores.talk_logps - 50)
     summary = summarize(inspect_texts(byte_tokenizer(), text, thoughts, worse))
     assert summary["helped"] == [] and len(summary["hurt"]) == 5
 
@@ -200,7 +199,8 @@ def test_only_what_helped_is_called_helpful(measured):
 def test_a_diverged_model_is_still_shown(measured):
     """NaN becomes nothing, and the page is written."""
     text, thoughts, scores = measured
-    texts = inspect_texts(byte_tokenizer(), text, thoughts, replace(scores, talk_logps=scores.talk_logps * math.nan))
+    diverged = scores._replace(talk_logps=scores.talk_logps * math.nan)
+    texts = inspect_texts(byte_tokenizer(), text, thoughts, diverged)
     assert summarize(texts)["nll_with"] is None and summarize(texts)["helped"] == []
     assert "undefined" in render_page("Thoughts", texts)
 
@@ -227,8 +227,8 @@ def test_chunks_change_nothing(path, monkeypatch):
     (whole, whole_scores), (parts, part_scores) = results
     assert torch.equal(whole.token_ids[whole.mask], parts.token_ids[parts.mask])
     assert torch.equal(whole.mask, parts.mask)
-    for name in ("talk_logps", "mixing_weights", "text_logps"):
-        torch.testing.assert_close(whole_scores[name], part_scores[name], rtol=1e-4, atol=1e-4)
+    for name in ("talk_logps", "mixing_weights"):
+        torch.testing.assert_close(getattr(whole_scores, name), getattr(part_scores, name), rtol=1e-4, atol=1e-4)
 
 
 # The page
@@ -430,7 +430,11 @@ def test_text_of_one_row_has_no_batch_effects():
             3,
             "mixed",
         )
-        shown.append(inspect_texts(byte_tokenizer(), text, *think_in_chunks(model, SharedPrefix(), text, *arguments)))
+        thoughts, said = think_in_chunks(model, SharedPrefix(), text, *arguments)
+        with torch.no_grad():
+            text_logps = score_thoughts(model, text, thoughts, SharedPrefix()).text_logps
+        scores = ShownScores(said.talk_logps, said.mixing_weights, text_logps)
+        shown.append(inspect_texts(byte_tokenizer(), text, thoughts, scores))
     first, second = ([token["piece"] for token in texts[0]["tokens"]] for texts in shown)
     assert first == second
     gains = [[x["gain"] for token in texts[0]["tokens"] for x in token["thoughts"]] for texts in shown]

@@ -72,7 +72,7 @@ from .modeling import save_settings
 from .text.batch import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .thinking.check import choose_path
 from .thinking.sampling import ThoughtSampler, thought_sampling
-from .thinking.scoring import ScoreRequest, Scores, at_talk, score_thoughts
+from .thinking.scoring import ScoreRequest, Scores, ThoughtScores, at_talk, score_thoughts
 from .training.callbacks import (
     AntiTheaterCallback,
     CurriculumCallback,
@@ -705,7 +705,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                 quietstar_request=lambda base: function(base, *args, **kwargs),
             )
 
-    def _score_reference(self, text: Text, thoughts: Thoughts, plan: Plan) -> Scores | None:
+    def _score_reference(self, text: Text, thoughts: Thoughts, plan: Plan) -> ThoughtScores | None:
         if not self.args.uses_reference:
             return None
         args = (text, thoughts, self.path, self.args.logps_temperature)

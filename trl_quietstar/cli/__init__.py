@@ -34,7 +34,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import QuietStarConfig
 from ..data.files import READERS, load_files, load_folder, reader_of
-from ..evaluation.inspection import inspect_texts
+from ..evaluation.inspection import ShownScores, inspect_texts
 from ..evaluation.page import write_page
 from ..evaluation.report import (
     TerminalStreamer,
@@ -47,13 +47,12 @@ from ..evaluation.report import (
 from ..loading import build_model, load_tokenizer, pad_token_id, warn_of_untrained_heads
 from ..model.adapters import base_of
 from ..model.family import check_length, max_positions
-from ..model.lm_head import normalized_entropy
+from ..model.lm_head import normalized_entropy, token_statistics
 from ..modeling import HUB_KWARGS, QuietStarForCausalLM, saved_settings
 from ..text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.likelihood import think_in_chunks
 from ..thinking.sampling import Thinking, fixed_draws, thought_sampling
-from ..thinking.scoring import Scores
 from ..trainer import QuietStarREINFORCETrainer
 
 
@@ -615,16 +614,20 @@ def _warnings(model: str, trained: bool, shown: int, tokens: int) -> list[str]:
 
 def think_about(
     model: PreTrainedModel, text: Text, tokenizer: PreTrainedTokenizerBase, args: QuietStarConfig
-) -> tuple[Thoughts, Scores]:
+) -> tuple[Thoughts, ShownScores]:
     """A model's thoughts on a text of one row, by the configuration, and their scores."""
     path = choose_path(model, args.thought_path)
     generators = seeded_generators(args.seed, 0, [0])
     with torch.no_grad():
+        cache = path.read(model, text)
+        text_logps = token_statistics(
+            model, cache.text_hidden[:, :-1], text.input_ids[:, 1:], text.host.predicted()
+        ).logps
         positions = choose_positions(
             text,
             args.thought_positions,
             generators,
-            lambda: normalized_entropy(model, path.read(model, text).text_hidden[:, :-1]),
+            lambda: normalized_entropy(model, cache.text_hidden[:, :-1]),
             args.difficulty_threshold,
             args.min_thought_interval,
         )
@@ -633,7 +636,10 @@ def think_about(
         text.host.position_ids.gather(1, positions.host.index), settings, args.seed
     )  # as greedy generation has
     talk_length = talk_span(text, args.talk_length, args.thought_positions)
-    return think_in_chunks(model, path, text, positions, settings, draws, talk_length, args.reward_prediction)
+    thoughts, scores = think_in_chunks(
+        model, path, text, positions, settings, draws, talk_length, args.reward_prediction, cache
+    )
+    return thoughts, ShownScores(scores.talk_logps, scores.mixing_weights, text_logps)
 
 
 def read_text(name: str) -> str:

@@ -6,6 +6,7 @@ generation would have written; the others are alternatives.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -49,14 +50,25 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[return-value]  # one in, one out
 
 
-def inspect_texts(tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thoughts, scores: Scores) -> list[dict]:
+class ShownScores(NamedTuple):
+    """The part of [`~thinking.scoring.Scores`] that is shown: `talk_logps` and `mixing_weights`, of shape `(B, J, G, M)`, and
+    `text_logps`, of shape `(B, T - 1)`."""
+
+    talk_logps: torch.Tensor
+    mixing_weights: torch.Tensor
+    text_logps: torch.Tensor
+
+
+def inspect_texts(
+    tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thoughts, scores: Scores | ShownScores
+) -> list[dict]:
     """
     Every text of a batch, token by token.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Decodes.
-        text ([`Text`]), thoughts ([`Thoughts`]), scores ([`Scores`]):
+        text ([`Text`]), thoughts ([`Thoughts`]), scores ([`Scores`] or [`ShownScores`]):
             The batch, its thoughts, and their scores.
 
     Returns:
@@ -68,12 +80,12 @@ def inspect_texts(tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thou
         - `thoughts`: those written after it, each with its `text`, its `gain` in nats, the mean mixing `weight` over
           its talk, and `nll_with` of each token that follows, as far as it is read.
     """
-    text, thoughts, scores = _on_host(text, thoughts, scores)
-    talk = talk_after(text, thoughts.positions, scores.talk_logps.shape[-1])
-    logps_without = at_talk(scores.text_logps, thoughts, scores.talk_logps.shape[-1])
-    gains = masked_mean(scores.talk_logps - logps_without, talk.target_mask[:, :, None], dim=-1)
-    weights = masked_mean(scores.mixing_weights, talk.target_mask[:, :, None], dim=-1)
-    nlls = (-scores.talk_logps).masked_fill(~talk.target_mask[:, :, None], torch.nan)
+    text, thoughts, shown = _on_host(text, thoughts, scores)
+    talk = talk_after(text, thoughts.positions, shown.talk_logps.shape[-1])
+    logps_without = at_talk(shown.text_logps, thoughts, shown.talk_logps.shape[-1])
+    gains = masked_mean(shown.talk_logps - logps_without, talk.target_mask[:, :, None], dim=-1)
+    weights = masked_mean(shown.mixing_weights, talk.target_mask[:, :, None], dim=-1)
+    nlls = (-shown.talk_logps).masked_fill(~talk.target_mask[:, :, None], torch.nan)
     written: dict[tuple[int, int], list[dict]] = {}
     for b, j in thoughts.positions.mask.nonzero().tolist():
         length = int(talk.input_mask[b, j].sum())
@@ -90,19 +102,18 @@ def inspect_texts(tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thou
     for b, documents in enumerate(text.document_ids):
         for document in range(1, int(documents.max()) + 1):
             places = (documents == document).nonzero().flatten().tolist()
-            texts.append(_inspect_text(tokenizer, text, scores, written, b, places))
+            texts.append(_inspect_text(tokenizer, text, shown, written, b, places))
     return texts
 
 
-def _on_host(text: Text, thoughts: Thoughts, scores: Scores) -> tuple[Text, Thoughts, Scores]:
+def _on_host(text: Text, thoughts: Thoughts, scores: Scores | ShownScores) -> tuple[Text, Thoughts, ShownScores]:
     """What is read number by number below, in the host's memory."""
-    names = ("talk_logps", "mixing_weights", "text_logps")
-    token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *(scores[name] for name in names)])
-    thoughts = Thoughts(thoughts.positions.host, token_ids, mask)
-    return text.host, thoughts, Scores(**dict(zip(names, values, strict=True)))
+    shown = (scores.talk_logps, scores.mixing_weights, scores.text_logps)
+    token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *shown])
+    return text.host, Thoughts(thoughts.positions.host, token_ids, mask), ShownScores(*values)
 
 
-def _inspect_text(tokenizer, text: Text, scores: Scores, written: dict, b: int, places: list[int]) -> dict:
+def _inspect_text(tokenizer, text: Text, scores: ShownScores, written: dict, b: int, places: list[int]) -> dict:
     """One document, whose tokens are at `places` of row `b`."""
     pieces = token_pieces(tokenizer, text.input_ids[b, places].tolist())
     predicted = text.predicted()[b].tolist()

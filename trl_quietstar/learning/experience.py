@@ -7,7 +7,7 @@ import torch
 from ..config import QuietStarConfig
 from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..thinking.sampling import SamplingSettings, unfinished
-from ..thinking.scoring import Scores, at_talk
+from ..thinking.scoring import Scores, ThoughtScores, at_talk
 from .advantages import thought_advantages
 from .objective import TokenCounts
 from .rewards import RewardFunction, columns_taken, thought_rewards
@@ -57,7 +57,7 @@ class Experience:
 def experience_of(
     text: Text,
     scores: Scores,
-    reference: Scores | None,
+    reference: ThoughtScores | None,
     args: QuietStarConfig,
     sampling: SamplingSettings,
     reward_function: RewardFunction | None = None,
@@ -71,7 +71,7 @@ def experience_of(
             The batch.
         scores ([`Scores`]):
             By the policy that wrote the thoughts.
-        reference ([`Scores`], *optional*):
+        reference ([`ThoughtScores`], *optional*):
             By the reference, where there is one.
         args ([`QuietStarConfig`]):
             What is rewarded, and against which baseline.
@@ -88,7 +88,10 @@ def experience_of(
     thoughts = scores.thoughts
     talk_length = scores.talk_logps.shape[-1]
     talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
-    no_thought = scores if args.no_thought_model == "policy" else reference
+    no_thought: Scores | ThoughtScores = scores
+    if args.no_thought_model == "reference":
+        assert reference is not None
+        no_thought = reference
     logps_without = at_talk(no_thought.text_logps, thoughts, talk_length)
     correct_without = at_talk(no_thought.text_correct, thoughts, talk_length)
     gains = {
@@ -132,7 +135,7 @@ def experience_of(
         advantages,
         returns,
         scores.thought_logps.detach(),
-        reference.thought_logps if args.beta > 0 else None,
+        reference.thought_logps if reference is not None and args.beta > 0 else None,
     )
 
 

@@ -70,8 +70,9 @@ def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> fl
         model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
     )
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
-    pairs = [(ours[name], oracle[name]) for name in ("thought_logps", "talk_logps", "text_logps", "thought_values")]
-    if oracle.router_loss is not None:
+    fields = ("thought_logps", "talk_logps", "text_logps", "thought_values")
+    pairs = [(getattr(ours, name), getattr(oracle, name)) for name in fields]
+    if ours.router_loss is not None and oracle.router_loss is not None:
         pairs.append((ours.router_loss, oracle.router_loss))
     pairs.append((_stepwise_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
     pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]

@@ -5,6 +5,7 @@ what greedy generation wrote are those it wrote it with.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +17,21 @@ from ..model.lm_head import normalized_entropy, token_statistics
 from ..text.batch import Positions, Text, Thoughts
 from ..text.transfer import to_device
 from .sampling import SamplingSettings, Thinking, ThoughtSampler, fixed_draws, sample_thoughts, thought_sampling
-from .scoring import ScoreRequest, Scores, score
+from .scoring import ScoreRequest, score
 
 
-TALK_SCORES = ("talk_logps", "talk_correct", "mixing_weights")
 # positions that rows of a batch must be apart for the shorter ones to be left out of what follows: on other devices than a
 # CPU a few larger forwards cost less than many small ones
 LEAST_GROUP = 16
 GPU_LEAST_GROUP = 256
+
+
+class TalkScores(NamedTuple):
+    """The part of [`~thinking.scoring.Scores`] that is about talk tokens, each of shape `(B, J, G, M)`."""
+
+    talk_logps: torch.Tensor
+    talk_correct: torch.Tensor
+    mixing_weights: torch.Tensor
 
 
 @torch.no_grad()
@@ -37,8 +45,7 @@ def think_in_chunks(
     talk_length: int,
     prediction: str,
     cache: BranchCache | None = None,
-    whole_text: bool = True,
-) -> tuple[Thoughts, Scores]:
+) -> tuple[Thoughts, TalkScores]:
     """
     Writes and scores thoughts at any number of positions, as many at a time as memory allows.
 
@@ -61,16 +68,11 @@ def think_in_chunks(
             `"mixed"` or `"thought"`.
         cache ([`BranchCache`], *optional*):
             The text as this model read it, so that it is not read again.
-        whole_text (`bool`):
-            Whether `text_logps` are wanted.
 
     Returns:
-        [`Thoughts`], and [`Scores`] with `text_logps` where they are wanted, `talk_logps`, `talk_correct` and `mixing_weights`.
+        `tuple`: [`Thoughts`] and [`TalkScores`].
     """
     cache = path.read(model, text) if cache is None else cache
-    text_logps, predicts = None, text.host.predicted()
-    if whole_text:
-        text_logps = token_statistics(model, cache.text_hidden[:, :-1], text.input_ids[:, 1:], predicts).logps
     shape, device, host = draws.shape, text.input_ids.device, positions.host
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -94,9 +96,10 @@ def think_in_chunks(
         L = scores.thoughts.mask.shape[3]
         index = to_device(index, device)
         tokens[index, at, :, :L], mask[index, at, :, :L] = scores.thoughts.token_ids, scores.thoughts.mask
-        for name in TALK_SCORES:
-            found.setdefault(name, scores[name].new_zeros(*shape[:3], talk_length))[index, at] = scores[name]
-    return Thoughts(positions, tokens, mask), Scores(text_logps=text_logps, **found)  # type: ignore[arg-type]
+        for name in TalkScores._fields:
+            values = getattr(scores, name)
+            found.setdefault(name, values.new_zeros(*shape[:3], talk_length))[index, at] = values
+    return Thoughts(positions, tokens, mask), TalkScores(**found)
 
 
 def _thoughts(
@@ -194,9 +197,7 @@ def log_likelihoods(
     prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
     ends = _ends(wanted, positions)
     reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
-    _, scores = think_in_chunks(
-        model, path, text, positions, settings, draws, reach, prediction, cache, whole_text=False
-    )
+    _, scores = think_in_chunks(model, path, text, positions, settings, draws, reach, prediction, cache)
     served = positions.index[..., None] + torch.arange(reach, device=logps.device)
     valid = positions.mask[..., None] & (served < ends[..., None])
     valid &= wanted.gather(1, served.clamp(max=logps.shape[1] - 1).flatten(1)).view(served.shape)

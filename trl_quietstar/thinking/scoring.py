@@ -6,9 +6,9 @@ This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and au
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers.utils import ModelOutput
 
 from ..branches.base import BranchCache, BranchPath, Encoded
 from ..branches.shared_prefix import SharedPrefixCache
@@ -65,43 +65,54 @@ class ScoreRequest:
         return score(model, self)
 
 
-@dataclass
-class Scores(ModelOutput):
+class Scores(NamedTuple):
     """
     What scoring yields; log-probabilities and entropies in nats, 0 at masked places.
 
+    A tuple, since every engine looks for tensors in tuples: DDP and FSDP set their hooks there, and accelerate turns what
+    autocast left in half precision into float32.
+
     Parameters:
         thought_logps, thought_entropies, thought_values (`torch.Tensor` of shape `(B, J, G, L)`):
-            Of each thought token: its log-probability under the policy, the entropy it was drawn at, and the value of
-            the state it was drawn in.
+            Log-probability of each thought token under the policy, the entropy that it was drawn at, and the value of the
+            state that it was drawn in.
         talk_logps, talk_correct (`torch.Tensor` of shape `(B, J, G, M)`):
             Log-probability of each talk token after the thought, and whether it is the most likely one.
         reader_logps (`torch.Tensor` of shape `(B, J, G, M)`):
-            The same by the thought's prediction alone.
+            Log-probability of each talk token by the thought's prediction alone.
         mixing_weights (`torch.Tensor` of shape `(B, J, G, M)`):
             Weight of the thought in the prediction (1 with `prediction="thought"`).
         text_logps, text_correct (`torch.Tensor` of shape `(B, T - 1)`):
-            The same of the text without thoughts.
+            Log-probability of each text token but the first without thoughts, and whether it is the most likely one.
         similarity (`torch.Tensor` of shape `(B, J, G)`):
             Cosine of the thought's mean hidden state and the hidden state at its position; no gradient.
+        thoughts ([`Thoughts`]):
+            Those that were scored.
         router_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts, a scalar.
-        thoughts ([`Thoughts`], *optional*):
-            Those that were scored.
     """
 
-    thought_logps: torch.Tensor | None = None
-    thought_entropies: torch.Tensor | None = None
-    thought_values: torch.Tensor | None = None
-    talk_logps: torch.Tensor | None = None
-    talk_correct: torch.Tensor | None = None
-    reader_logps: torch.Tensor | None = None
-    mixing_weights: torch.Tensor | None = None
-    text_logps: torch.Tensor | None = None
-    text_correct: torch.Tensor | None = None
-    similarity: torch.Tensor | None = None
+    thought_logps: torch.Tensor
+    thought_entropies: torch.Tensor
+    thought_values: torch.Tensor
+    talk_logps: torch.Tensor
+    talk_correct: torch.Tensor
+    reader_logps: torch.Tensor
+    mixing_weights: torch.Tensor
+    text_logps: torch.Tensor
+    text_correct: torch.Tensor
+    similarity: torch.Tensor
+    thoughts: Thoughts
     router_loss: torch.Tensor | None = None
-    thoughts: Thoughts | None = None
+
+
+class ThoughtScores(NamedTuple):
+    """The part of [`Scores`] that does without talk: `thought_logps`, of shape `(B, J, G, L)`, and `text_logps` and
+    `text_correct`, of shape `(B, T - 1)`."""
+
+    thought_logps: torch.Tensor
+    text_logps: torch.Tensor
+    text_correct: torch.Tensor
 
 
 def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
@@ -161,8 +172,8 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
         text_logps=plain.logps,
         text_correct=plain.correct,
         similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
-        router_loss=router_loss(model.config, encoded.routings),
         thoughts=thoughts,
+        router_loss=router_loss(model.config, encoded.routings),
     )
 
 
@@ -265,7 +276,7 @@ def score_thoughts(
     start: bool = True,
     branch_batch_size: int | None = None,
     cache: BranchCache | None = None,
-) -> Scores:
+) -> ThoughtScores:
     """
     The thought tokens alone, and the text: what a reference model is asked for.
 
@@ -287,7 +298,7 @@ def score_thoughts(
             As in [`ScoreRequest`].
 
     Returns:
-        [`Scores`] with `thought_logps`, `text_logps` and `text_correct`.
+        [`ThoughtScores`].
     """
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids[..., :-1])
@@ -305,7 +316,7 @@ def score_thoughts(
         hidden = torch.cat([first, hidden], dim=3)
     logps = token_statistics(model, hidden, thoughts.token_ids, thoughts.host_mask, temperature).logps
     plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.host.predicted())
-    return Scores(thought_logps=logps, text_logps=plain.logps, text_correct=plain.correct)
+    return ThoughtScores(logps, plain.logps, plain.correct)
 
 
 def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch.Tensor:

@@ -203,8 +203,8 @@ class _Check:
 
 def _detached(batch: BatchResult) -> BatchResult:
     """Without the graph, which would be held until the check is read."""
-    scores = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in batch.scores.items()}
-    return replace(batch, scores=Scores(**scores), loss=batch.loss.detach())  # type: ignore[arg-type]
+    scores = Scores._make(x.detach() if isinstance(x, torch.Tensor) else x for x in batch.scores)
+    return replace(batch, scores=scores, loss=batch.loss.detach())
 
 
 def _reward(batch: BatchResult) -> torch.Tensor:
