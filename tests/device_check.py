@@ -48,7 +48,7 @@ from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.evaluation.harness import QuietStarLM  # noqa: E402
 from trl_quietstar.text.transfer import exact_dtype  # noqa: E402
 
-from .test_generation import padded, prompts, thinking_model  # noqa: E402
+from .speaking import padded, prompts, thinking_model  # noqa: E402
 from .tiny import byte_tokenizer  # noqa: E402
 from .training import plain_model, saved_model, text_data, tiny_trainer  # noqa: E402
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 
-PACKAGE = Path(__file__).parent.parent / "trl_quietstar"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "trl_quietstar"
 # from the ground up: a module imports those before its own, and those of its own room
 ORDER = (
     *("_compat", "settings", "text", "model", "branches", "thinking", "learning", "curriculum", "config"),
@@ -20,13 +21,13 @@ FUNCTION_LINES, MEDIAN_LINES, FILE_LINES = 50, 8, 450
 OTHER_FILES = {"trainer.py": 300, "modeling.py": 500, "config.py": 500}
 
 
-def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def modules(package: Path = PACKAGE) -> list[Path]:
+    return sorted(package.rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def room(path: Path, package: Path = PACKAGE) -> str:
     """A folder of the package, or a module beside them."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(package).parts[0].removesuffix(".py")
 
 
 def functions(path: Path) -> dict[str, int]:
@@ -41,7 +42,7 @@ def functions(path: Path) -> dict[str, int]:
     return found
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, package: Path = PACKAGE) -> set[str]:
     """Rooms that a module imports from when it runs; what types alone need does not count."""
     tree, found = ast.parse(path.read_text("utf-8")), set()
     typing_only = {
@@ -50,26 +51,38 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
-    depth = len(path.relative_to(PACKAGE).parts)
+    depth = len(path.relative_to(package).parts)
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0 or id(node) in typing_only:
             continue
         if node.level == depth:  # from the top of the package
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
         else:
-            found.add(room(path))
+            found.add(room(path, package))
     return found
 
 
-def against_the_order() -> list[str]:
+def against_the_order(package: Path = PACKAGE) -> list[str]:
     """Imports that go up."""
     return [
-        f"{path.relative_to(PACKAGE)} imports {other}, which stands above it"
-        for path in modules()
-        if room(path) not in APART
-        for other in sorted(imports(path) - set(APART))
-        if ORDER.index(other) > ORDER.index(room(path))
+        f"{path.relative_to(package)} imports {other}, which stands above it"
+        for path in modules(package)
+        if room(path, package) not in APART
+        for other in sorted(imports(path, package) - set(APART))
+        if ORDER.index(other) > ORDER.index(room(path, package))
     ]
+
+
+def importing_tests(folder: Path = TESTS) -> list[str]:
+    """Test files that import another one; what several need has a module of its own."""
+    found = []
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            module = getattr(node, "module", None) or ""
+            parts = [part for name in (module, *names) for part in name.split(".")]
+            found += [f"{path.name} imports {part}" for part in parts if names and part.startswith("test_")]
+    return found
 
 
 def too_long() -> list[str]:
@@ -94,7 +107,7 @@ def main() -> int:
     print(
         f"{len(modules())} modules, {total:,} lines, {len(lengths)} functions, median {statistics.median(lengths):g}"
     )
-    complaints = against_the_order() + too_long()
+    complaints = against_the_order() + too_long() + importing_tests()
     print(*complaints, sep="\n", end="\n" if complaints else "")
     return 1 if complaints else 0
 

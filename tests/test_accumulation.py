@@ -7,9 +7,8 @@ from transformers import TrainerCallback
 
 from trl_quietstar.learning.experience import StepPart
 
-from .test_checkpoints import log_of
 from .tiny import byte_tokenizer, exact_model
-from .training import logged, tiny_trainer
+from .training import log_of, logged, tiny_trainer
 
 
 TEXTS = [

@@ -18,9 +18,8 @@ from trl_quietstar.text.batch import Text, choose_positions
 from trl_quietstar.thinking.likelihood import log_likelihoods
 from trl_quietstar.thinking.sampling import ENDLESS, Thinking
 
-from .test_generation import SETTINGS, naive, padded, prompts, thinking_model
-from .test_inspection import embedded
-from .test_likelihood import of_generated
+from .pages import embedded
+from .speaking import SETTINGS, naive, of_generated, padded, prompts, thinking_model
 from .tiny import byte_tokenizer
 from .training import saved_model, tiny_trainer
 

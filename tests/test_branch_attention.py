@@ -11,8 +11,8 @@ from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
+from .agreement import assert_paths_agree, assert_same_gradients, assert_same_scores, run
 from .conformance import tiny_model as family_model
-from .test_exactness import assert_paths_agree, assert_same_gradients, assert_same_scores, run
 from .tiny import FAMILIES, exact_model, generators, mixed_text, sampling
 
 

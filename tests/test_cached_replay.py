@@ -10,29 +10,15 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.thinking.check import TOLERANCES, choose_path, path_difference
 from trl_quietstar.thinking.sampling import greedy_continuation
 
+from .agreement import Counter
 from .conformance import tiny_model
-from .test_generation import SETTINGS, generated, padded, prompts, thinking_model
+from .speaking import SETTINGS, generated, padded, prompts, thinking_model
 from .tiny import mixed_text, positions_of, sampling, think
 
 
 CHUNKED, BY_TOKEN = CachedReplay(), CachedReplay(by_token=True)
 CONTINUED = ("mamba2", "qwen3_next", "lfm2", "bloom", "gpt_neo", "falcon_h1")
 PATHS = {**dict.fromkeys(CONTINUED, CHUNKED), **dict.fromkeys(("mamba", "jamba"), BY_TOKEN)}
-
-
-class Counter:
-    """Counts the tokens that a model reads, padding of a batch included."""
-
-    def __init__(self, model, monkeypatch):
-        self.tokens = self.forwards = 0
-        plain = type(model)._plain_class.forward
-
-        def forward(module, *args, **kwargs):
-            self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
-            self.forwards += 1
-            return plain(module, *args, **kwargs)
-
-        monkeypatch.setattr(type(model), "forward", forward)
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -14,29 +14,11 @@ from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.model.adapters import base_of
 
 from .tiny import byte_tokenizer
-from .training import logged, plain_model, saved_model, text_data, tiny_trainer
+from .training import CLOCK, assert_same_state, log_of, logged, plain_model, saved_model, text_data, tiny_trainer
 
 
 FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)
 LORA = dict(r=4, target_modules="all-linear")
-CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-
-
-def state_of(model) -> dict[str, torch.Tensor]:
-    """All weights, heads and adapter included."""
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_state(ours, oracle) -> None:
-    ours, oracle = state_of(ours), state_of(oracle)
-    assert ours.keys() == oracle.keys()
-    assert not [name for name, value in oracle.items() if not torch.equal(ours[name], value)]
-
-
-def log_of(trainer, after: int = 0) -> list[dict]:
-    """The log of the steps after one, without the clock and the whole run's summary."""
-    entries = [e for e in trainer.state.log_history if e["step"] > after and "train_runtime" not in e]
-    return [{name: value for name, value in entry.items() if name not in CLOCK} for entry in entries]
 
 
 # Resuming

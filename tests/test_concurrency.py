@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 
-from .test_generation import SETTINGS, generated, padded, prompts, thinking_model
+from .speaking import SETTINGS, generated, padded, prompts, thinking_model
 from .tiny import tiny_model
 from .training import saved_model, text_data, tiny_trainer
 

@@ -11,7 +11,7 @@ from trl_quietstar.text.batch import Positions, Thoughts
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, score, score_thoughts
 
-from .test_cached_replay import Counter
+from .agreement import Counter
 from .tiny import exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model
 
 

@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarConfig
 from trl_quietstar import trainer as trainer_module
@@ -21,27 +20,11 @@ from trl_quietstar.learning.objective import quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.training.faults import FaultGuard
 
-from .training import logged, saved_model, text_data, tiny_trainer
+from .training import States, logged, saved_model, text_data, tiny_trainer
 
 
 ROWS = 4
 STOPPED = "was skipped: not finite is {}.*checkpoint-{}"
-
-
-class States(TrainerCallback):
-    """Weights, optimizer state and learning rate after each optimizer step."""
-
-    def __init__(self):
-        self.states = []
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
-        self.states.append([*(p.detach().clone() for p in model.parameters()), *moments])
-
-    def unchanged(self, step: int) -> bool:
-        """Whether an optimizer step left all as it was."""
-        before, after = self.states[step - 2], self.states[step - 1]
-        return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
 @contextmanager
@@ -312,7 +295,7 @@ def test_a_first_faulty_evaluation_is_not_the_best(tmp_path):
 PROCESS = """
 import math, os, sys
 from pathlib import Path
-from tests.test_faults import States
+from tests.training import States
 from tests.training import tiny_trainer
 from trl_quietstar.learning import experience
 from trl_quietstar.learning.rewards import thought_rewards

@@ -8,83 +8,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.model.family import CACHE_NAMES
-from trl_quietstar.model.lm_head import logits_of, normalized_entropy
+from trl_quietstar.model.lm_head import normalized_entropy
 from trl_quietstar.modeling import heads_aside
-from trl_quietstar.text.batch import Branches, Positions, Text
-from trl_quietstar.thinking.sampling import fixed_draws, sample_thoughts, thought_sampling
+from trl_quietstar.text.batch import Text
 
-from .conformance import tiny_model as family_model
+from .speaking import generated, naive, padded, prompts, thinking_model
 from .tiny import byte_tokenizer, tiny_model
 
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "mistral", "mamba", "bloom", "qwen3_next", "rwkv")
-SETTINGS = QuietStarSettings(thought_length=3, talk_length=4)
-
-
-def thinking_model(name: str = "llama", settings: QuietStarSettings = SETTINGS):
-    """A tiny model whose thoughts matter: peaked weights and an open mixing head."""
-    model = family_model(name)
-    model.adopt_settings(settings)
-    with torch.no_grad():
-        model.quietstar.mixing_head.bias.fill_(0.5)
-        for vector, seed in ((model.quietstar.start_embedding, 1), (model.quietstar.end_embedding, 2)):
-            vector.copy_(0.5 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed)))
-    return model
-
-
-@torch.no_grad()
-def naive(
-    model, prompt, new: int, every: int = 1, threshold: float | None = None, reach: int | None = None
-) -> list[int]:
-    """One row: for each token the whole text is read, the thought sampled and read again, by replay. Thoughts are `every`
-    tokens apart or more, and each is read for `reach` tokens."""
-    ids, settings = prompt.clone(), thought_sampling(model.quietstar_settings, None)
-    embed, heads, path = model.get_input_embeddings(), model.quietstar, Replay()
-    anchor, thought = -1, None
-    for _ in range(new):
-        text = Text.from_batch(ids[None])
-        here = len(ids) - 1
-        hidden = path.text_hidden(model, text)[:, -1]
-        if thought is not None and here - anchor >= (every if reach is None else reach):
-            thought = None
-        due = anchor < 0 or here - anchor >= every
-        if due and (threshold is None or float(normalized_entropy(model, hidden)) >= threshold):
-            positions = Positions(torch.tensor([[here]]), torch.tensor([[True]]))
-            draws = fixed_draws(positions.index, settings)
-            thought = sample_thoughts(model, path.read(model, text), text, positions, settings, draws).token_ids[
-                0, 0, 0
-            ]
-            anchor = here
-        if thought is not None:
-            prefix = Text.from_batch(ids[None, : anchor + 1])
-            slots = [heads.start_embedding[None], embed(thought), heads.end_embedding[None], embed(ids[anchor + 1 :])]
-            slots = torch.cat(slots)[None, None]
-            branches = Branches(torch.tensor([[anchor]]), slots, torch.ones(slots.shape[:3], dtype=torch.bool))
-            read = path.branch_hidden(model, prefix, branches)[:, 0, -1]
-            weight = heads.mixing_head(hidden, read)[:, None]
-            hidden = weight * read + (1 - weight) * hidden
-        ids = torch.cat([ids, logits_of(model, hidden).argmax(-1)])
-    return ids[len(prompt) :].tolist()
-
-
-def prompts(*lengths: int) -> list[torch.Tensor]:
-    """Random prompts without the padding token."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(1, 300, (length,), generator=generator) for length in lengths]
-
-
-def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prompts side by side, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generated(model, inputs: dict, new: int = 8, **options) -> torch.Tensor:
-    """The new tokens of greedy generation, which goes on after EOS."""
-    options = dict(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0) | options
-    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import math
 import re
 import sys
@@ -26,11 +25,11 @@ from trl_quietstar.thinking.likelihood import think_in_chunks
 from trl_quietstar.thinking.sampling import uniforms
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score, score_thoughts
 
+from .pages import HOSTILE, embedded, hostile_texts
 from .tiny import byte_tokenizer, generators, mixed_text, positions_of, sampling, think, tiny_model
 from .training import saved_model, text_data, tiny_trainer
 
 
-HOSTILE = "</script><img src=x onerror=alert(1)> <!-- & \u2028 \u202e ' \" `${1}`"
 WORDS = "one two 東京 naïve 🙂👩‍👩‍👧 Ελλάδα"
 
 
@@ -232,22 +231,6 @@ def test_chunks_change_nothing(path, monkeypatch):
 
 
 # The page
-
-
-def embedded(page: str) -> dict:
-    """The page's data, as the browser's parser would find it."""
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(found)
-
-
-def hostile_texts() -> list[dict]:
-    """Text, tokens and thoughts that would like to be markup."""
-    thought = {"text": HOSTILE, "gain": 0.2, "weight": 0.5, "nll_with": [1.0]}
-    tokens = [
-        {"piece": HOSTILE, "nll_without": None, "nll_with": None, "thoughts": [thought]},
-        {"piece": HOSTILE, "nll_without": 1.2, "nll_with": 1.0, "thoughts": []},
-    ]
-    return [{"tokens": tokens}]
 
 
 def test_hostile_text_stays_text():

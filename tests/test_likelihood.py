@@ -11,24 +11,9 @@ from trl_quietstar.thinking import likelihood
 from trl_quietstar.thinking.likelihood import log_likelihoods
 from trl_quietstar.thinking.sampling import Thinking
 
-from .test_generation import padded, prompts, thinking_model
+from .speaking import of_generated, padded, prompts, thinking_model
 from .tiny import byte_tokenizer
 from .training import saved_model
-
-
-def of_generated(model, inputs: dict, thinking: Thinking, new: int = 8):
-    """Greedy text with the log-probabilities that generation gave each new token, and those of scoring it."""
-    options = dict(do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
-    options |= dict(return_dict_in_generate=True, output_logits=True)
-    out = model.generate(**inputs, think=thinking, **options)
-    said = torch.stack(out.logits, dim=1).log_softmax(-1)
-    start = inputs["input_ids"].shape[1]
-    expected = said.gather(2, out.sequences[:, start:, None])[..., 0]
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.sequences[:, start:])], dim=1)
-    wanted = torch.zeros_like(mask)
-    wanted[:, start:] = 1
-    logps, correct = log_likelihoods(model, out.sequences, mask, wanted, thinking)
-    return expected, logps[:, start - 1 :], correct[:, start - 1 :], logps[:, : start - 1]
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -21,6 +21,7 @@ from trl_quietstar.thinking.scoring import ScoreRequest, score
 from .tiny import (
     FAMILIES,
     byte_tokenizer,
+    divergence_by_hand,
     exact_model,
     mixed_text,
     randomize,
@@ -74,19 +75,6 @@ def test_without_thoughts_it_is_the_base(name):
             assert ours.loss is None or torch.equal(ours.loss, oracle.loss)
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(model.generate(IDS, think="never", **options), plain.generate(IDS, **options))
-
-
-@torch.no_grad()
-def divergence_by_hand(model, ids: torch.Tensor, thought: torch.Tensor) -> float:
-    """KL in nats of the next token's distribution after a thought from the one without."""
-    embed, heads = model.get_input_embeddings(), model.quietstar
-    row = torch.cat([embed(ids), heads.start_embedding[None], embed(thought), heads.end_embedding[None]])
-    without = model.base_model(input_ids=ids[None]).last_hidden_state[0, -1]
-    thinking = model.base_model(inputs_embeds=row[None]).last_hidden_state[0, -1]
-    weight = heads.mixing_head(without, thinking)
-    base = model.lm_head(without).log_softmax(-1)
-    mixed = (weight * model.lm_head(thinking) + (1 - weight) * model.lm_head(without)).log_softmax(-1)
-    return float((base.exp() * (base - mixed)).sum())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

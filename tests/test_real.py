@@ -13,7 +13,7 @@ from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
 from trl_quietstar.thinking.check import TOLERANCES, path_difference
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
 
-from .test_model import divergence_by_hand
+from .tiny import divergence_by_hand
 
 
 DEMO = Path(__file__).parents[1] / ".demo"

@@ -7,7 +7,7 @@ import pytest
 
 from trl_quietstar.evaluation.page import render_page
 
-from .test_inspection import HOSTILE, hostile_texts
+from .pages import HOSTILE, hostile_texts
 
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")

@@ -15,8 +15,7 @@ from trl import BEMACallback
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.training.checkpoints import rotate
 
-from .test_checkpoints import assert_same_state, log_of
-from .training import logged, saved_model, text_data, tiny_args, tiny_trainer
+from .training import assert_same_state, log_of, logged, saved_model, text_data, tiny_args, tiny_trainer
 
 
 FROZEN = dict(learning_rate=0.0, heads_learning_rate=0.0)

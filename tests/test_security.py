@@ -18,7 +18,7 @@ from trl_quietstar.evaluation.page import write_page
 from trl_quietstar.evaluation.report import TerminalStreamer, card_section, print_thoughts, printable
 from trl_quietstar.loading import load_tokenizer
 
-from .test_inspection import HOSTILE, embedded, hostile_texts
+from .pages import HOSTILE, embedded, hostile_texts
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_trainer
 

@@ -14,9 +14,8 @@ from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.text.batch import Text, choose_positions, talk_span
 from trl_quietstar.thinking.sampling import unfinished
 
-from .test_checkpoints import log_of
 from .tiny import byte_tokenizer, generators, sampling, think, tiny_model
-from .training import logged, saved_model, text_data, tiny_args, tiny_trainer
+from .training import log_of, logged, saved_model, text_data, tiny_args, tiny_trainer
 
 
 PROBLEMS = Dataset.from_dict(

@@ -22,8 +22,7 @@ from trl_quietstar import QuietStarREINFORCETrainer
 from trl_quietstar.training.checkpoints import check_checkpoint
 from trl_quietstar.training.distributed import check_engine
 
-from .test_checkpoints import log_of
-from .training import text_data, tiny_args, tiny_trainer
+from .training import log_of, text_data, tiny_args, tiny_trainer
 
 
 FIELDS = [field.name for field in fields(TrainingArguments)]

@@ -191,3 +191,16 @@ def byte_tokenizer(**changes) -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         **{"chat_template": CHAT_TEMPLATE, "model_max_length": 128, **changes},
     )
+
+
+@torch.no_grad()
+def divergence_by_hand(model, ids: torch.Tensor, thought: torch.Tensor) -> float:
+    """KL in nats of the next token's distribution after a thought from the one without."""
+    embed, heads = model.get_input_embeddings(), model.quietstar
+    row = torch.cat([embed(ids), heads.start_embedding[None], embed(thought), heads.end_embedding[None]])
+    without = model.base_model(input_ids=ids[None]).last_hidden_state[0, -1]
+    thinking = model.base_model(inputs_embeds=row[None]).last_hidden_state[0, -1]
+    weight = heads.mixing_head(without, thinking)
+    base = model.lm_head(without).log_softmax(-1)
+    mixed = (weight * model.lm_head(thinking) + (1 - weight) * model.lm_head(without)).log_softmax(-1)
+    return float((base.exp() * (base - mixed)).sum())

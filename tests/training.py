@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 
@@ -28,6 +28,8 @@ DEFAULTS = dict(
     disable_tqdm=True,
 )
 OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_function")
+# metrics that no two runs share
+CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 def tiny_args(folder: Path, **changes) -> QuietStarConfig:
@@ -70,3 +72,37 @@ def tiny_trainer(folder: Path, model=None, data=None, evaluation=None, tokenizer
 def logged(trainer, marker: str = "rl/reward") -> list[dict]:
     """The entries of the log history that hold a metric."""
     return [entry for entry in trainer.state.log_history if marker in entry]
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    """All weights, heads and adapter included."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(ours, oracle) -> None:
+    """Two models have the same weights, bit for bit."""
+    ours, oracle = state_of(ours), state_of(oracle)
+    assert ours.keys() == oracle.keys()
+    assert not [name for name, value in oracle.items() if not torch.equal(ours[name], value)]
+
+
+def log_of(trainer, after: int = 0) -> list[dict]:
+    """The log of the steps after one, without the clock and the whole run's summary."""
+    entries = [e for e in trainer.state.log_history if e["step"] > after and "train_runtime" not in e]
+    return [{name: value for name, value in entry.items() if name not in CLOCK} for entry in entries]
+
+
+class States(TrainerCallback):
+    """Weights, optimizer state and learning rate after each optimizer step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
+        self.states.append([*(p.detach().clone() for p in model.parameters()), *moments])
+
+    def unchanged(self, step: int) -> bool:
+        """Whether an optimizer step left all as it was."""
+        before, after = self.states[step - 2], self.states[step - 1]
+        return len(before) == len(after) and all(map(torch.equal, before, after))
