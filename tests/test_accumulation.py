@@ -106,9 +106,9 @@ def test_further_updates_reuse_the_thoughts(tmp_path, monkeypatch):
 
     calls = []
 
-    def spy(*args, **kwargs):
-        calls.append((args[3], kwargs["sampled_logps"]))
-        return quietstar_loss(*args, **kwargs)
+    def spy(inputs, *args, **kwargs):
+        calls.append((inputs.advantages, inputs.sampled_logps))
+        return quietstar_loss(inputs, *args, **kwargs)
 
     monkeypatch.setattr("trl_quietstar.trainer.quietstar_loss", spy)
     _, trainer = run(tmp_path, 4, 1, num_iterations=3, max_steps=6, heads_learning_rate=1e-2)

@@ -12,7 +12,7 @@ import torch
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.learning.advantages import thought_advantages
-from trl_quietstar.learning.objective import Coefficients, quietstar_loss
+from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.text.batch import Positions, Text, Thoughts, seeded_generators
 from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
@@ -127,7 +127,7 @@ def sampled(temperature: float, positive_only: bool = False, **advantage_options
     )
     if positive_only:
         advantages = advantages.clamp(min=0)
-    loss, _ = quietstar_loss(
+    inputs = LossInputs(
         scores.thought_logps,
         scores.thought_entropies,
         scores.thought_values,
@@ -139,8 +139,8 @@ def sampled(temperature: float, positive_only: bool = False, **advantage_options
         reader_logps=scores.talk_logps,
         text_logps=scores.text_logps,
         text_mask=batch.predicted(),
-        coefficients=POLICY_ONLY,
     )
+    loss, _ = quietstar_loss(inputs, POLICY_ONLY)
     number = thoughts.token_ids[:, 0, :, 0] * V + thoughts.token_ids[:, 0, :, 1]
     each = (advantages[:, 0, :, :, None] * exact(temperature).token_gradients[number]).sum(2).mean(1)
     return -L * projected_gradient(loss), each  # the loss is a mean over tokens, the expectation one over thoughts

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from trl_quietstar.learning.objective import (
     Coefficients,
+    LossInputs,
     entropy_coefficient,
     kl_divergence,
     policy_terms,
@@ -222,7 +223,7 @@ def gradient(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 def test_policy_gradient_is_minus_the_advantage():
     """d policy / d log pi = -A / n on the thought tokens, 0 elsewhere; advantages are constants."""
     given_ = inputs()
-    loss, _ = quietstar_loss(**given_, coefficients=only("policy", 2.0))
+    loss, _ = quietstar_loss(LossInputs(**given_), only("policy", 2.0))
     mask = given_["thought_mask"]
     expected = torch.where(mask, -2.0 * given_["advantages"].detach() / mask.sum(), 0.0)
     torch.testing.assert_close(gradient(loss, given_["thought_logps"]), expected, rtol=0, atol=1e-14)
@@ -245,7 +246,7 @@ def test_the_clipped_surrogate_by_hand():
 def test_value_gradient_is_the_error():
     """d value / d V = 2 (V - return) / n on the thought tokens; the returns are constants."""
     given_ = inputs()
-    loss, terms = quietstar_loss(**given_, coefficients=only("value", 0.5))
+    loss, terms = quietstar_loss(LossInputs(**given_), only("value", 0.5))
     mask, error = given_["thought_mask"], (given_["values"] - given_["returns"]).detach()
     expected = torch.where(mask, error / mask.sum(), 0.0)
     torch.testing.assert_close(gradient(loss, given_["values"]), expected, rtol=0, atol=1e-14)
@@ -256,7 +257,7 @@ def test_value_gradient_is_the_error():
 def test_entropy_is_a_bonus():
     """A higher entropy lowers the loss, on thought tokens only."""
     given_ = inputs()
-    loss, _ = quietstar_loss(**given_, coefficients=only("entropy", 0.1))
+    loss, _ = quietstar_loss(LossInputs(**given_), only("entropy", 0.1))
     mask = given_["thought_mask"]
     expected = torch.where(mask, -0.1 / mask.sum(), 0.0).double()
     torch.testing.assert_close(gradient(loss, given_["thought_entropies"]), expected, rtol=0, atol=1e-9)
@@ -265,7 +266,7 @@ def test_entropy_is_a_bonus():
 def test_likelihoods_are_masked_means():
     """Both NLLs are means over the tokens that count; each thought's talk counts once."""
     given_ = inputs()
-    loss, terms = quietstar_loss(**given_, coefficients=Coefficients(**{**vars(NOTHING), "nll": 0.7, "base_nll": 0.2}))
+    loss, terms = quietstar_loss(LossInputs(**given_), Coefficients(**{**vars(NOTHING), "nll": 0.7, "base_nll": 0.2}))
     said = given_["talk_logps"].detach()[given_["talk_mask"].expand(B, J, G, M)]
     plain = given_["text_logps"].detach()[given_["text_mask"]]
     assert terms["nll_with"].item() == pytest.approx(-said.mean().item())
@@ -276,20 +277,20 @@ def test_likelihoods_are_masked_means():
 def test_kl_is_a_masked_mean_of_its_estimate():
     """The KL term sums k3 over the thought tokens, and only where a reference is given."""
     given_ = inputs()
-    loss, terms = quietstar_loss(**given_, coefficients=only("kl", 0.3))
+    loss, terms = quietstar_loss(LossInputs(**given_), only("kl", 0.3))
     estimate = kl_divergence(given_["thought_logps"], given_["reference_logps"]).detach()
     assert terms["kl_divergence"].item() == pytest.approx(estimate[given_["thought_mask"]].mean().item())
     assert loss.item() == pytest.approx(0.3 * terms["kl_divergence"].item())
     del given_["reference_logps"]
-    assert "kl_divergence" not in quietstar_loss(**given_, coefficients=Coefficients())[1]
+    assert "kl_divergence" not in quietstar_loss(LossInputs(**given_), Coefficients())[1]
 
 
 def test_loss_is_the_weighted_sum_of_its_terms():
     """The loss of several weights is the sum of the losses of each."""
     given_ = inputs()
     weights = {name: 0.1 * (i + 1) for i, name in enumerate(vars(NOTHING))}
-    whole, _ = quietstar_loss(**given_, coefficients=Coefficients(**weights))
-    parts = [quietstar_loss(**given_, coefficients=only(name, weight))[0] for name, weight in weights.items()]
+    whole, _ = quietstar_loss(LossInputs(**given_), Coefficients(**weights))
+    parts = [quietstar_loss(LossInputs(**given_), only(name, weight))[0] for name, weight in weights.items()]
     assert whole.item() == pytest.approx(sum(part.item() for part in parts))
 
 
@@ -310,7 +311,7 @@ def test_a_term_of_weight_zero_cannot_poison_the_loss(name, off):
     del given_["reference_logps"]
     weights = {**vars(Coefficients()), off: 0.0}
     infinite = torch.full_like(given_[name], -math.inf).requires_grad_()
-    loss, _ = quietstar_loss(**{**given_, name: infinite}, coefficients=Coefficients(**weights))
+    loss, _ = quietstar_loss(LossInputs(**{**given_, name: infinite}), Coefficients(**weights))
     assert loss.isfinite()
     for other in ("thought_logps", "values", "talk_logps", "text_logps"):
         assert gradient(loss, given_[other]).isfinite().all()
@@ -321,6 +322,6 @@ def test_no_thoughts_give_no_loss():
     given_ = inputs()
     for name in ("thought_mask", "talk_mask", "text_mask"):
         given_[name] = torch.zeros_like(given_[name])
-    loss, terms = quietstar_loss(**given_, coefficients=Coefficients(kl=0.1))
+    loss, terms = quietstar_loss(LossInputs(**given_), Coefficients(kl=0.1))
     assert loss.item() == 0
     assert all(term.item() == 0 for term in terms.values())

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.learning.advantages import thought_advantages
-from trl_quietstar.learning.objective import Coefficients, quietstar_loss
+from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.text.batch import Text, choose_positions, talk_span
 from trl_quietstar.thinking.sampling import unfinished
@@ -233,7 +233,7 @@ def test_thinking_teaches_the_plain_prediction():
     """`-max(p_with - p_without, 0) log p_without` of true tokens; the thinking prediction is a teacher, not taught."""
     with_, without = (torch.tensor(p, dtype=torch.float64).log().requires_grad_() for p in ([0.6, 0.2], [0.4, 0.5]))
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    loss, terms = quietstar_loss(
+    inputs = LossInputs(
         *[nothing] * 5,
         thought_mask=nothing.bool(),
         talk_logps=with_.view(1, 1, 1, 2),
@@ -241,9 +241,9 @@ def test_thinking_teaches_the_plain_prediction():
         talk_mask=torch.ones(1, 1, 1, 2, dtype=torch.bool),
         text_logps=without.view(1, 2),
         text_mask=torch.ones(1, 2, dtype=torch.bool),
-        coefficients=Coefficients(0, 0, 0, 0, 0, 0, 0, distillation=2.0),
         logps_without=without.view(1, 1, 1, 2),
     )
+    loss, terms = quietstar_loss(inputs, Coefficients(0, 0, 0, 0, 0, 0, 0, distillation=2.0))
     assert terms["distillation_loss"].item() == pytest.approx(-0.2 * math.log(0.4) / 2)
     loss.backward()
     torch.testing.assert_close(without.grad, torch.tensor([-0.2, 0.0], dtype=torch.float64))

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ._compat import _BaseConfig
+from .learning.advantages import BASELINES
 from .learning.rewards import REWARD_TYPES
 from .model.heads import VALUE_HEAD_TYPES
 from .settings import QuietStarSettings
@@ -18,8 +19,7 @@ from .settings import QuietStarSettings
 
 logger = logging.get_logger(__name__)
 
-VALUE_BASELINES = ("value", "both")
-BASELINES = ("value", "leave_one_out", "both", "mean", "none")
+VALUE_BASELINES = tuple(name for name, baseline in BASELINES.items() if baseline.uses_value_head)
 POSITIONS = ("all", "difficulty", "prompt_end", "none")
 LAYERED = ("galore", "apollo")  # optimizers that have target modules
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what Muon and Grokfast go with
@@ -27,7 +27,7 @@ CHOICES = {
     "reward_type": REWARD_TYPES,
     "reward_prediction": ("mixed", "thought"),
     "no_thought_model": ("policy", "reference"),
-    "advantage_baseline": BASELINES,
+    "advantage_baseline": tuple(BASELINES),
     "value_head_type": VALUE_HEAD_TYPES,
     "truncation_mode": ("keep_start", "keep_end"),
     "thought_path": ("auto", "shared_prefix", "replay"),
@@ -497,7 +497,7 @@ class QuietStarConfig(_BaseConfig):
                 f"`min_entropy_coefficient` ({self.min_entropy_coefficient}) exceeds `entropy_coefficient` "
                 f"({self.entropy_coefficient}), which would then have no effect; lower it."
             )
-        if self.advantage_baseline in ("leave_one_out", "both", "mean") and self.num_thoughts < 2:
+        if BASELINES[self.advantage_baseline].of_rewards is not None and self.num_thoughts < 2:
             raise ValueError(
                 f"`advantage_baseline={self.advantage_baseline!r}` compares the thoughts at a position and needs "
                 f"`num_thoughts` of at least 2, got {self.num_thoughts}; raise it or use `advantage_baseline='value'`."

@@ -60,10 +60,9 @@ from .evaluation.anti_theater import AntiTheaterReport, check_texts, judge, text
 from .evaluation.inspection import inspect_texts
 from .evaluation.page import write_page
 from .evaluation.report import card_name, card_section, print_thoughts, thought_table
-from .learning.advantages import standardize
-from .learning.experience import Experience, StepPart, experience_of, flat, unflat
+from .learning.experience import Experience, StepPart, experience_of, finish_advantages, flat, unflat
 from .learning.metrics import BatchResult, MetricSums, batch_metrics
-from .learning.objective import Coefficients, TokenCounts, entropy_coefficient, quietstar_loss
+from .learning.objective import Coefficients, LossInputs, TokenCounts, entropy_coefficient, quietstar_loss
 from .learning.rewards import RewardFunction, coherence, column_parameters, has_columns
 from .loading import build_model, check_adapter, check_kinds, check_quantization, disable_dropout, pad_token_id
 from .model.adapters import AdapterReference, base_of, check_trainable
@@ -72,7 +71,7 @@ from .modeling import save_settings
 from .text.batch import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
 from .thinking.check import choose_path
 from .thinking.sampling import ThoughtSampler, thought_sampling
-from .thinking.scoring import ScoreRequest, Scores, ThoughtScores, at_talk, score_thoughts
+from .thinking.scoring import ScoreRequest, Scores, ThoughtScores, score_thoughts
 from .training.callbacks import (
     AntiTheaterCallback,
     CurriculumCallback,
@@ -437,31 +436,13 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         experience, reduce = part.experience, self._reduce if mode == "train" else _alone
         if experience is None:
             experience = self._experience(text, scores, inputs, plan)
-            (experience,) = self._finish_advantages([experience], reduce)
+            (experience,) = finish_advantages([experience], args, reduce)
             if mode == "train" and args.num_iterations > 1:
                 self._experiences.append(experience)
         counts = part.counts or TokenCounts.total([experience.counts(text)], reduce)
-        loss, terms = quietstar_loss(
-            scores.thought_logps,
-            scores.thought_entropies,
-            scores.thought_values,
-            experience.advantages,
-            experience.returns,
-            experience.thoughts.mask,
-            scores.talk_logps,
-            scores.reader_logps,
-            experience.talk_mask,
-            scores.text_logps,
-            text.predicted(),
-            self._coefficients(),
-            logps_without=self._distilled(scores),
-            reference_logps=experience.reference_logps,
-            router_loss=scores.router_loss,
-            sampled_logps=experience.sampled_logps if args.num_iterations > 1 else None,
-            clip_range=args.clip_range,
-            counts=counts,
-            share=part.share,
-        )
+        distills, reuses = args.distillation_coefficient != 0, args.num_iterations > 1
+        inputs = LossInputs.of(text, scores, experience, distills, reuses)
+        loss, terms = quietstar_loss(inputs, self._coefficients(), args.clip_range, counts, part.share)
         with torch.no_grad():
             batch = BatchResult(text, scores, experience, loss, terms, part.share)
             finite = self._guard.check(batch, part.rows, mode)
@@ -477,12 +458,6 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             if metrics.mean("reward") is None:  # the window has nothing yet: the next batch begins it
                 self._metrics["train"] = MetricSums()
         return loss
-
-    def _distilled(self, scores: Scores) -> torch.Tensor | None:
-        """The prediction without thoughts, with gradient, where thinking teaches it."""
-        if self.args.distillation_coefficient == 0:
-            return None
-        return at_talk(scores.text_logps, scores.thoughts, scores.talk_logps.shape[-1])
 
     def _text(self, inputs: dict) -> Text:
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in ("part", "columns")})
@@ -585,21 +560,12 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                     input_ids=text.input_ids, attention_mask=text.attention_mask, quietstar_request=request
                 )
             experiences.append(self._experience(text, scores, batch, plan))
-        experiences = self._finish_advantages(experiences, self._reduce)
+        experiences = finish_advantages(experiences, self.args, self._reduce)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
     def _experience(self, text: Text, scores: Scores, batch: dict, plan: Plan) -> Experience:
         reference, columns = self._score_reference(text, scores.thoughts, plan), batch.get("columns")
         return experience_of(text, scores, reference, self.args, self.sampling, self.reward_function, columns)
-
-    def _finish_advantages(self, experiences: list[Experience], reduce) -> list[Experience]:
-        """Standardized over the batches of a step and cut, as configured."""
-        advantages = [x.advantages for x in experiences]
-        if self.args.normalize_advantages:
-            advantages = standardize(advantages, [x.thoughts.mask for x in experiences], reduce)
-        if self.args.positive_advantages_only:
-            advantages = [x.clamp(min=0) for x in advantages]
-        return [replace(x, advantages=values) for x, values in zip(experiences, advantages, strict=True)]
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
         """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
@@ -713,18 +679,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
             return self._ask(reference, text, score_thoughts, *args, branch_batch_size=plan.scoring)
 
     def _coefficients(self) -> Coefficients:
-        args = self.args
-        return Coefficients(
-            policy=args.policy_coefficient,
-            value=args.value_loss_coefficient if args.uses_value_head else 0.0,
-            entropy=self.entropy_coefficient,
-            kl=args.beta,
-            nll=args.nll_coefficient,
-            reader_nll=args.reader_nll_coefficient,
-            base_nll=args.base_nll_coefficient,
-            distillation=args.distillation_coefficient,
-            router=self.router_coefficient,
-        )
+        return Coefficients.of(self.args, self.state.global_step, self.router_coefficient)
 
     @property
     def entropy_coefficient(self) -> float:

@@ -1,6 +1,7 @@
 """Advantages: how much better a thought was than expected, token by token."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -55,6 +56,37 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards.sum(-1, keepdim=True) - rewards) / (G - 1)
 
 
+def group_mean(rewards: torch.Tensor) -> torch.Tensor:
+    """Mean reward of all thoughts at the same position (Quiet-STaR, eq. 3), `(B, J, 1)` for rewards of shape `(B, J, G)`."""
+    return rewards.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """
+    What a thought's reward is compared with.
+
+    Parameters:
+        of_rewards (`Callable`, *optional*):
+            From the rewards `(B, J, G)` of a position's thoughts to what is taken from them; needs two thoughts or more.
+        uses_value_head (`bool`):
+            Whether the value head predicts what is then left of the reward.
+    """
+
+    of_rewards: Callable[[torch.Tensor], torch.Tensor] | None = None
+    uses_value_head: bool = False
+
+
+# `advantage_baseline` by its name
+BASELINES = {
+    "value": Baseline(uses_value_head=True),
+    "leave_one_out": Baseline(leave_one_out),
+    "both": Baseline(leave_one_out, uses_value_head=True),
+    "mean": Baseline(group_mean),
+    "none": Baseline(),
+}
+
+
 def thought_advantages(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -67,8 +99,8 @@ def thought_advantages(
     """
     Advantage of each thought token, and the return its value should have predicted.
 
-    The reward comes at the thought's last token. Without a value function there is nothing to bootstrap from, so the
-    baselines `"leave_one_out"`, `"mean"` and `"none"` give every token of a thought the same, undiscounted advantage.
+    The reward comes at the thought's last token. Without a value function there is nothing to bootstrap from: every token of a
+    thought then has one and the same, undiscounted advantage.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, J, G)`):
@@ -76,8 +108,7 @@ def thought_advantages(
         values, mask (`torch.Tensor` of shape `(B, J, G, L)`):
             Value of the state each token was drawn in, and which tokens exist.
         baseline (`str`):
-            `"value"`, `"leave_one_out"`, `"both"` (the value head then predicts the centred reward), `"mean"` of all thoughts
-            at the position (Quiet-STaR, eq. 3), or `"none"`.
+            A name in `BASELINES`.
         use_gae (`bool`):
             With a value head: multi-step GAE; otherwise reward minus value.
         gamma, gae_lambda (`float`):
@@ -86,28 +117,24 @@ def thought_advantages(
     Returns:
         `tuple`: advantages and returns of shape `(B, J, G, L)`, without gradient, 0 where masked.
     """
-    values = values.detach()
-    if baseline in ("leave_one_out", "both"):
-        rewards = rewards - leave_one_out(rewards)
-    elif baseline == "mean":
-        rewards = rewards - rewards.mean(-1, keepdim=True)
+    values, chosen = values.detach(), BASELINES[baseline]
+    if chosen.of_rewards is not None:
+        rewards = rewards - chosen.of_rewards(rewards)
     spread = rewards[..., None].expand_as(values) * mask
-    if baseline not in ("value", "both"):
-        advantages, returns = spread, spread
-    elif use_gae:
-        last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
-        advantages = gae(spread * last, values, mask, gamma, gae_lambda)
-        returns = (advantages + values) * mask
-    else:
-        advantages, returns = (spread - values) * mask, spread
-    return advantages, returns
+    if not chosen.uses_value_head:
+        return spread, spread
+    if not use_gae:
+        return (spread - values) * mask, spread
+    last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
+    advantages = gae(spread * last, values, mask, gamma, gae_lambda)
+    return advantages, (advantages + values) * mask
 
 
 def standardize(
     advantages: list[torch.Tensor], masks: list[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor]:
     """
-    To mean 0 and standard deviation 1 over the thought tokens of all batches of a step.
+    Shifts and scales advantages to mean 0 and standard deviation 1 over the thought tokens of all batches of a step.
 
     Args:
         advantages, masks (`list[torch.Tensor]` of shape `(B, J, G, L)`):

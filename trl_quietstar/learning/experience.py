@@ -1,36 +1,41 @@
 """What sampling and judging a batch's thoughts gave: all that an update needs beside the scores of the current policy."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import QuietStarConfig
 from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..thinking.sampling import SamplingSettings, unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
-from .advantages import thought_advantages
+from .advantages import standardize, thought_advantages
 from .objective import TokenCounts
 from .rewards import RewardFunction, columns_taken, thought_rewards
+
+
+if TYPE_CHECKING:
+    from ..config import QuietStarConfig
 
 
 @dataclass(frozen=True)
 class Experience:
     """
-    Thoughts and their worth; nothing here carries gradient.
+    Thoughts and their worth; nothing here carries gradient. Log-probabilities are in nats.
 
     Parameters:
         thoughts ([`Thoughts`]):
-            As they were sampled.
+            The sampled thoughts.
         talk_mask, logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
             Talk tokens that count, and the no-thought prediction of them.
         rewards (`torch.Tensor` of shape `(B, J, G)`):
-            Of the thoughts.
+            Reward of each thought.
         advantages, returns (`torch.Tensor` of shape `(B, J, G, L)`):
             Of the thought tokens.
         sampled_logps (`torch.Tensor` of shape `(B, J, G, L)`):
-            Their log-probabilities in nats under the policy that wrote them.
+            Log-probabilities of the thought tokens under the policy that wrote them.
         reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
-            The same under the reference, where there is a KL term.
+            Log-probabilities of the thought tokens under the reference, where there is a KL term.
     """
 
     thoughts: Thoughts
@@ -45,11 +50,11 @@ class Experience:
 
     @property
     def exists(self) -> torch.Tensor:
-        """Mask of shape `(B, J, G)`: thoughts that were written."""
+        """Mask of shape `(B, J, G)`: the thoughts that were written."""
         return self.thoughts.positions.mask[..., None].expand_as(self.rewards)
 
     def counts(self, text: Text) -> TokenCounts:
-        """What the objective's means are taken over in this batch, whose text is given."""
+        """Numbers of tokens that the objective's means are taken over in this batch, given its text."""
         return TokenCounts.of(self.thoughts.mask, self.talk_mask, text.predicted())
 
 
@@ -58,13 +63,13 @@ def experience_of(
     text: Text,
     scores: Scores,
     reference: ThoughtScores | None,
-    args: QuietStarConfig,
+    args: "QuietStarConfig",
     sampling: SamplingSettings,
     reward_function: RewardFunction | None = None,
     columns: dict[str, list] | None = None,
 ) -> Experience:
     """
-    Rewards and advantages of scored thoughts. Advantages are not standardized yet: that takes all batches of a step.
+    Rewards and advantages of scored thoughts. Advantages are not yet final: see [`finish_advantages`].
 
     Args:
         text ([`Text`]):
@@ -74,7 +79,7 @@ def experience_of(
         reference ([`ThoughtScores`], *optional*):
             By the reference, where there is one.
         args ([`QuietStarConfig`]):
-            What is rewarded, and against which baseline.
+            Tells the reward, its clipping and penalty, and the baseline.
         sampling ([`~thinking.sampling.SamplingSettings`]):
             How the thoughts were sampled; for the penalty on unfinished ones.
         reward_function (`Callable`, *optional*):
@@ -85,58 +90,70 @@ def experience_of(
     Raises:
         `ValueError`: if a reward function gives anything but one number for each thought.
     """
-    thoughts = scores.thoughts
-    talk_length = scores.talk_logps.shape[-1]
-    talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
-    no_thought: Scores | ThoughtScores = scores
-    if args.no_thought_model == "reference":
-        assert reference is not None
-        no_thought = reference
-    logps_without = at_talk(no_thought.text_logps, thoughts, talk_length)
-    correct_without = at_talk(no_thought.text_correct, thoughts, talk_length)
+    thoughts, talk_length = scores.thoughts, scores.talk_logps.shape[-1]
+    assert reference is not None or not args.uses_reference
+    no_thought = scores if reference is None or args.no_thought_model == "policy" else reference
     gains = {
         "logps_with": scores.talk_logps,
-        "logps_without": logps_without,
+        "logps_without": at_talk(no_thought.text_logps, thoughts, talk_length),
         "correct_with": scores.talk_correct,
-        "correct_without": correct_without,
-        "mask": talk_mask,
+        "correct_without": at_talk(no_thought.text_correct, thoughts, talk_length),
+        "mask": talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None],
     }
     if reward_function is None:
         rewards = thought_rewards(**gains, reward_type=args.reward_type)
     else:
         taken = columns_taken(reward_function, columns or {})
-        rewards = reward_function(**gains, text=text, thoughts=thoughts, **taken)
-        wanted = tuple(thoughts.mask.shape[:3])
-        if not isinstance(rewards, torch.Tensor) or rewards.shape != wanted:
-            given = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
-            raise ValueError(
-                f"`reward_function` gave {given}; it must give a tensor of shape (B, J, G), here {wanted}."
-            )
+        rewards = _checked(reward_function(**gains, text=text, thoughts=thoughts, **taken), thoughts)
         rewards = rewards.to(scores.talk_logps) * thoughts.mask[..., 0]
     if args.reward_clip_range is not None:
         rewards = rewards.clamp(*args.reward_clip_range)
     if args.unfinished_thought_penalty:
         rewards = rewards - args.unfinished_thought_penalty * unfinished(thoughts, sampling)
-    advantages, returns = thought_advantages(
-        rewards,
-        scores.thought_values,
-        thoughts.mask,
-        baseline=args.advantage_baseline,
-        use_gae=args.use_gae,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-    )
+    options = (args.advantage_baseline, args.use_gae, args.gamma, args.gae_lambda)
+    advantages, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, *options)
     return Experience(
         thoughts,
-        talk_mask,
-        logps_without,
-        correct_without,
+        gains["mask"],
+        gains["logps_without"],
+        gains["correct_without"],
         rewards,
         advantages,
         returns,
         scores.thought_logps.detach(),
-        reference.thought_logps if reference is not None and args.beta > 0 else None,
+        None if reference is None or args.beta == 0 else reference.thought_logps,
     )
+
+
+def _checked(rewards: object, thoughts: Thoughts) -> torch.Tensor:
+    """What a user's reward function gave, if it is one number for each thought."""
+    wanted = tuple(thoughts.mask.shape[:3])
+    if not isinstance(rewards, torch.Tensor) or rewards.shape != wanted:
+        given = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+        raise ValueError(f"`reward_function` gave {given}; it must give a tensor of shape (B, J, G), here {wanted}.")
+    return rewards
+
+
+def finish_advantages(
+    experiences: list[Experience], args: "QuietStarConfig", reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> list[Experience]:
+    """
+    Standardizes the advantages of all batches of a step, and sets negative ones to 0, as configured.
+
+    Args:
+        experiences (`list` of [`Experience`]):
+            Of each batch.
+        args ([`QuietStarConfig`]):
+            Tells which of the two is done.
+        reduce (`Callable`):
+            Sums a tensor over processes.
+    """
+    advantages = [x.advantages for x in experiences]
+    if args.normalize_advantages:
+        advantages = standardize(advantages, [x.thoughts.mask for x in experiences], reduce)
+    if args.positive_advantages_only:
+        advantages = [x.clamp(min=0) for x in advantages]
+    return [replace(x, advantages=values) for x, values in zip(experiences, advantages, strict=True)]
 
 
 def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:
@@ -153,7 +170,7 @@ def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:
 
 
 def unflat(tensors: dict[str, torch.Tensor]) -> list[Experience]:
-    """What [`flat`] wrote."""
+    """Makes the experience of a step's batches from the tensors that [`flat`] gave."""
     batches: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".")

@@ -1,9 +1,18 @@
-"""The objective: one sum of masked means, from numbers that scoring yields to a loss."""
+"""The objective: one sum of masked means, from the numbers that scoring yields to a loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from ..text.batch import Text
+from ..thinking.scoring import Scores, at_talk
+
+
+if TYPE_CHECKING:
+    from ..config import QuietStarConfig
+    from .experience import Experience
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class TokenCounts:
     @classmethod
     def of(cls, thought_mask: torch.Tensor, talk_mask: torch.Tensor, text_mask: torch.Tensor) -> "TokenCounts":
         """
-        Those of one batch.
+        Counts the tokens of one batch.
 
         Args:
             thought_mask (`torch.Tensor` of shape `(B, J, G, L)`), talk_mask (of shape `(B, J, 1, M)`), text_mask (of
@@ -34,13 +43,13 @@ class TokenCounts:
 
     @classmethod
     def total(cls, parts: list["TokenCounts"], reduce: Callable[[torch.Tensor], torch.Tensor]) -> "TokenCounts":
-        """Sum over batches, and over processes, which `reduce` adds up."""
+        """Adds up the counts of batches, and those of all processes, over which `reduce` sums a tensor."""
         return cls(*reduce(torch.stack([torch.stack([x.thought, x.talk, x.text]) for x in parts]).sum(0)))
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Weights of the objective's terms; the entropy's is the one in force at this step."""
+    """Weights of the objective's terms at one optimizer step."""
 
     policy: float = 1.0
     value: float = 0.5
@@ -51,6 +60,124 @@ class Coefficients:
     base_nll: float = 1.0
     distillation: float = 0.0
     router: float = 0.0
+
+    @classmethod
+    def of(cls, args: "QuietStarConfig", step: int, router: float = 0.0) -> "Coefficients":
+        """
+        Takes the weights from a configuration.
+
+        Args:
+            args ([`QuietStarConfig`]):
+                The configuration.
+            step (`int`):
+                Optimizer step, by which the entropy's weight decays.
+            router (`float`):
+                Weight of the router's loss, which depends on the model too.
+        """
+        return cls(
+            policy=args.policy_coefficient,
+            value=args.value_loss_coefficient if args.uses_value_head else 0.0,
+            entropy=entropy_coefficient(
+                step, args.entropy_coefficient, args.entropy_decay, args.min_entropy_coefficient
+            ),
+            kl=args.beta,
+            nll=args.nll_coefficient,
+            reader_nll=args.reader_nll_coefficient,
+            base_nll=args.base_nll_coefficient,
+            distillation=args.distillation_coefficient,
+            router=router,
+        )
+
+    def by_term(self) -> dict[str, float]:
+        """The weight of each term that [`quietstar_loss`] names; the entropy is a bonus, so its weight is negative."""
+        return {
+            "policy_loss": self.policy,
+            "value_loss": self.value,
+            "entropy": -self.entropy,
+            "nll_with": self.nll,
+            "reader_nll": self.reader_nll,
+            "nll_without": self.base_nll,
+            "distillation_loss": self.distillation,
+            "kl_divergence": self.kl,
+            "router_loss": self.router,
+        }
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """
+    The numbers of one batch that the objective is made of. Log-probabilities and entropies are in nats.
+
+    Parameters:
+        thought_logps, thought_entropies, values, advantages, returns, thought_mask (shape `(B, J, G, L)`):
+            Of the thought tokens. Advantages and returns carry no gradient.
+        talk_logps, reader_logps (shape `(B, J, G, M)`), talk_mask (shape `(B, J, 1, M)`):
+            Of the text after a thought: by the rewarded prediction, and by the thought's alone.
+        text_logps, text_mask (shape `(B, T - 1)`):
+            Of the text without thoughts.
+        logps_without (`torch.Tensor` of shape `(B, J, 1, M)`, *optional*):
+            Of the text after each position without thoughts, with gradient. None: no distillation.
+        reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
+            Of the thought tokens under the reference. None: no KL term.
+        router_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss of a mixture of experts.
+        sampled_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
+            Of the thought tokens under the policy that wrote them, as in [`policy_terms`].
+    """
+
+    thought_logps: torch.Tensor
+    thought_entropies: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    thought_mask: torch.Tensor
+    talk_logps: torch.Tensor
+    reader_logps: torch.Tensor
+    talk_mask: torch.Tensor
+    text_logps: torch.Tensor
+    text_mask: torch.Tensor
+    logps_without: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
+    sampled_logps: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, text: Text, scores: Scores, experience: "Experience", distills: bool = False, reuses: bool = False
+    ) -> "LossInputs":
+        """
+        Collects the numbers of a batch.
+
+        Args:
+            text ([`Text`]), scores ([`Scores`]), experience ([`Experience`]):
+                The batch, its scores under the current policy, and what its thoughts are worth.
+            distills (`bool`):
+                Whether thinking teaches the prediction without thoughts.
+            reuses (`bool`):
+                Whether the thoughts may have been written by an earlier policy, which calls for the clipped surrogate.
+        """
+        talk_length = scores.talk_logps.shape[-1]
+        return cls(
+            scores.thought_logps,
+            scores.thought_entropies,
+            scores.thought_values,
+            experience.advantages,
+            experience.returns,
+            experience.thoughts.mask,
+            scores.talk_logps,
+            scores.reader_logps,
+            experience.talk_mask,
+            scores.text_logps,
+            text.predicted(),
+            logps_without=at_talk(scores.text_logps, scores.thoughts, talk_length) if distills else None,
+            reference_logps=experience.reference_logps,
+            router_loss=scores.router_loss,
+            sampled_logps=experience.sampled_logps if reuses else None,
+        )
+
+    def counts(self) -> TokenCounts:
+        """Tokens of this batch."""
+        return TokenCounts.of(self.thought_mask, self.talk_mask, self.text_mask)
 
 
 def entropy_coefficient(step: int, initial: float, decay: float, floor: float) -> float:
@@ -100,96 +227,68 @@ def policy_terms(
 
 
 def quietstar_loss(
-    thought_logps: torch.Tensor,
-    thought_entropies: torch.Tensor,
-    values: torch.Tensor,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
-    thought_mask: torch.Tensor,
-    talk_logps: torch.Tensor,
-    reader_logps: torch.Tensor,
-    talk_mask: torch.Tensor,
-    text_logps: torch.Tensor,
-    text_mask: torch.Tensor,
+    inputs: LossInputs,
     coefficients: Coefficients,
-    logps_without: torch.Tensor | None = None,
-    reference_logps: torch.Tensor | None = None,
-    router_loss: torch.Tensor | None = None,
-    sampled_logps: torch.Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.2),
     counts: TokenCounts | None = None,
     share: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    `policy + c_v value - c_e entropy + beta KL + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without) + c_d distillation`,
-    each a masked mean.
+    `policy + c_v value - c_e entropy + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without) + c_d distillation + beta KL +
+    c_x router`, each a masked mean.
 
-    Policy is as in [`policy_terms`], over thought tokens only; value the squared error to the returns; the NLLs are
-    those of the true text after a thought, by the rewarded prediction and by the thought's alone (the reader's), and
-    without one. Distillation is REINFORCE on the prediction without thoughts, `-max(p_with - p_without, 0) *
-    log p_without` of the true tokens.
-
-    With `counts` of a whole optimizer step this is one batch's part of it: the parts of all batches on all processes add
-    up to the loss of one batch that holds them all, however unequal their numbers of tokens.
+    With the `counts` of a whole optimizer step this is one batch's part of the step's loss: the parts of all batches on all
+    processes add up to the loss of one batch that holds them all, however unequal their numbers of tokens.
 
     Args:
-        thought_logps, thought_entropies, values, advantages, returns, thought_mask (shape `(B, J, G, L)`):
-            Of the thought tokens. Advantages and returns carry no gradient.
-        talk_logps, reader_logps (shape `(B, J, G, M)`), talk_mask (shape `(B, J, 1, M)`):
-            Of the text after a thought.
-        text_logps, text_mask (shape `(B, T - 1)`):
-            Of the text without thoughts.
+        inputs ([`LossInputs`]):
+            Numbers of the batch.
         coefficients ([`Coefficients`]):
             Weights of the terms.
-        logps_without (`torch.Tensor` of shape `(B, J, 1, M)`, *optional*):
-            Of the text after each position without thoughts; needed where the weight of distillation is not 0.
-        reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
-            Thought tokens under the reference; needed where the KL's weight is not 0.
-        router_loss (`torch.Tensor`, *optional*):
-            Load-balancing loss of a mixture of experts.
-        sampled_logps, clip_range:
+        clip_range (`tuple[float, float]`):
             As in [`policy_terms`].
         counts ([`TokenCounts`], *optional*):
-            What the means are taken over. Defaults to this batch's own tokens.
+            Numbers of tokens that the means are taken over. Defaults to this batch's own.
         share (`float`):
             This batch's share of the batches of the step, for the router's loss, which is no mean of tokens.
 
     Returns:
         `tuple`: the loss (scalar) and a dictionary of the terms, detached and unweighted.
     """
-    counts = counts or TokenCounts.of(thought_mask, talk_mask, text_mask)
-    policy = policy_terms(thought_logps, advantages.detach(), sampled_logps, clip_range)
-    terms = {
-        "policy_loss": _part(policy, thought_mask, counts.thought),
-        "value_loss": _part((values - returns.detach()) ** 2, thought_mask, counts.thought),
-        "entropy": _part(thought_entropies, thought_mask, counts.thought),
-        "nll_with": -_part(talk_logps, talk_mask, counts.talk),
-        "reader_nll": -_part(reader_logps, talk_mask, counts.talk),
-        "nll_without": -_part(text_logps, text_mask, counts.text),
-    }
-    weights = {
-        "policy_loss": coefficients.policy,
-        "value_loss": coefficients.value,
-        "entropy": -coefficients.entropy,
-        "nll_with": coefficients.nll,
-        "reader_nll": coefficients.reader_nll,
-        "nll_without": coefficients.base_nll,
-    }
-    if logps_without is not None:
-        gains = (talk_logps.detach().exp() - logps_without.detach().exp()).clamp(min=0)
-        terms["distillation_loss"] = _part(-gains * logps_without, talk_mask, counts.talk)
-        weights["distillation_loss"] = coefficients.distillation
-    if reference_logps is not None:
-        terms["kl_divergence"] = _part(kl_divergence(thought_logps, reference_logps), thought_mask, counts.thought)
-        weights["kl_divergence"] = coefficients.kl
-    if router_loss is not None:
-        terms["router_loss"], weights["router_loss"] = router_loss * share, coefficients.router
+    terms = _terms(inputs, counts or inputs.counts(), clip_range, share)
+    weights = coefficients.by_term()
     # a term of weight 0 stays out of the graph's arithmetic, where 0 * inf would be NaN
-    loss = torch.zeros((), device=thought_logps.device)
+    loss = torch.zeros((), device=inputs.thought_logps.device)
     for name, term in terms.items():
         if weights[name] != 0:
             loss = loss + weights[name] * term
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _terms(
+    inputs: LossInputs, counts: TokenCounts, clip_range: tuple[float, float], share: float
+) -> dict[str, torch.Tensor]:
+    """The batch's part of each term, with gradient; a new term of the objective is one entry here and its weight."""
+    policy = policy_terms(inputs.thought_logps, inputs.advantages.detach(), inputs.sampled_logps, clip_range)
+    thought, talk, text = inputs.thought_mask, inputs.talk_mask, inputs.text_mask
+    terms = {
+        "policy_loss": _part(policy, thought, counts.thought),
+        "value_loss": _part((inputs.values - inputs.returns.detach()) ** 2, thought, counts.thought),
+        "entropy": _part(inputs.thought_entropies, thought, counts.thought),
+        "nll_with": -_part(inputs.talk_logps, talk, counts.talk),
+        "reader_nll": -_part(inputs.reader_logps, talk, counts.talk),
+        "nll_without": -_part(inputs.text_logps, text, counts.text),
+    }
+    if inputs.logps_without is not None:
+        # REINFORCE on the prediction without thoughts: -max(p_with - p_without, 0) * log p_without of the true tokens
+        gains = (inputs.talk_logps.detach().exp() - inputs.logps_without.detach().exp()).clamp(min=0)
+        terms["distillation_loss"] = _part(-gains * inputs.logps_without, talk, counts.talk)
+    if inputs.reference_logps is not None:
+        divergence = kl_divergence(inputs.thought_logps, inputs.reference_logps)
+        terms["kl_divergence"] = _part(divergence, thought, counts.thought)
+    if inputs.router_loss is not None:
+        terms["router_loss"] = inputs.router_loss * share
+    return terms
 
 
 def _part(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 
-# a user's own reward: named arguments as of `thought_rewards` but the last, with `text` and `thoughts`, and columns of the
-# data; `(B, J, G)`
+# a user's own reward: takes named arguments, `ARGUMENTS` and columns of the data, and gives one number a thought, `(B, J, G)`
 RewardFunction = Callable[..., torch.Tensor]
 ARGUMENTS = ("logps_with", "logps_without", "correct_with", "correct_without", "mask", "text", "thoughts")
-REWARD_TYPES = ("probability", "log_likelihood", "accuracy", "binary")
 
 
 def column_parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
@@ -54,6 +53,60 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Gains:
+    """
+    The predictions of the true text after each thought, and those without one; no gradient.
+
+    Parameters:
+        logps_with, correct_with (`torch.Tensor` of shape `(B, J, G, M)`):
+            Log-probability in nats, and correctness, of the talk tokens after the thought.
+        logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
+            Log-probability and correctness of those tokens without a thought.
+        mask (`torch.Tensor` of shape `(B, J, 1, M)`, bool):
+            Talk tokens that count.
+    """
+
+    logps_with: torch.Tensor
+    logps_without: torch.Tensor
+    correct_with: torch.Tensor
+    correct_without: torch.Tensor
+    mask: torch.Tensor
+
+
+def probability(gains: Gains) -> torch.Tensor:
+    """`p_with - p_without`, in [-1, 1]."""
+    return masked_mean(gains.logps_with.exp() - gains.logps_without.exp(), gains.mask, dim=-1)
+
+
+def log_likelihood(gains: Gains) -> torch.Tensor:
+    """`log p_with - log p_without`, in nats, unbounded (Quiet-STaR, section 4.4)."""
+    return masked_mean(gains.logps_with - gains.logps_without, gains.mask, dim=-1)
+
+
+def accuracy(gains: Gains) -> torch.Tensor:
+    """Top-1 correctness with minus without, in [-1, 1]."""
+    dtype = gains.logps_with.dtype
+    return masked_mean(gains.correct_with.to(dtype) - gains.correct_without.to(dtype), gains.mask, dim=-1)
+
+
+def binary(gains: Gains) -> torch.Tensor:
+    """1 where accuracy over the talk is higher with than without, else 0."""
+    rewards = accuracy(gains)
+    return (rewards > 0).to(rewards.dtype)
+
+
+# `reward_type` by its name: each gives the mean over a thought's talk, `(B, J, G)`, and 0 where no talk token counts. A new
+# one is a function above and its name here
+REWARDS: dict[str, Callable[[Gains], torch.Tensor]] = {
+    "probability": probability,
+    "log_likelihood": log_likelihood,
+    "accuracy": accuracy,
+    "binary": binary,
+}
+REWARD_TYPES = tuple(REWARDS)
+
+
 def thought_rewards(
     logps_with: torch.Tensor,
     logps_without: torch.Tensor,
@@ -63,22 +116,13 @@ def thought_rewards(
     reward_type: str,
 ) -> torch.Tensor:
     """
-    The gain of each thought, averaged over its talk (Quiet-STaR, section 4.4, for `"log_likelihood"`).
-
-    - `"probability"`: `p_with - p_without`, in [-1, 1].
-    - `"log_likelihood"`: `log p_with - log p_without`, in nats, unbounded.
-    - `"accuracy"`: top-1 correctness with minus without, in [-1, 1].
-    - `"binary"`: 1 where accuracy over the talk is higher with than without, else 0.
+    The gain of each thought, averaged over its talk.
 
     Args:
-        logps_with, correct_with (`torch.Tensor` of shape `(B, J, G, M)`):
-            Log-probability in nats, and correctness, of the talk tokens after the thought.
-        logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
-            The same without a thought.
-        mask (`torch.Tensor` of shape `(B, J, 1, M)`, bool):
-            Talk tokens that count.
+        logps_with, logps_without, correct_with, correct_without, mask:
+            As in [`Gains`].
         reward_type (`str`):
-            One of the above.
+            A name in `REWARDS`.
 
     Returns:
         `torch.Tensor` of shape `(B, J, G)`, without gradient; 0 where no talk token counts.
@@ -86,19 +130,10 @@ def thought_rewards(
     Raises:
         `ValueError`: if the reward type is unknown.
     """
-    logps_with, logps_without = logps_with.detach(), logps_without.detach()
-    if reward_type == "probability":
-        gain = logps_with.exp() - logps_without.exp()
-    elif reward_type == "log_likelihood":
-        gain = logps_with - logps_without
-    elif reward_type in ("accuracy", "binary"):
-        gain = correct_with.to(logps_with.dtype) - correct_without.to(logps_with.dtype)
-    else:
-        raise ValueError(f"`reward_type` is {reward_type!r}; choose one of {', '.join(REWARD_TYPES)}.")
-    rewards = masked_mean(gain, mask, dim=-1)
-    if reward_type == "binary":
-        rewards = (rewards > 0).to(rewards.dtype)
-    return rewards
+    if reward_type not in REWARDS:
+        raise ValueError(f"`reward_type` is {reward_type!r}; choose one of {', '.join(REWARDS)}.")
+    gains = Gains(logps_with.detach(), logps_without.detach(), correct_with, correct_without, mask)
+    return REWARDS[reward_type](gains)
 
 
 def coherence(
