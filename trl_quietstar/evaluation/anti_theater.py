@@ -1,16 +1,21 @@
 """Anti-theater validation: are the thoughts used, or decoration?
 
-Four tests on held-out text decide. Three ask whether thoughts differ from what the model would say anyway (divergence),
-whether they help (ablation), and whether the coherent ones are those that help (correlation). A model can pass these
-without thinking: a thought's format alone can tell the reader that an answer follows. So the fourth asks whether the
-model's own thought helps more than one that belongs elsewhere (content gain). The other controls are reported beside.
+Four tests on held-out text decide:
 
-Everything here is a function of sums over the thoughts of each text, so a bootstrap over texts, which keeps the
-conditions paired and a text's thoughts together, gives an interval to every number.
+- divergence: do thoughts differ from what the model would say anyway?
+- ablation: do thoughts help?
+- correlation: are the coherent thoughts the ones that help?
+- content gain: does the model's own thought help more than another position's?
+
+A model can pass the first three without thinking, because a thought's format alone can tell the model that an answer
+follows. The fourth test excludes that. The other controls of [`controls`] are reported and decide nothing.
+
+Every statistic is a function of sums over the thoughts of each text. So a bootstrap over texts gives each number an
+interval. It keeps all conditions of a text paired, and the thoughts of a text together, since they are not independent.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +34,7 @@ from .controls import CONTROLS, controlled
 
 CONDITIONS = ("none", *CONTROLS)
 THRESHOLDS = {"divergence": 0.30, "ablation": 0.02, "correlation": 0.5, "content_gain": 0.0}
-# of each text, over its thoughts and, in each condition, over its talk tokens
+# columns of [`text_sums`]: first sums over a text's thoughts, then over its talk tokens in each condition
 SUMS = (
     *("thoughts", "distance", "coherence", "correctness", "coherence_squared", "correctness_squared", "product"),
     *("tokens", *(f"nll_{name}" for name in CONDITIONS), *(f"correct_{name}" for name in CONDITIONS)),
@@ -40,7 +45,7 @@ LEAST_TEXTS = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic, and the bounds of its 95% interval; NaN where it is undefined."""
+    """A statistic and the bounds of its 95% interval. All three are NaN where the statistic is undefined."""
 
     value: float
     low: float
@@ -50,11 +55,11 @@ class Estimate:
 @dataclass(frozen=True)
 class AntiTheaterReport:
     """
-    What a validation found.
+    The result of a validation.
 
     Parameters:
         texts, thoughts (`int`):
-            How many were examined.
+            Number of texts and of thoughts that were examined.
         estimates (`dict[str, Estimate]`):
             The tests `"divergence"` (normalised edit distance, 0 to 1), `"ablation"` (accuracy with minus without),
             `"correlation"` (Pearson's) and `"content_gain"` (accuracy after real minus after shuffled thoughts);
@@ -68,8 +73,10 @@ class AntiTheaterReport:
 
     @property
     def failures(self) -> list[str]:
-        """Names of the tests that failed. An undefined statistic fails; the content gain must be above its threshold
-        with its whole interval."""
+        """
+        Names of the tests that failed. An undefined statistic fails. The content gain passes only if its whole interval
+        is above the threshold.
+        """
         failed = []
         for name, threshold in THRESHOLDS.items():
             estimate = self.estimates[name]
@@ -83,7 +90,10 @@ class AntiTheaterReport:
         return not self.failures
 
     def metrics(self) -> dict[str, float | None]:
-        """Flat, for logging: `passed` (1 or 0), each estimate, and the bounds of the tests' and gains' intervals."""
+        """
+        All numbers under flat names, for logging: `passed` (1 or 0), each estimate, and the bounds of the intervals of
+        tests and gains. None where a number is undefined.
+        """
         flat: dict[str, float | None] = {"passed": float(self.passed)}
         for name, estimate in self.estimates.items():
             flat[name] = _defined(estimate.value)
@@ -108,7 +118,7 @@ def text_sums(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """
-    Examines the thoughts of a batch: scores them and every control, and compares them with what the model would say.
+    Scores a batch's thoughts and every control, and sums over each text what the statistics need.
 
     Args:
         model ([`ThinkingModel`]):
@@ -116,15 +126,15 @@ def text_sums(
         text ([`Text`]):
             The batch.
         thoughts ([`Thoughts`]):
-            The model's own.
+            The thoughts that the model sampled for this batch.
         talk_length (`int`):
-            M.
+            M, the talk tokens that are read after each thought.
         path ([`BranchPath`]):
             How to get hidden states.
         prediction (`str`):
-            `"mixed"` or `"thought"`.
+            `"mixed"` or `"thought"`: which prediction of the talk is judged.
         generator (`torch.Generator`):
-            Of the random control's tokens.
+            Draws the tokens of the random control.
         plan ([`~branches.memory.Plan`], *optional*):
             How many branches run at once. Defaults to all.
 
@@ -133,64 +143,71 @@ def text_sums(
     """
     exact, plan = exact_dtype(text.input_ids.device), plan or Plan(False)
     cache = path.read(model, text)
-    talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
-    exists = thoughts.positions.mask[..., None].expand(thoughts.mask.shape[:3])
-    scored: dict[str, Scores] = {}
-    for control in CONTROLS:
-        other = controlled(thoughts, control, model.config.get_text_config().vocab_size, generator)
-        request = ScoreRequest(
-            text,
-            other,
-            talk_length,
-            path,
-            prediction=prediction,
-            branch_batch_size=plan.scoring,
-            cache=cache,
-            whole_text=control == "real",
-        )
-        scored[control] = score(model, request)
+    request = ScoreRequest(
+        text, thoughts, talk_length, path, prediction=prediction, branch_batch_size=plan.scoring, cache=cache
+    )
+    scored = _score_controls(model, request, thoughts, generator)
     real = scored["real"]
-    logps_without = at_talk(real.text_logps, thoughts, talk_length)
+    logps = {name: scores.talk_logps for name, scores in scored.items()}
+    correct = {name: scores.talk_correct for name, scores in scored.items()}
+    logps["none"] = at_talk(real.text_logps, thoughts, talk_length)
+    correct["none"] = at_talk(real.text_correct, thoughts, talk_length)
+
     plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, cache=cache)
-    coherent = coherence(
-        real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps_without, talk_mask
-    ).to(exact)
-    correct = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
-    continuation = _continuation(model, path, text, cache, thoughts, plan.sampling)
-    said = talk_mask.expand_as(real.talk_logps)
+    continuation = _continuation(model, cache, thoughts, plan.sampling)
+    talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
+    evidence = (real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps["none"], talk_mask)
+    x = coherence(*evidence).to(exact)
+    y = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
     per_thought = {
-        "thoughts": torch.ones_like(correct),
+        "thoughts": torch.ones_like(y),
         "distance": _edit_distances(thoughts, continuation),
-        "coherence": coherent,
-        "correctness": correct,
-        "coherence_squared": coherent.square(),
-        "correctness_squared": correct.square(),
-        "product": coherent * correct,
+        **{"coherence": x, "correctness": y},
+        **{"coherence_squared": x.square(), "correctness_squared": y.square(), "product": x * y},
     }
+    exists = thoughts.positions.mask[..., None].expand_as(y)
+    counted = talk_mask.expand_as(real.talk_logps)
     sums = {name: (values * exists).sum((1, 2)) for name, values in per_thought.items()}
-    sums["tokens"] = said.sum((1, 2, 3))
-    correct_without = at_talk(real.text_correct, thoughts, talk_length)
+    sums["tokens"] = counted.sum((1, 2, 3))
     for name in CONDITIONS:
-        logps = logps_without if name == "none" else scored[name].talk_logps
-        top1 = correct_without if name == "none" else scored[name].talk_correct
-        sums[f"nll_{name}"] = -(logps.to(exact) * said).sum((1, 2, 3))
-        sums[f"correct_{name}"] = (top1.to(exact) * said).sum((1, 2, 3))
+        sums[f"nll_{name}"] = -(logps[name].to(exact) * counted).sum((1, 2, 3))
+        sums[f"correct_{name}"] = (correct[name].to(exact) * counted).sum((1, 2, 3))
     return torch.stack([sums[name].to(exact) for name in SUMS], dim=1)
 
 
+def _score_controls(
+    model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts, generator: torch.Generator
+) -> dict[str, Scores]:
+    """Scores of the request's own thoughts (`"real"`) and of every control in their place, by name."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return {
+        name: score(
+            model,
+            replace(
+                request,
+                thoughts=controlled(thoughts, name, vocab_size, generator),
+                whole_text=name == "real",  # the text's own predictions are the same for every control
+            ),
+        )
+        for name in CONTROLS
+    }
+
+
 def _continuation(
-    model: ThinkingModel, path: BranchPath, text: Text, cache: BranchCache, thoughts: Thoughts, batch_size: int | None
+    model: ThinkingModel, cache: BranchCache, thoughts: Thoughts, batch_size: int | None
 ) -> torch.Tensor:
-    """What the model would say in place of its thoughts, `(B, J, L)`, at `batch_size` positions of each row at once."""
+    """The model's greedy continuation of the text at each position, `(B, J, L)`; `batch_size` positions of a row at once."""
     positions, length, device = thoughts.positions.host, thoughts.mask.shape[-1], thoughts.mask.device
     size = positions.index.shape[1] if batch_size is None else batch_size
     groups = zip(positions.index.split(size, dim=1), positions.mask.split(size, dim=1), strict=True)
-    said = [greedy_continuation(model, cache.again(), Positions(*group).to(device), length) for group in groups]
-    return torch.cat(said, dim=1)
+    continuations = [
+        greedy_continuation(model, cache.again(), Positions(*group).to(device), length) for group in groups
+    ]
+    return torch.cat(continuations, dim=1)
 
 
 def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Tensor:
-    """Normalised edit distance, shape `(B, J, G)`, of each thought and as much of the continuation `(B, J, L)`."""
+    """Edit distance of each thought to equally many tokens of the continuation `(B, J, L)`, in [0, 1]: shape `(B, J, G)`."""
     distances = torch.zeros(thoughts.mask.shape[:3], dtype=torch.float64)
     token_ids, mask, plain = thoughts.token_ids.tolist(), thoughts.mask.tolist(), continuation.tolist()
     for b, j in thoughts.positions.mask.nonzero().tolist():
@@ -202,23 +219,25 @@ def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Ten
 
 def judge(sums: torch.Tensor, seed: int = 0) -> AntiTheaterReport:
     """
-    The statistics of all texts, with intervals: percentiles of the same statistics over texts drawn with replacement.
+    Computes every statistic over all texts, with its interval. The interval's bounds are percentiles of the statistic over
+    2,000 draws of the texts with replacement.
 
     Args:
         sums (`torch.Tensor` of shape `(texts, len(SUMS))`):
-            As [`text_sums`] gives them.
+            The rows that [`text_sums`] gives.
         seed (`int`):
-            Of the bootstrap.
+            Seeds the draws.
 
     Returns:
         [`AntiTheaterReport`].
 
     Raises:
-        `ValueError`: for fewer than two texts, which allow no interval.
+        `ValueError`: for fewer than two texts, from which no interval can be estimated.
     """
     rows = sums.cpu().double().numpy()
     check_texts(len(rows))
     total = rows.sum(0, keepdims=True)
+    # a draw of texts with replacement is a count for each text, so all resamples are one product of matrices
     draws = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
     with np.errstate(invalid="ignore", divide="ignore"):
         values, resampled = _statistics(total), _statistics(draws @ rows)
@@ -231,7 +250,12 @@ def judge(sums: torch.Tensor, seed: int = 0) -> AntiTheaterReport:
 
 
 def check_texts(count: int) -> None:
-    """Refuses too few texts."""
+    """
+    Checks that a validation has enough texts.
+
+    Raises:
+        `ValueError`: for fewer than two.
+    """
     if count < LEAST_TEXTS:
         raise ValueError(
             f"Anti-theater validation compares texts and needs at least {LEAST_TEXTS} of them, got {count}; give a "
@@ -240,7 +264,7 @@ def check_texts(count: int) -> None:
 
 
 def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Every statistic, of shape `(resamples,)`, from sums of shape `(resamples, len(SUMS))`."""
+    """Computes every statistic, of shape `(resamples,)`, from sums of shape `(resamples, len(SUMS))`."""
     column = dict(zip(SUMS, sums.T, strict=True))
     accuracy = {name: column[f"correct_{name}"] / column["tokens"] for name in CONDITIONS}
     nll = {name: column[f"nll_{name}"] / column["tokens"] for name in CONDITIONS}
@@ -258,12 +282,15 @@ def _statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _pearson(column: dict[str, np.ndarray]) -> np.ndarray:
-    """Correlation of coherence and correctness; NaN where either does not vary."""
+    """
+    Pearson's correlation of coherence (x) and correctness (y), NaN where either does not vary:
+    `r = (E[xy] - E[x]E[y]) / sqrt(Var[x] Var[y])`.
+    """
     count = column["thoughts"]
     mean_x, mean_y = column["coherence"] / count, column["correctness"] / count
     covariance = column["product"] / count - mean_x * mean_y
     variance_x = column["coherence_squared"] / count - mean_x**2
     variance_y = column["correctness_squared"] / count - mean_y**2
-    # what is left of a constant's variance after rounding is no variance
+    # rounding leaves a constant a variance of almost 0, which must not become a correlation
     product = np.where((variance_x > 1e-12) & (variance_y > 1e-12), variance_x * variance_y, np.nan)
     return covariance / np.sqrt(product)

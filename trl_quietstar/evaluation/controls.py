@@ -1,4 +1,7 @@
-"""Causal controls: the same text after something else than its own thought. What they cost is what the thought gave."""
+"""Causal controls: something else stands in a thought's place, and the same text is read after it.
+
+What the prediction of the text loses by the exchange is what the thought gave it.
+"""
 
 from dataclasses import replace
 
@@ -12,24 +15,24 @@ CONTROLS = ("real", "shuffled", "random", "filler", "truncated")
 
 def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: torch.Generator) -> Thoughts:
     """
-    Replaces every thought by its control.
+    Replaces every thought by a control.
 
     - `"real"`: the thought itself.
-    - `"shuffled"`: a thought written at another position, of another text where there are several (content that
-      belongs elsewhere).
+    - `"shuffled"`: a thought that was written at another position, and in another text if the batch has several
+      (content that belongs elsewhere).
     - `"random"`: tokens drawn uniformly from the vocabulary.
     - `"filler"`: the start embedding repeated (compute without content).
-    - `"truncated"`: the first half of its tokens, rounded up.
+    - `"truncated"`: the first half of the thought's tokens, rounded up.
 
     Args:
         thoughts ([`Thoughts`]):
-            Sampled thoughts.
+            The sampled thoughts, which stay as they are.
         control (`str`):
-            One of the above.
+            A name from the list above.
         vocab_size (`int`):
-            V.
+            V, the number of tokens to draw from.
         generator (`torch.Generator`):
-            Of the random tokens.
+            Draws the random tokens.
 
     Raises:
         `ValueError`: if the control is unknown.
@@ -50,7 +53,8 @@ def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: tor
 
 
 def _shuffled(thoughts: Thoughts) -> Thoughts:
-    """Gives each position the thoughts of the position half the batch further on."""
+    """Gives each position the thoughts of the position half the batch further on, around the end to the start."""
+    # only places that hold a thought take part: a masked one has none to give
     places = thoughts.positions.mask.flatten().nonzero().flatten()
     moved = places.roll(-(len(places) // 2))
     token_ids, mask = thoughts.token_ids.flatten(0, 1).clone(), thoughts.mask.flatten(0, 1).clone()

@@ -32,12 +32,12 @@ from ..modeling import QuietStarForCausalLM, check_source, check_thinker, put_ad
 from ..thinking.sampling import Thinking
 
 
-FLIPS = 10_000  # of the paired test
-PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of rolling likelihoods, without errors in lm-eval
-
-
-# of lm-eval's own model: they load other weights than a thinking model's, or spread it over several GPUs
+FLIPS = 10_000  # random flips of sign in the paired test
+# metrics of rolling log-likelihoods, for which lm-eval reports no standard error
+PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+# arguments of lm-eval's own model that load other weights than a thinking model's, or spread it over several GPUs
 REFUSED = ("delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "tp_plan", "device_map")
+# arguments that have no effect on a model that is loaded already
 OF_LOADING = ("peft", "revision", "subfolder", "dtype", "device", "trust_remote_code")
 
 
@@ -48,15 +48,16 @@ class QuietStarLM(HFLM):
 
     Args:
         pretrained (`str` or [`~transformers.PreTrainedModel`]):
-            Hub id or local folder of a thinking model, or of an adapter with its heads; or a thinking model that is loaded.
+            Hub id or local folder of a thinking model or of an adapter with its heads; or a thinking model that is
+            loaded already.
         think (`str`), think_every (`int`), thinking_threshold (`float`), *optional*:
-            As in `generate` of a thinking model, whose own way to think is the default.
+            When the model thinks, as in `generate` of a thinking model. Defaults to how the model was trained to think.
         kwargs:
-            As for lm-eval's own model, `hf`: `tokenizer`, `revision`, `dtype`, `device`, `batch_size` (also `"auto"`),
-            `load_in_4bit`, `peft` (an adapter, with heads or without, to put on `pretrained`) and so on.
+            Arguments of lm-eval's own model, `hf`: `tokenizer`, `revision`, `dtype`, `device`, `batch_size` (also
+            `"auto"`), `load_in_4bit`, `peft` (an adapter to put on `pretrained`, with heads or without) and so on.
 
     Raises:
-        `TypeError`: if an argument is not known.
+        `TypeError`: if an argument is unknown.
         `ValueError`: if a value is outside its limits, or an argument does not go with thoughts.
     """
 
@@ -93,14 +94,15 @@ class QuietStarLM(HFLM):
             )
 
     def _get_config(self, *args, **kwargs) -> None:
-        self._config: Any = None  # that of the model, once it is loaded: an adapter's folder need not have one
+        # an adapter's folder need not have a configuration: `_create_model` takes the loaded model's
+        self._config: Any = None
 
     def _create_tokenizer(self, pretrained, tokenizer, **kwargs) -> None:
         try:
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
         except (OSError, ValueError):
             if isinstance(pretrained, str) and not tokenizer:
-                load_tokenizer(pretrained)  # which says what is missing
+                load_tokenizer(pretrained)  # raises an error that says what is missing
             raise
 
     def _create_model(
@@ -111,15 +113,10 @@ class QuietStarLM(HFLM):
         peft: str | None = None,
         **kwargs,
     ) -> None:
-        """Loads the thinking model, as lm-eval loads a plain one; on one device."""
-        for name in (
-            *REFUSED,
-            "gpus",
-            "max_memory_per_gpu",
-            "max_cpu_memory",
-            "offload_folder",
-            "quantization_config",
-        ):
+        """Loads the thinking model on one device, by the arguments by which lm-eval loads a plain one."""
+        # lm-eval always passes these: the refused ones are empty here, and a saved model brings its own quantization
+        unused = ("gpus", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "quantization_config")
+        for name in (*REFUSED, *unused):
             kwargs.pop(name, None)
         names = set(inspect.signature(BitsAndBytesConfig).parameters) & set(kwargs)
         if names:
@@ -127,20 +124,20 @@ class QuietStarLM(HFLM):
         model = QuietStarForCausalLM.from_pretrained(pretrained, revision=revision, dtype=get_dtype(dtype), **kwargs)
         if peft is not None:
             model = put_adapter(model, peft, revision=revision)
-        if not names:  # which quantization has placed
+        if not names:  # a quantized model is on its device already
             model.to(self.device)
         self._model, self._config = model, base_of(model).config
 
     @property
     def thinker(self) -> ThinkingModel:
-        """The thinking model itself, inside an adapter or not."""
+        """The thinking model itself, without the adapter around it."""
         return base_of(self.model)  # type: ignore[return-value]
 
     @property
     def max_length(self) -> int:
         """
-        Tokens that are read before the last one that is predicted. One more token of text takes `thought_length` and two
-        positions more, where a thought stands before it.
+        Most tokens that are read before the last predicted one. A thought before that one takes `thought_length` + 2
+        positions beyond the text: its tokens, its start and its end.
         """
         if self.thinking.mode == "never":
             return super().max_length
@@ -165,20 +162,20 @@ class QuietStarLM(HFLM):
             for batch in (left[start : start + size] for start in range(0, len(left), size)):
                 for index, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
                     results[index] = result
-                    if requests[index][0] is not None:  # a window of a text, which is cached as a whole
+                    if requests[index][0] is not None:  # None: a window of a text, which is cached as a whole
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
                 progress.update(len(batch))
 
         if override_bs or self.batch_size_per_gpu != "auto":
             score(override_bs or self.batch_size_per_gpu, order)
-        else:  # as many as fit, found anew for each part: shorter texts come later
+        else:  # as many as fit; found anew for each part, since later parts have shorter texts
             part = max(math.ceil(len(order) / self.batch_schedule), 1)
             for start in range(0, len(order), part):
                 find_executable_batch_size(score, self.max_batch_size)(order[start : start + part])
         return [results[i] for i in range(len(requests))]
 
     def _score(self, requests) -> list[tuple[float, bool]]:
-        """Log-likelihood of each request's continuation, and whether greedy decoding would write it."""
+        """Log-likelihood in nats of each request's continuation, and whether greedy decoding would write it."""
         longest = max(len(continuation) for *_, continuation in requests)
         if longest > self.max_length:
             raise ValueError(
@@ -206,13 +203,17 @@ class Outcome:
     One metric of one task.
 
     Parameters:
-        task, metric (`str`):
-            Their names; of several filters of a task's answers, the metric names its own.
-        value, stderr (`float`):
-            What lm-eval reports; the standard error is NaN where it has none.
+        task (`str`):
+            Name of the task.
+        metric (`str`):
+            Name of the metric, with the filter of the answers in brackets if the task has filters.
+        value (`float`):
+            The value that lm-eval reports.
+        stderr (`float`):
+            Standard error of the value; NaN if there is none.
         samples (`dict[int, float]`):
-            The metric of each document, where it is a number; its log-likelihood, where the metric is one of all documents'
-            likelihood per byte or word.
+            The metric of each document, by the document's number, as far as it is a number. For likelihoods per byte or
+            word, which only all documents together have: the log-likelihood of each document in nats.
     """
 
     task: str
@@ -236,13 +237,13 @@ def evaluate_tasks(
         model ([`QuietStarLM`]):
             The model.
         tasks (`list[str]`):
-            Names of tasks or groups.
+            Names of tasks or of groups of tasks.
         include_path (`str`, *optional*):
-            Folder with task files of one's own, which are read once in a process.
+            Folder with task files of your own. A process reads it once.
         limit (`int`, *optional*):
-            Documents of each task. Defaults to all.
+            Number of documents of each task. Defaults to all.
         num_fewshot (`int`, *optional*):
-            Examples in the prompt. Defaults to the task's own.
+            Number of examples in the prompt. Defaults to the task's own.
 
     Raises:
         `ValueError`: if a task is unknown.
@@ -281,7 +282,7 @@ def evaluate_tasks(
 
 @functools.cache
 def _tasks(include_path: str | None) -> TaskManager:
-    """lm-eval's index, which takes seconds to build."""
+    """lm-eval's index of tasks. It is kept, because building it takes seconds."""
     return TaskManager(include_path=include_path)
 
 
@@ -289,14 +290,17 @@ def ratio_error(metric: str, pairs: np.ndarray) -> float:
     """
     Standard error of a likelihood per byte or word over all documents, by the delta method.
 
+    With nll `n_i`, length `s_i` and ratio `r = Σ n_i / Σ s_i` of N documents the error of r is
+    `sqrt(N / (N - 1) · Σ (n_i - r·s_i)²) / Σ s_i`. A perplexity is `exp(r)`, whose derivative scales the error.
+
     Args:
         metric (`str`):
-            One of `PER_UNIT`.
+            A name of `PER_UNIT`.
         pairs (`np.ndarray` of shape `(N, 2)`):
-            Log-likelihood and length of each document.
+            Log-likelihood in nats and length of each document.
 
     Returns:
-        `float`: NaN for a single document.
+        `float`: the standard error; NaN for a single document.
     """
     (nll, size), n = (-pairs[:, 0], pairs[:, 1]), len(pairs)
     if n < 2:
@@ -308,17 +312,17 @@ def ratio_error(metric: str, pairs: np.ndarray) -> float:
 
 def paired_test(first: Outcome, second: Outcome, seed: int = 0) -> float:
     """
-    Two-sided p-value that two outcomes differ, document by document: the sign-flip permutation test of their mean difference,
-    by 10,000 random flips. For metrics of 0 and 1 it is McNemar's test.
+    Two-sided p-value for the difference of two outcomes: a permutation test of the mean difference over documents, which
+    flips the signs of differences at random 10,000 times. For metrics of 0 and 1 it is McNemar's test.
 
     Args:
         first, second ([`Outcome`]):
-            Of the same documents.
+            The same metric on the same documents.
         seed (`int`):
-            Of the flips.
+            Seeds the flips.
 
     Returns:
-        `float`: NaN where the metric is not one of single documents.
+        `float`: the p-value; NaN if the metric has no values for single documents.
     """
     documents = sorted(first.samples.keys() & second.samples.keys())
     if not documents:

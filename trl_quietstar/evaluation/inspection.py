@@ -1,8 +1,8 @@
-"""Looking inside: what was thought after each token of a text, and what it did to the prediction of what follows.
+"""Looking inside: the thoughts after each token of a text, and what they did to the prediction of the next tokens.
 
-Plain data for [`inspection_page`], measured against the model itself without thoughts. A gain is the mean over the talk
-of `log p_with - log p_without`, in nats. Where one thought must stand for a position, it is the first, which is what
-generation would have written; the others are alternatives.
+This module makes plain data, which [`page`] shows. Thoughts are measured against the same model without thoughts: a
+gain is the mean over the talk of `log p_with - log p_without`, in nats. Where one thought must stand for a position, it
+is the first one, because that is the thought that generation would have written. The others are alternatives.
 """
 
 import math
@@ -17,24 +17,26 @@ from ..text.transfer import to_host
 from ..thinking.scoring import Scores, at_talk
 
 
-CONTEXT_TOKENS = 12
-EXTREMES = 5  # most and least helpful thoughts
-UNFINISHED = "\ufffd"  # what a decoder gives for bytes that are no character yet
+CONTEXT_TOKENS = 12  # shown before a thought among the extremes
+EXTREMES = 5  # most helpful thoughts that are listed, and least helpful ones
+UNFINISHED = "\ufffd"  # a decoder writes this for bytes that are not a whole character yet
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """
-    What each token adds to the readable text, so that the pieces together are that text.
+    Splits the readable text of tokens into one piece a token. The pieces joined are the text.
 
-    A token that ends in the middle of a character adds nothing; the one that completes the character adds it all.
+    A token that ends in the middle of a character gets an empty piece. The token that completes the character gets all
+    of it.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes.
+            Decodes the tokens.
         ids (`list[int]`):
             Token ids.
     """
-    pieces, start, read = [], 0, 0  # the window holds the last finished piece, on which a space may depend
+    # decoded with the last finished piece before it, because some tokenizers write a space only after another token
+    pieces, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
         before, after = decoded(tokenizer, ids[start:read]), decoded(tokenizer, ids[start:end])
         if after.endswith(UNFINISHED) and end < len(ids):
@@ -46,13 +48,22 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of token ids, spaces as they are."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[return-value]  # one in, one out
+    """The text of token ids, with spaces as the model wrote them."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[return-value]  # one list, one string
 
 
 class ShownScores(NamedTuple):
-    """The part of [`~thinking.scoring.Scores`] that is shown: `talk_logps` and `mixing_weights`, of shape `(B, J, G, M)`, and
-    `text_logps`, of shape `(B, T - 1)`."""
+    """
+    The part of [`~thinking.scoring.Scores`] that inspection shows.
+
+    Parameters:
+        talk_logps (`torch.Tensor` of shape `(B, J, G, M)`):
+            Log-probability in nats of each talk token after the thought.
+        mixing_weights (`torch.Tensor` of shape `(B, J, G, M)`):
+            Weight of the thought in that prediction.
+        text_logps (`torch.Tensor` of shape `(B, T - 1)`):
+            Log-probability in nats of each text token but the first, without thoughts.
+    """
 
     talk_logps: torch.Tensor
     mixing_weights: torch.Tensor
@@ -63,58 +74,77 @@ def inspect_texts(
     tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thoughts, scores: Scores | ShownScores
 ) -> list[dict]:
     """
-    Every text of a batch, token by token.
+    Describes every text of a batch token by token.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes.
-        text ([`Text`]), thoughts ([`Thoughts`]), scores ([`Scores`] or [`ShownScores`]):
-            The batch, its thoughts, and their scores.
+            Decodes the tokens.
+        text ([`Text`]):
+            The batch.
+        thoughts ([`Thoughts`]):
+            The thoughts of the batch.
+        scores ([`~thinking.scoring.Scores`] or [`ShownScores`]):
+            The scores of these thoughts.
 
     Returns:
-        `list[dict]`: for each text its `tokens`, each a `dict` with
+        `list[dict]`: for each document of the batch its `tokens`. Each token is a `dict` with
 
-        - `piece` (`str`): what it adds to the text,
-        - `nll_without`, `nll_with` (`float`, or None where it is not predicted): its negative log-likelihood in nats,
-          without thoughts and after the first thought right before it,
-        - `thoughts`: those written after it, each with its `text`, its `gain` in nats, the mean mixing `weight` over
-          its talk, and `nll_with` of each token that follows, as far as it is read.
+        - `piece` (`str`): its part of the readable text,
+        - `nll_without` (`float`, or None if the token is not predicted): its negative log-likelihood in nats without
+          thoughts,
+        - `nll_with` (`float`, or None if no thought stands right before the token): its negative log-likelihood in nats
+          after the first thought there,
+        - `thoughts` (`list[dict]`): the thoughts after the token. Each has its `text`, its `gain` in nats, the mean
+          mixing `weight` over its talk, and `nll_with` of each talk token.
     """
-    text, thoughts, shown = _on_host(text, thoughts, scores)
-    talk = talk_after(text, thoughts.positions, shown.talk_logps.shape[-1])
-    logps_without = at_talk(shown.text_logps, thoughts, shown.talk_logps.shape[-1])
-    gains = masked_mean(shown.talk_logps - logps_without, talk.target_mask[:, :, None], dim=-1)
-    weights = masked_mean(shown.mixing_weights, talk.target_mask[:, :, None], dim=-1)
-    nlls = (-shown.talk_logps).masked_fill(~talk.target_mask[:, :, None], torch.nan)
+    shown = (scores.talk_logps, scores.mixing_weights, scores.text_logps)
+    token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *shown])
+    # everything below is read number by number, so it is read in the host's memory
+    text, thoughts = text.host, Thoughts(thoughts.positions.host, token_ids, mask)
+    talk_logps, mixing_weights, text_logps = values
+    written = _written(tokenizer, text, thoughts, ShownScores(talk_logps, mixing_weights, text_logps))
+    texts = []
+    for b, documents in enumerate(text.document_ids):
+        for document in range(1, int(documents.max()) + 1):  # 0 is padding
+            places = (documents == document).nonzero().flatten().tolist()
+            texts.append(_document(tokenizer, text, text_logps, written, b, places))
+    return texts
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, text: Text, thoughts: Thoughts, scores: ShownScores
+) -> dict[tuple[int, int], list[dict]]:
+    """The thoughts after each token, by the token's row and index in the batch."""
+    talk_length = scores.talk_logps.shape[-1]
+    talk = talk_after(text, thoughts.positions, talk_length)
+    counted = talk.target_mask[:, :, None]
+    gains = masked_mean(scores.talk_logps - at_talk(scores.text_logps, thoughts, talk_length), counted, dim=-1)
+    weights = masked_mean(scores.mixing_weights, counted, dim=-1)
+    nlls = (-scores.talk_logps).masked_fill(~counted, torch.nan)
     written: dict[tuple[int, int], list[dict]] = {}
     for b, j in thoughts.positions.mask.nonzero().tolist():
         length = int(talk.input_mask[b, j].sum())
         written[b, int(thoughts.positions.index[b, j])] = [
             {
                 "text": decoded(tokenizer, thoughts.token_ids[b, j, g][thoughts.mask[b, j, g]].tolist()),
-                "gain": _number(gains[b, j, g]),
-                "weight": _number(weights[b, j, g]),
-                "nll_with": [_number(nll) for nll in nlls[b, j, g, :length]],
+                "gain": _rounded(gains[b, j, g]),
+                "weight": _rounded(weights[b, j, g]),
+                "nll_with": [_rounded(nll) for nll in nlls[b, j, g, :length]],
             }
             for g in range(thoughts.mask.shape[2])
         ]
-    texts = []
-    for b, documents in enumerate(text.document_ids):
-        for document in range(1, int(documents.max()) + 1):
-            places = (documents == document).nonzero().flatten().tolist()
-            texts.append(_inspect_text(tokenizer, text, shown, written, b, places))
-    return texts
+    return written
 
 
-def _on_host(text: Text, thoughts: Thoughts, scores: Scores | ShownScores) -> tuple[Text, Thoughts, ShownScores]:
-    """What is read number by number below, in the host's memory."""
-    shown = (scores.talk_logps, scores.mixing_weights, scores.text_logps)
-    token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *shown])
-    return text.host, Thoughts(thoughts.positions.host, token_ids, mask), ShownScores(*values)
-
-
-def _inspect_text(tokenizer, text: Text, scores: ShownScores, written: dict, b: int, places: list[int]) -> dict:
-    """One document, whose tokens are at `places` of row `b`."""
+def _document(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    text_logps: torch.Tensor,
+    written: dict[tuple[int, int], list[dict]],
+    b: int,
+    places: list[int],
+) -> dict:
+    """One document, whose tokens stand at `places` of row `b`."""
     pieces = token_pieces(tokenizer, text.input_ids[b, places].tolist())
     predicted = text.predicted()[b].tolist()
     tokens = []
@@ -124,7 +154,7 @@ def _inspect_text(tokenizer, text: Text, scores: ShownScores, written: dict, b: 
         tokens.append(
             {
                 "piece": piece,
-                "nll_without": _number(-scores.text_logps[b, at - 1]) if known else None,
+                "nll_without": _rounded(-text_logps[b, at - 1]) if known else None,
                 "nll_with": before[0]["nll_with"][0] if known and before else None,
                 "thoughts": written.get((b, at), []),
             }
@@ -132,24 +162,30 @@ def _inspect_text(tokenizer, text: Text, scores: ShownScores, written: dict, b: 
     return {"tokens": tokens}
 
 
-def _number(value: torch.Tensor) -> float | None:
-    """Rounded to what is worth showing; None for what JSON cannot hold."""
+def _rounded(value: torch.Tensor) -> float | None:
+    """A number with the digits that are worth showing; None for NaN and infinity, which JSON cannot hold."""
     return round(float(value), 5) if math.isfinite(value) else None
 
 
 def summarize(texts: list[dict]) -> dict:
     """
-    The whole of what [`inspect_texts`] gave, all alternatives included.
+    Summarizes inspected texts over all thoughts, alternatives included.
 
     Args:
         texts (`list[dict]`):
-            As it gave them.
+            The result of [`inspect_texts`].
 
     Returns:
-        `dict`: `texts`, `positions` and `thoughts` (how many); `nll_without`, `nll_with` (nats, over the same talk
-        tokens) and `weight`, None where there are no thoughts; `helped` and `hurt`, the most and the least helpful
-        thoughts, the extreme one of a position, in order. Each has the `text` and `token` it stands at, its `context`,
-        `thought`, `next` text and `gain`.
+        `dict` with
+
+        - `texts`, `positions`, `thoughts` (`int`): their numbers,
+        - `nll_without`, `nll_with` (`float`): mean negative log-likelihood in nats, both over the same talk tokens,
+        - `weight` (`float`): the mean mixing weight,
+        - `helped`, `hurt` (`list[dict]`): the most and the least helpful thoughts in order, at most one of a position.
+          Each has its `thought` and `gain`, the index of its `text` and of its `token` there, the `context` before the
+          thought and the `next` text after it.
+
+        Means are None if there are no thoughts.
     """
     places = [(t, i) for t, text in enumerate(texts) for i, token in enumerate(text["tokens"]) if token["thoughts"]]
     thoughts = [thought for t, i in places for thought in texts[t]["tokens"][i]["thoughts"]]
@@ -176,7 +212,7 @@ def summarize(texts: list[dict]) -> dict:
 
 
 def _excerpts(texts: list[dict], t: int, i: int) -> list[dict]:
-    """The thoughts of a position whose gain is a number, with the text around them."""
+    """The thoughts of a position with the text around them; without thoughts whose gain is undefined."""
     tokens = texts[t]["tokens"]
     around = {
         "text": t,

@@ -1,8 +1,8 @@
-"""The report: one HTML page that needs nothing else, neither network nor server.
+"""The report page: one HTML file that needs neither a network nor a server.
 
-What the model or the data wrote enters the page as JSON in which nothing can end the script element, and the script
-beside it puts it in place as text, never as markup. A content security policy allows that script and the style sheet,
-by their hashes, and nothing more.
+Text from the model or the data enters the page as JSON, which is written so that nothing in it can end the script
+element. The page's script puts that text in place as text, never as markup. A content security policy allows this
+script and the style sheet by their hashes, and nothing else.
 """
 
 import base64
@@ -17,7 +17,7 @@ from pathlib import Path
 from .inspection import summarize
 
 
-# title, then for each line its key in the log history, its label and its classes
+# a plot: its title, and for each line the key in the log history, the label and the CSS classes
 CHARTS = (
     ("Reward (gain of thoughts)", (("rl/reward", "training", "with"), ("eval_reward", "held-out", "with held-out"))),
     (
@@ -31,7 +31,7 @@ CHARTS = (
     ),
     ("Entropy of thoughts, nats", (("rl/entropy", "training", "with"),)),
 )
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 340, 190, 58, 34, 10
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 340, 190, 58, 34, 10  # of a plot, in units of its view box
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -66,17 +66,20 @@ form-action 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_
 
 def render_page(title: str, texts: list[dict], notes: Sequence[str] = (), history: Sequence[dict] = ()) -> str:
     """
-    The page.
+    Renders the report page as one string of HTML.
 
     Args:
         title (`str`):
-            Its title.
+            Title of the page.
         texts (`list[dict]`):
-            As [`~evaluation.inspection.inspect_texts`] gives them.
+            The result of [`~evaluation.inspection.inspect_texts`].
         notes (`Sequence[str]`):
             Paragraphs below the title.
         history (`Sequence[dict]`):
-            Log history of a training run, for plots.
+            Log history of a training run, from which plots are drawn. Without entries there are no plots.
+
+    Raises:
+        `ValueError`: if a number in `texts` is NaN or infinite.
     """
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     summary = summarize(texts)
@@ -97,21 +100,28 @@ def render_page(title: str, texts: list[dict], notes: Sequence[str] = (), histor
 def write_page(
     path: Path, title: str, texts: list[dict], notes: Sequence[str] = (), history: Sequence[dict] = ()
 ) -> None:
-    """Writes what [`render_page`] gives, in its arguments, to a file."""
+    """Writes the page that [`render_page`] makes of the other arguments into a file."""
     path.write_text(render_page(title, texts, notes, history), encoding="utf-8", errors="replace")
 
 
 def script_json(data) -> str:
-    """JSON in ASCII without `<`, `>` and `&`, so that an HTML parser finds nothing in it; NaN is an error."""
+    """
+    JSON for a script element: in ASCII and without `<`, `>` and `&`, so that an HTML parser finds no markup in it.
+
+    Raises:
+        `ValueError`: if `data` holds NaN or infinity.
+    """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _source_hash(source: str) -> str:
+    """The hash by which a content security policy names a script or a style sheet."""
     return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 def _summary_rows(summary: dict) -> list[tuple[str, str]]:
+    """Names and values at the top of the page."""
     rows = [("thoughts", f"{summary['thoughts']:,} after {summary['positions']:,} tokens")]
     if summary["nll_with"] is not None and summary["nll_without"] is not None:
         rows += [
@@ -127,6 +137,7 @@ def _summary_rows(summary: dict) -> list[tuple[str, str]]:
 
 
 def _charts(history: Sequence[dict]) -> str:
+    """All plots that the history has numbers for; empty if there are none."""
     drawn = [_chart(title, lines, history) for title, lines in CHARTS]
     if not any(drawn):
         return ""
@@ -138,7 +149,7 @@ def _is_measured(value: float | None) -> bool:
 
 
 def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
-    """One plot over steps; empty where nothing of it was logged."""
+    """One plot over steps as a `figure` with a legend; empty if none of its lines was logged."""
     series = [
         (label, kind, [(entry["step"], entry[key]) for entry in history if _is_measured(entry.get(key))])
         for key, label, kind in lines
@@ -146,6 +157,7 @@ def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
     series = [(label, kind, points) for label, kind, points in series if points]
     if not series:
         return ""
+    # a single point, or equal values, have no extent: the scale is then 1, so that nothing is divided by 0
     steps, values = zip(*(point for *_, points in series for point in points), strict=True)
     first, last, low, high = min(steps), max(steps), min(values), max(values)
 
@@ -162,17 +174,17 @@ def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
             x, y = place(step, value)
             tip = f"<title>{label}, step {step}: {value:.4g}</title>"
             parts.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5">{tip}</circle>')
-    told = "; ".join(f"{label} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, _, points in series)
+    spoken = "; ".join(f"{label} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for label, _, points in series)
     keys = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><polyline class="{kind}" points="0,4 24,4"/></svg>{label}</li>'
         for label, kind, _ in series
     )
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {told}">{"".join(parts)}</svg>'
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {spoken}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{title}</figcaption><ul>{keys}</ul>{svg}</figure>"
 
 
 def _grid(first: float, last: float, low: float, high: float, place) -> str:
-    """Lines and labels of the axes."""
+    """Grid lines and labels of the axes; `place` maps a step and a value to x and y."""
     parts = []
     for value in sorted({low, (low + high) / 2, high}):
         _, y = place(first, value)

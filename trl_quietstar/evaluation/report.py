@@ -1,4 +1,8 @@
-"""Thoughts for people to read: a table of a few, and how it is printed."""
+"""Results for people to read: tables of thoughts, metrics, validations and tasks on the terminal, and the model card.
+
+Text from models and data is untrusted. Everything that is printed passes through [`printable`], and nothing of it is
+read as markup.
+"""
 
 import math
 import re
@@ -22,8 +26,8 @@ if TYPE_CHECKING:
     from .harness import Outcome
 
 
-CONTEXT_TOKENS = 16
-# control characters, by which text could command a terminal, as the pictures that Unicode has of them
+CONTEXT_TOKENS = 16  # shown before a thought
+# control characters could command a terminal; each becomes the picture that Unicode has of it
 PICTURES = {
     **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
     127: 0x2421,
@@ -32,25 +36,26 @@ PICTURES = {
 
 
 def printable(text: str) -> str:
-    """Text that does nothing but show, of the same length: tabs and line ends stay, other controls become visible."""
+    """Makes control characters visible, except tabs and line ends. The text keeps its length."""
     return text.translate(PICTURES)
 
 
 def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count: int) -> dict[str, list]:
     """
-    Columns of a few thoughts, spread evenly over the batch.
+    Makes a table of a few thoughts that are spread evenly over a batch.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes.
+            Decodes the tokens.
         batch ([`BatchResult`]):
-            The batch.
+            The scored batch.
         count (`int`):
-            The most rows.
+            Number of rows, if there are as many thought positions.
 
     Returns:
-        `dict` of lists: `context` (the end of the text before the thought), `thought`, `next` (the true
-        continuation), `with` and `without` (the continuation's mean probability), `reward`.
+        `dict` of columns: `context` (the end of the text before the thought), `thought` (the first one at its position),
+        `next` (the true next tokens), `with` and `without` (mean probability of these tokens with and without the
+        thought), and `reward`.
     """
     text, experience, talk_logps = batch.text.host, batch.experience, batch.scores.talk_logps
     thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
@@ -79,7 +84,7 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
 
 
 def print_thoughts(columns: dict[str, list], title: str) -> None:
-    """Prints a table of thoughts; text is shown as it is, never read as markup."""
+    """Prints the columns of [`thought_table`] below a title."""
     table = Table(title=RichText(printable(title)), show_lines=True)
     for name in columns:
         table.add_column(name, justify="right" if isinstance(next(iter(columns[name]), ""), float) else "left")
@@ -96,12 +101,12 @@ class TerminalStreamer(BaseStreamer):
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes.
+            Decodes the tokens.
         console ([`~rich.console.Console`]):
-            Prints.
+            Prints the text.
         thoughts (`bool`):
-            Whether each `put` is a whole thought, shown in brackets; otherwise the first is the prompt, and each one after
-            it the next token.
+            Whether each `put` brings a whole thought, which is printed in brackets. Otherwise the first `put` brings the
+            prompt, and each later one the next token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, thoughts: bool = False):
@@ -116,7 +121,7 @@ class TerminalStreamer(BaseStreamer):
             return
         self.token_ids += value.flatten().tolist()
         text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
-        if not text.endswith("�"):  # the rest of a character comes with the next token
+        if not text.endswith("�"):  # otherwise the rest of a character comes with the next token
             self._print(RichText(printable(text[self.shown :])))
             self.shown = len(text)
 
@@ -138,7 +143,7 @@ EVALUATION_ROWS = {
 
 
 def card_name(name: str) -> str:
-    """A name for the model card, whose template takes it as it is: without what Markdown, HTML or YAML could read."""
+    """A name that is safe in a model card: without characters that Markdown, HTML or YAML would interpret."""
     return re.sub(r"[^\w./ -]+", "-", name).strip("- ") or "model"
 
 
@@ -146,17 +151,20 @@ def card_section(
     model_id: str, adapter: bool, evaluation: dict[str, float] | None, thoughts: dict[str, list] | None
 ) -> str:
     """
-    What a model card adds to TRL's.
+    Writes the section that a model card has beyond TRL's: how to load the model, what was measured, some thoughts.
 
     Args:
         model_id (`str`):
-            To load the model by.
+            Hub id or folder to load the model from.
         adapter (`bool`):
             Whether the repository holds an adapter.
         evaluation (`dict[str, float]`, *optional*):
-            Metrics as `evaluate` gives them.
+            Metrics that `evaluate` returned.
         thoughts (`dict[str, list]`, *optional*):
             Columns of [`thought_table`].
+
+    Returns:
+        `str`: Markdown.
     """
     lines = [
         "",
@@ -193,17 +201,17 @@ def card_section(
     if thoughts:
         lines += ["Some of its thoughts, in brackets, with the text before and after:", ""]
         rows = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
-        # an indented block shows text as it is, and ends at no character that the text may hold
+        # an indented block shows text as it is, and no character in the text can end it
         lines += ["    " + printable("↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines())) for a, b, c, r in rows]
         lines.append("")
     return "\n".join(lines)
 
 
 def print_evaluation(metrics: dict[str, float]) -> None:
-    """Prints metrics as `evaluate` gives them."""
+    """Prints the metrics that `evaluate` returned."""
     table = Table("held-out", "", title="Evaluation")
     for label, key in EVALUATION_ROWS.items():
-        if key in metrics:  # a model that does not think has those without thoughts
+        if key in metrics:  # a model that does not think has no metrics with thoughts
             table.add_row(label, f"{metrics[key]:.4f}")
     Console().print(table)
 
@@ -214,9 +222,9 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
 
     Args:
         before, after (`dict[str, float]`):
-            Metrics as `evaluate` gives them.
+            Metrics that `evaluate` returned.
         title (`str`):
-            Above the table.
+            Title of the table.
     """
     table = Table(title=title)
     for name in ("held-out", "before", "after", "change"):
@@ -245,11 +253,11 @@ CONDITION_LABELS = {
 
 def print_anti_theater(report: AntiTheaterReport) -> None:
     """
-    Prints the tests with their verdicts, the controls, and the gains.
+    Prints three tables: the tests with their verdicts, the controls, and the gains.
 
     Args:
         report ([`~evaluation.anti_theater.AntiTheaterReport`]):
-            What a validation found.
+            The result of a validation.
     """
     verdict = "the thoughts are used" if report.passed else "theater"
     tests = Table(title=f"Anti-theater validation: {verdict} ({report.thoughts:,} thoughts, {report.texts:,} texts)")
@@ -258,7 +266,7 @@ def print_anti_theater(report: AntiTheaterReport) -> None:
     for name, threshold in THRESHOLDS.items():
         wanted = f"> {threshold:g}" if name != "content_gain" else "interval > 0"
         outcome = "failed" if name in report.failures else "passed"
-        tests.add_row(TEST_LABELS[name], *_shown(report.estimates[name]), wanted, outcome)
+        tests.add_row(TEST_LABELS[name], *_with_interval(report.estimates[name]), wanted, outcome)
     controls = Table(title="What stands in the thought's place")
     for name in ("condition", "accuracy", "NLL, nats"):
         controls.add_column(name, justify="left" if name == "condition" else "right")
@@ -269,29 +277,29 @@ def print_anti_theater(report: AntiTheaterReport) -> None:
     for name in ("gain", "accuracy", "95% interval", "nats", "95% interval"):
         gains.add_column(name, justify="left" if name == "gain" else "right")
     for name, label in (("content_gain", "content: real − shuffled"), ("compute_gain", "compute: filler − none")):
-        gains.add_row(label, *_shown(report.estimates[name]), *_shown(report.estimates[f"{name}_nll"]))
+        gains.add_row(label, *_with_interval(report.estimates[name]), *_with_interval(report.estimates[f"{name}_nll"]))
     for table in (tests, controls, gains):
         Console().print(table)
 
 
-def _shown(estimate: Estimate) -> tuple[str, str]:
-    """A value and its interval."""
-    if estimate.value != estimate.value:
+def _with_interval(estimate: Estimate) -> tuple[str, str]:
+    """A value and its 95% interval, as two cells of a table."""
+    if math.isnan(estimate.value):
         return "undefined", ""
     return f"{estimate.value:+.4f}", f"{estimate.low:+.4f} to {estimate.high:+.4f}"
 
 
 def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_values: list[float]) -> None:
     """
-    Prints what lm-eval measured.
+    Prints the results of lm-eval's tasks.
 
     Args:
         thinking (`list` of [`~evaluation.harness.Outcome`]):
-            With thoughts, or as the user asked.
+            Results with thoughts, or in the mode that the user asked for.
         plain (`list` of [`~evaluation.harness.Outcome`], *optional*):
-            The same without thoughts.
+            Results without thoughts on the same tasks and metrics, in the same order.
         p_values (`list[float]`):
-            Of the paired tests, if there is something to compare.
+            P-value of the paired test for each result; empty without `plain`.
     """
     title = "Tasks of lm-eval" + ("" if plain is None else ", with and without thoughts")
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))  # every number fits into 80 columns
@@ -309,5 +317,5 @@ def print_outcomes(thinking: "list[Outcome]", plain: "list[Outcome] | None", p_v
 
 
 def _with_error(outcome: "Outcome") -> str:
-    """A value and its standard error, if any."""
+    """A value, and its standard error if it has one."""
     return f"{outcome.value:.4f}" + ("" if math.isnan(outcome.stderr) else f" ± {outcome.stderr:.4f}")
