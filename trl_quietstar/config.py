@@ -10,7 +10,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ._compat import _BaseConfig
+from ._compat import DICT_FIELDS, BaseConfig
 from .learning.advantages import BASELINES
 from .learning.rewards import REWARD_TYPES
 from .model.heads import VALUE_HEAD_TYPES
@@ -145,7 +145,7 @@ def _option(default, help: str):
 
 
 @dataclass
-class QuietStarConfig(_BaseConfig):
+class QuietStarConfig(BaseConfig):
     """
     Configuration of [`QuietStarREINFORCETrainer`].
 
@@ -162,7 +162,7 @@ class QuietStarConfig(_BaseConfig):
         `ValueError`: if a value is outside its limits or contradicts another, naming the value, the limit and the fix.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "curriculum"]
+    _VALID_DICT_FIELDS = [*DICT_FIELDS, "model_init_kwargs", "curriculum"]
 
     # Model
     model_init_kwargs: dict | str | None = _option(

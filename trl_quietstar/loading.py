@@ -1,6 +1,5 @@
 """From what a user passes as model and tokenizer to a thinking model, with its adapter."""
 
-import functools
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from ._compat import checkpoint_exactly, noted_commit
 from .config import QuietStarConfig
 from .model.adapters import base_of, check_adapter_model, check_method, trains_added_weights_only
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
@@ -74,10 +74,10 @@ def build_model(
         # passes no gradient, and keeps to it in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    _checkpoint_exactly(base)
+    checkpoint_exactly(base)
     if not isinstance(base, QuietStarMixin):
         _attach(base, settings)
-        base._loaded_by = {"revision": getattr(base.config, "_commit_hash", None)}  # noted by Transformers until 5.23
+        base._loaded_by = {"revision": noted_commit(base.config)}
     if tokenizer is None:
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
     elif isinstance(tokenizer, ProcessorMixin):
@@ -167,16 +167,6 @@ def _check_places(base) -> None:
             f"would not be trained. Keep it off {name!r}: leave that out of `target_modules`, or set `exclude_modules=[{name!r}]`."
             f" To train all of the LM head name it in `modules_to_save`."
         )
-
-
-def _checkpoint_exactly(base) -> None:
-    """Layers that are checkpointed by PyTorch's reentrant way, as `prepare_model_for_kbit_training` sets it, lose the gradient
-    from thoughts to the text that they read; the other way keeps it."""
-    for module in base.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
-            options = {**function.keywords, "use_reentrant": False}
-            module._gradient_checkpointing_func = functools.partial(function.func, **options)
 
 
 def _own_tokenizer(base, source: str | None, hub: dict, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -47,10 +47,9 @@ from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    cached_file,
 )
 
-from ._compat import set_unsaved_keys
+from ._compat import find_file, is_compiled, noted_commit, set_unsaved_keys
 from .branches.base import BranchPath
 from .branches.replay import Replay
 from .model.adapters import base_of, check_method
@@ -537,8 +536,7 @@ def _commit_of(model: PreTrainedModel) -> str | None:
     """The commit of the Hub that a model was plainly loaded from: in the path of the code that came with it."""
     generate = getattr(vars(model).get("generate"), "func", None)
     parts = Path(generate.__code__.co_filename).parts if generate is not None else ()
-    noted = getattr(model.config, "_commit_hash", None)  # by Transformers until 5.23
-    return next((part for part in parts if re.fullmatch("[0-9a-f]{40}", part)), noted)
+    return next((part for part in parts if re.fullmatch("[0-9a-f]{40}", part)), noted_commit(model.config))
 
 
 @contextmanager
@@ -563,7 +561,7 @@ def check_thinker(model: PreTrainedModel) -> None:
 def check_causal_lm(model: PreTrainedModel) -> None:
     """Refuses what cannot be a causal thinker, before anything is changed."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or model._compiled_call_impl is not None:
+    if not isinstance(model, PreTrainedModel) or is_compiled(model):
         raise ValueError(
             f"The model is a {name}, compiled or not a model of Transformers; pass it as `AutoModelForCausalLM` loads it. "
             "Its layers may be compiled one by one, with `layer.compile()`."
@@ -770,14 +768,7 @@ def check_source(source: str) -> None:
 def _find(source: str, filename: str, hub: dict) -> str | None:
     """Local path of a file of a local directory or Hub repository; None where there is no such file."""
     check_source(source)
-    return cached_file(
-        source,
-        filename,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
+    return find_file(source, filename, **hub)
 
 
 def has_file(source: str, filename: str, hub: dict) -> bool:

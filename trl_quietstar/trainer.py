@@ -270,7 +270,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
                     "which cannot be taken back where they are sharded; leave them out, and set `bf16=True`."
                 )
             if not self.is_model_parallel:  # until `train` or `evaluate`, Transformers leaves it where it was
-                self._move_model_to_device(self.model, args.device)
+                self.move_model()
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
         self.path = choose_path(base, args.thought_path, with_dropout=not args.disable_dropout)
         if self._sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
@@ -413,7 +413,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         named = {} if self.reward_function is None else column_parameters(self.reward_function)[0]
-        self._signature_columns = [*OWN_COLUMNS, *named]
+        self.keep_columns([*OWN_COLUMNS, *named])
 
     # One step
 
@@ -485,7 +485,7 @@ class QuietStarREINFORCETrainer(CheckpointTrainer):
         return RepeatedRows(
             dataset,
             mini_repeat_count=1,
-            batch_size=self._train_batch_size * args.gradient_accumulation_steps * batches,
+            batch_size=self.rows_per_batch * args.gradient_accumulation_steps * batches,
             repeat_count=args.num_iterations,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,

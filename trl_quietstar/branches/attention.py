@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from .._compat import attention_of, can_set_attention, takes_sdpa
 from ..model.family import cap_, cap_slope, times_
 
 
@@ -317,13 +318,13 @@ def enable(model: PreTrainedModel) -> bool:
     Returns:
         `bool`: whether its family can.
     """
-    current = before = model.config.get_text_config()._attn_implementation
+    current = before = attention_of(model)
     if current is None:
         return False
     if current.startswith(PREFIX):
         return True
     if any(kind in current for kind in OWN_MASKS):
-        current = "sdpa" if model._supports_sdpa else "eager"
+        current = "sdpa" if takes_sdpa(model) else "eager"
         logger.warning(
             "The model attends by `%s` instead of `%s`, which takes no masks that let thoughts share a text. On a GPU, "
             "`sdpa` has the same kernels for the text itself.",
@@ -334,16 +335,16 @@ def enable(model: PreTrainedModel) -> bool:
         AttentionInterface.register(name, _attention_in_place_of(current))
         if current in AttentionMaskInterface():
             AttentionMaskInterface.register(name, AttentionMaskInterface()[current])
-    if not model._can_set_attn_implementation():
+    if not can_set_attention(model):
         return False
     model.set_attn_implementation(name)
-    model.attention_before_branches = before
-    return model.config.get_text_config()._attn_implementation == name
+    vars(model)["attention_before_branches"] = before
+    return attention_of(model) == name
 
 
 def disable(model: PreTrainedModel) -> None:
     """Takes [`enable`] back."""
-    current = model.config.get_text_config()._attn_implementation
+    current = attention_of(model)
     if current is not None and current.startswith(PREFIX):
         # a model made from another's config has that one's attention
         model.set_attn_implementation(vars(model).get("attention_before_branches", current.removeprefix(PREFIX)))

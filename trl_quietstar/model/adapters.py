@@ -9,6 +9,8 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._compat import holds_adapter
+
 
 # Methods of PEFT that a step of thoughts does not train as they are meant to be
 REFUSED = {
@@ -89,7 +91,7 @@ def check_adapter_model(model: nn.Module) -> None:
         `ValueError`: as [`check_method`], and if the active adapter is not the one called `default`, the only one that is
             saved where it is looked for.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if holds_adapter(model):
         raise ValueError(
             "The model has an adapter that Transformers put in (`add_adapter`, or an adapter's folder given to "
             "`AutoModelForCausalLM`); load the base model, and the adapter onto it with `PeftModel.from_pretrained(base, "

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .._compat import pad_token
 from ..branches.base import backbone
 from ..branches.cached_replay import CachedReplay, CachedReplayDecoder
 from ..branches.masks import additive_masks
@@ -411,7 +412,7 @@ def think_and_speak(
     attention_mask = model_kwargs.get("attention_mask")
     mask = torch.ones(input_ids.shape, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
     _check_request(generation_config, input_ids, mask, synced_gpus, model_kwargs)
-    config, pad = generation_config, generation_config._pad_token_tensor
+    config, pad = generation_config, pad_token(generation_config)
     _check_positions(model, config, input_ids.shape[1])
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
     mind = Mind(model, thinking, sampling, not config.do_sample, thought_streamer)

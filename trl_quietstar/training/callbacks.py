@@ -98,7 +98,7 @@ class AntiTheaterCallback(TrainerCallback):
     def _keep(self, directory: str) -> None:
         """Saves the model as the last one that passed."""
         with whole_folder(directory, self.trainer.accelerator, self.trainer.args.should_save) as folder:
-            self.trainer.save_model(folder, _internal_call=True)
+            self.trainer.save_locally(folder)
         self.last_passed = directory
         self._forget()
 

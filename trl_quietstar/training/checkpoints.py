@@ -46,7 +46,7 @@ from transformers.utils import (
     logging,
 )
 
-from .._compat import _BaseTrainer
+from .._compat import BaseTrainer
 from ..config import ADAMW, VALUE_BASELINES, QuietStarConfig
 from ..model.adapters import base_of
 from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
@@ -524,7 +524,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
 # The Trainer's part
 
 
-class CheckpointTrainer(_BaseTrainer):
+class CheckpointTrainer(BaseTrainer):
     """
     The Trainer with checkpoints that are whole or not there, and that hold all that a run goes on from: a resumed run is
     the run it resumes, and a run that had ended, by `max_steps` or early stopping, ends again at once.
@@ -671,9 +671,10 @@ class CheckpointTrainer(_BaseTrainer):
 
     def _window(self) -> dict:
         """Of the loss that is not logged yet, and of early stopping."""
+        loss, logged_at = self.loss_since_log()
         return {
-            "loss": self.accelerator.gather(self._tr_loss.reshape(1)).mean().item(),
-            "loss_logged_at": self._globalstep_last_logged,
+            "loss": self.accelerator.gather(loss.reshape(1)).mean().item(),
+            "loss_logged_at": logged_at,
             "patience_used": [callback.early_stopping_patience_counter for callback in self._early_stopping()],
         }
 
@@ -725,8 +726,7 @@ class CheckpointTrainer(_BaseTrainer):
         """Where the Trainer has reset what belongs to a run, and is about to take a step."""
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
-            self._tr_loss += state["loss"]
-            self._globalstep_last_logged = state["loss_logged_at"]
+            self.restore_loss_since_log(state["loss"], state["loss_logged_at"])
             for callback, used in zip(self._early_stopping(), state["patience_used"], strict=False):
                 callback.early_stopping_patience_counter = used
             if self._has_ended():  # the Trainer would take one step more

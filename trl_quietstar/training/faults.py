@@ -164,7 +164,7 @@ class FaultGuard(TrainerCallback):
         """Saves what training had come to before the faults, and raises."""
         trainer = self.trainer
         self.in_a_row, self._faults["train"] = 0, []  # a run that resumes from here has its whole patience again
-        trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        trainer.save_checkpoint()
         raise FloatingPointError(
             f"{complaint} The weights of before are in checkpoint-{trainer.state.global_step} of "
             f"{trainer.args.output_dir!r}. Look at the data that is named, lower `learning_rate`, or compute in float32; "
