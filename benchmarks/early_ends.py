@@ -19,8 +19,10 @@ from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.branches.masked_prefix import MaskedPrefix
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 
 from .replay import Counted
 

@@ -21,8 +21,10 @@ from transformers import TrainerCallback
 from trl_quietstar import QuietStarREINFORCETrainer
 from trl_quietstar.learning.advantages import thought_advantages
 from trl_quietstar.learning.rewards import masked_mean, thought_rewards
-from trl_quietstar.text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_after
-from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
+from trl_quietstar.text.batch import Text, Thoughts, talk_after
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, Scores, at_talk, score
 
 from .learning import (

@@ -41,8 +41,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.evaluation.controls import CONTROLS, controlled
 from trl_quietstar.learning.rewards import thought_rewards
-from trl_quietstar.text.batch import Text, Thoughts, choose_positions, seeded_generators
-from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
+from trl_quietstar.text.batch import Text, Thoughts
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 

@@ -18,9 +18,11 @@ from transformers import BloomConfig, MambaConfig, Qwen3NextConfig
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.base import BranchPath
 from trl_quietstar.branches.replay import Replay
-from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions, seeded_generators
 from trl_quietstar.thinking.check import choose_path
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 
 
 SIZE = dict(vocab_size=1024, hidden_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)

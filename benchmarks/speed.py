@@ -42,7 +42,8 @@ from trl import RLOOConfig, RLOOTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.learning.experience import StepPart
-from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions, seeded_generators
 
 from .generation import FIXED_WAYS, compare
 from .learning import parse

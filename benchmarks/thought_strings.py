@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.learning.rewards import masked_mean
-from trl_quietstar.text.batch import Text, choose_positions, seeded_generators, talk_after
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.text.batch import Text, talk_after
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 

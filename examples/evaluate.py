@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trl_quietstar.evaluation.harness import QuietStarLM, evaluate_tasks, paired_test
 from trl_quietstar.evaluation.report import print_outcomes
-from trl_quietstar.thinking.sampling import Thinking
+from trl_quietstar.thinking.when import Thinking
 
 
 def main() -> None:

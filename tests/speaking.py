@@ -6,8 +6,10 @@ from trl_quietstar import QuietStarSettings
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.model.lm_head import logits_of, normalized_entropy
 from trl_quietstar.text.batch import Branches, Positions, Text
+from trl_quietstar.thinking.drawing import fixed_draws, thought_sampling
 from trl_quietstar.thinking.likelihood import log_likelihoods
-from trl_quietstar.thinking.sampling import Thinking, fixed_draws, sample_thoughts, thought_sampling
+from trl_quietstar.thinking.sampling import sample_thoughts
+from trl_quietstar.thinking.when import Thinking
 
 from .conformance import tiny_model as family_model
 

@@ -14,9 +14,10 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.cli import main
 from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.lm_head import normalized_entropy
-from trl_quietstar.text.batch import Text, choose_positions
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions
 from trl_quietstar.thinking.likelihood import log_likelihoods
-from trl_quietstar.thinking.sampling import ENDLESS, Thinking
+from trl_quietstar.thinking.when import ENDLESS, Thinking
 
 from .pages import embedded
 from .speaking import SETTINGS, naive, of_generated, padded, prompts, thinking_model

@@ -8,7 +8,8 @@ import torch
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.lm_head import normalized_entropy
-from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
+from trl_quietstar.text.batch import Positions, Text, Thoughts
+from trl_quietstar.text.positions import choose_positions, seeded_generators
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import exact_model, mixed_text, positions_of, sampling, think
@@ -34,7 +35,8 @@ def roll_out(model, text: Text, path, amount="all", rows: list[int] | None = Non
 
 
 def _think(model, text, path, positions, draws) -> Thoughts:
-    from trl_quietstar.thinking.sampling import sample_thoughts, uniforms
+    from trl_quietstar.thinking.drawing import uniforms
+    from trl_quietstar.thinking.sampling import sample_thoughts
 
     return sample_thoughts(
         model, path.read(model, text), text, positions, sampling(), uniforms(positions, sampling(), draws)

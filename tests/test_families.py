@@ -9,7 +9,7 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.text.batch import Positions, Text
 from trl_quietstar.thinking.check import choose_path, path_difference
-from trl_quietstar.thinking.sampling import SamplingSettings
+from trl_quietstar.thinking.drawing import SamplingSettings
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import VOCAB, mixed_text, sampling, think

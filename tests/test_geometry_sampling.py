@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators, talk_after
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, thought_end, uniforms
+from trl_quietstar.text.batch import Positions, Text, Thoughts, talk_after
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import SamplingSettings, thought_end, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 from .tiny import byte_tokenizer, every_fourth, exact_model, generators, mixed_text, sampling, think

@@ -22,7 +22,7 @@ from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.cli import main
 from trl_quietstar.evaluation.harness import Outcome, QuietStarLM, _tasks, evaluate_tasks, paired_test, ratio_error
 from trl_quietstar.thinking.likelihood import log_likelihoods
-from trl_quietstar.thinking.sampling import Thinking
+from trl_quietstar.thinking.when import Thinking
 
 from .tiny import byte_tokenizer
 from .training import saved_model

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.evaluation.harness import OF_LOADING, REFUSED, QuietStarLM
 from trl_quietstar.model.adapters import base_of
-from trl_quietstar.thinking.sampling import Thinking
+from trl_quietstar.thinking.when import Thinking
 
 from .tiny import byte_tokenizer
 from .training import saved_model, tiny_trainer

@@ -21,8 +21,8 @@ from trl_quietstar.evaluation.inspection import ShownScores, inspect_texts, summ
 from trl_quietstar.evaluation.page import render_page
 from trl_quietstar.learning.rewards import masked_mean
 from trl_quietstar.text.batch import Text, talk_after
+from trl_quietstar.thinking.drawing import uniforms
 from trl_quietstar.thinking.likelihood import think_in_chunks
-from trl_quietstar.thinking.sampling import uniforms
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score, score_thoughts
 
 from .pages import HOSTILE, embedded, hostile_texts

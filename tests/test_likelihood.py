@@ -9,7 +9,7 @@ from trl_quietstar.branches.attention import TextReading
 from trl_quietstar.model.lm_head import uncertainty
 from trl_quietstar.thinking import likelihood
 from trl_quietstar.thinking.likelihood import log_likelihoods
-from trl_quietstar.thinking.sampling import Thinking
+from trl_quietstar.thinking.when import Thinking
 
 from .speaking import of_generated, padded, prompts, thinking_model
 from .tiny import byte_tokenizer

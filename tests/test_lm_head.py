@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_quietstar.model import lm_head
 from trl_quietstar.model.family import logit_transform
 from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
-from trl_quietstar.thinking.sampling import BLOCK, _invert
+from trl_quietstar.thinking.drawing import BLOCK, _invert
 
 
 V, H = 37, 6

@@ -14,8 +14,10 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.learning.advantages import thought_advantages
 from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
-from trl_quietstar.text.batch import Positions, Text, Thoughts, seeded_generators
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.text.batch import Positions, Text, Thoughts
+from trl_quietstar.text.positions import seeded_generators
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 
 from .tiny import exact_model

@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.text.batch import Text, choose_positions, seeded_generators
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions, seeded_generators
 from trl_quietstar.thinking.check import TOLERANCES, path_difference
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 
 from .tiny import divergence_by_hand
 

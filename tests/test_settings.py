@@ -11,7 +11,8 @@ from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.learning.advantages import thought_advantages
 from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
-from trl_quietstar.text.batch import Text, choose_positions, talk_span
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions, talk_span
 from trl_quietstar.thinking.sampling import unfinished
 
 from .tiny import byte_tokenizer, generators, sampling, think, tiny_model

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.thinking.sampling import thought_end
+from trl_quietstar.thinking.drawing import thought_end
 
 from .tiny import byte_tokenizer, randomize, sums, tiny_config
 from .training import text_data, tiny_trainer

@@ -11,7 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 from trl_quietstar.model.adapters import base_of
-from trl_quietstar.text.batch import Text, choose_positions
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import choose_positions
 
 from .tiny import byte_tokenizer, generators, sums
 from .training import logged, plain_model, saved_model, text_data, tiny_args, tiny_trainer

@@ -26,8 +26,10 @@ from transformers import (
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.base import BranchPath
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.text.batch import Positions, Text, Thoughts, choose_positions, seeded_generators
-from trl_quietstar.thinking.sampling import SamplingSettings, sample_thoughts, uniforms
+from trl_quietstar.text.batch import Positions, Text, Thoughts
+from trl_quietstar.text.positions import choose_positions, seeded_generators
+from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
+from trl_quietstar.thinking.sampling import sample_thoughts
 
 
 VOCAB = 97

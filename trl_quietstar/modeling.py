@@ -60,7 +60,7 @@ from .settings import QuietStarSettings
 from .thinking.check import choose_path, takes_masks
 from .thinking.generation import think_and_speak
 from .thinking.likelihood import log_likelihoods
-from .thinking.sampling import Thinking
+from .thinking.when import Thinking
 
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ class QuietStarSettings:
         temperature, top_k, top_p, min_p, min_thought_length, thought_stop_string:
             How thoughts are drawn and end, as in [`QuietStarConfig`].
         thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
-            Where the model learned to think, as in [`QuietStarConfig`]; [`~thinking.sampling.Thinking.of`] says what generation and
+            Where the model learned to think, as in [`QuietStarConfig`]; [`~thinking.when.Thinking.of`] says what generation and
             scoring make of it.
     """
 

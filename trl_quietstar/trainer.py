@@ -68,9 +68,11 @@ from .loading import build_model, check_adapter, check_kinds, check_quantization
 from .model.adapters import AdapterReference, base_of, check_trainable
 from .model.routing import has_router_loss, use_router_loss
 from .modeling import save_settings
-from .text.batch import Text, Thoughts, most_positions, seeded_generators, talk_after, talk_span
+from .text.batch import Text, Thoughts, talk_after
+from .text.positions import most_positions, seeded_generators, talk_span
 from .thinking.check import choose_path
-from .thinking.sampling import ThoughtSampler, thought_sampling
+from .thinking.drawing import thought_sampling
+from .thinking.sampling import ThoughtSampler
 from .thinking.scoring import ScoreRequest, Scores, ThoughtScores, score_thoughts
 from .training.callbacks import (
     AntiTheaterCallback,

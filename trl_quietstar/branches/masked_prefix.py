@@ -8,10 +8,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, forward_arguments, position_offset
 from ..model.routing import Routing, recorded_routing
-from ..text.batch import Branches, Text, branch_position_ids, packed_attention, prefix_attention, text_attention
+from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
-from .masks import additive_masks
+from .masks import additive_masks, packed_attention, prefix_attention, text_attention
 
 
 class MaskedPrefix:

@@ -1,7 +1,9 @@
-"""Attention masks in the form that a family's own forward takes."""
+"""Attention masks: who may see whom, and the form that a family's own forward takes it in."""
 
 import torch
 from transformers import PreTrainedConfig
+
+from ..text.batch import Text, gather
 
 
 LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}  # names of their sizes
@@ -70,3 +72,36 @@ def local_layer_types(config: PreTrainedConfig) -> list[str]:
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def text_attention(text: Text) -> torch.Tensor:
+    """Bool mask of shape `(B, T, T)`: causal, within the document. Padding sees itself, so no row is empty."""
+    T = text.input_ids.shape[1]
+    same = text.document_ids[:, :, None] == text.document_ids[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=same.device).tril()
+    allowed = same & causal & text.attention_mask[:, None, :]
+    return allowed | torch.eye(T, dtype=torch.bool, device=same.device)
+
+
+def prefix_attention(text: Text, anchors: torch.Tensor) -> torch.Tensor:
+    """Bool mask of shape `(B, N, T)`: a branch sees its own document up to its anchor."""
+    index = torch.arange(text.input_ids.shape[1], device=anchors.device)
+    own = gather(text.document_ids, anchors)[..., None]
+    return (index <= anchors[..., None]) & (text.document_ids[:, None] == own) & text.attention_mask[:, None]
+
+
+def packed_attention(text: Text, anchors: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Bool mask of shape `(B, T + N·S, T + N·S)` for `[text | branches]` in one pass: text sees text, a branch sees the
+    text up to its anchor and its own earlier slots, nothing else.
+    """
+    B, N, S = slot_mask.shape
+    T = text.input_ids.shape[1]
+    allowed = torch.zeros(B, T + N * S, T + N * S, dtype=torch.bool, device=slot_mask.device)
+    allowed[:, :T, :T] = text_attention(text)
+    allowed[:, T:, :T] = prefix_attention(text, anchors).repeat_interleave(S, dim=1)
+    causal = torch.ones(S, S, dtype=torch.bool, device=slot_mask.device).tril()
+    own = causal & slot_mask[:, :, None, :] | torch.eye(S, dtype=torch.bool, device=slot_mask.device)
+    blocks = allowed[:, T:, T:].unflatten(2, (N, S)).unflatten(1, (N, S))
+    blocks.diagonal(dim1=1, dim2=3).copy_(own.permute(0, 2, 3, 1))
+    return allowed

@@ -9,12 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..model.embeddings import embed_tokens
 from ..model.family import position_offset
 from ..model.routing import Routing, recorded_routing
-from ..text.batch import Branches, Text, branch_position_ids, text_attention
+from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from . import attention
 from .attention import BranchReading, TextMemory, TextReading
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
-from .masks import additive_masks, in_mask_form, local_layer_types
+from .masks import additive_masks, in_mask_form, local_layer_types, text_attention
 
 
 class SharedPrefix:

@@ -49,10 +49,12 @@ from ..model.adapters import base_of
 from ..model.family import check_length, max_positions
 from ..model.lm_head import normalized_entropy, token_statistics
 from ..modeling import HUB_KWARGS, QuietStarForCausalLM, saved_settings
-from ..text.batch import Text, Thoughts, choose_positions, seeded_generators, talk_span
+from ..text.batch import Text, Thoughts
+from ..text.positions import choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
+from ..thinking.drawing import fixed_draws, thought_sampling
 from ..thinking.likelihood import think_in_chunks
-from ..thinking.sampling import Thinking, fixed_draws, thought_sampling
+from ..thinking.when import Thinking
 from ..trainer import QuietStarREINFORCETrainer
 
 

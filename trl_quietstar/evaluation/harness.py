@@ -29,7 +29,7 @@ from ..loading import load_tokenizer, warn_of_untrained_heads
 from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..modeling import QuietStarForCausalLM, check_source, check_thinker, put_adapter
-from ..thinking.sampling import Thinking
+from ..thinking.when import Thinking
 
 
 FLIPS = 10_000  # random flips of sign in the paired test

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..text.batch import Positions, Text, Thoughts, talk_after
-from ..thinking.sampling import SamplingSettings, unfinished
+from ..thinking.drawing import SamplingSettings
+from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
 from .advantages import standardize, thought_advantages
 from .objective import TokenCounts
@@ -80,7 +81,7 @@ def experience_of(
             By the reference, where there is one.
         args ([`QuietStarConfig`]):
             Tells the reward, its clipping and penalty, and the baseline.
-        sampling ([`~thinking.sampling.SamplingSettings`]):
+        sampling ([`~thinking.drawing.SamplingSettings`]):
             How the thoughts were sampled; for the penalty on unfinished ones.
         reward_function (`Callable`, *optional*):
             In place of `args.reward_type`.

@@ -9,10 +9,8 @@ that the last thought token predicts nothing and the end slot predicts the first
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
 from .transfer import Placed
@@ -185,186 +183,19 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
     index = positions.index[..., None] + torch.arange(1, talk_length + 1)
     inside = index < text.input_ids.shape[1]
     index = index.clamp(max=text.input_ids.shape[1] - 1)
-    token_ids, labels, documents = (_gather(x, index) for x in (text.input_ids, text.labels, text.document_ids))
-    own = _gather(text.document_ids, positions.index)[..., None]
+    token_ids, labels, documents = (gather(x, index) for x in (text.input_ids, text.labels, text.document_ids))
+    own = gather(text.document_ids, positions.index)[..., None]
     input_mask = inside & (documents == own) & positions.mask[..., None]
     return Talk(token_ids, input_mask, input_mask & (labels != -100)).to(device)
 
 
-def usable_positions(text: Text, thought_positions: int | float | str = "all") -> torch.Tensor:
-    """
-    Mask of shape `(B, T - 1)`: text tokens that a thought may follow.
-
-    Args:
-        text ([`Text`]):
-            The batch.
-        thought_positions (`int`, `float` or `str`):
-            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels, `"none"` none.
-    """
-    usable = text.predicted() & text.thought_mask[:, :-1]
-    if thought_positions == "none":
-        return torch.zeros_like(usable)
-    return usable & (text.labels[:, :-1] == -100) if thought_positions == "prompt_end" else usable
-
-
-def talk_span(text: Text, talk_length: int | str, thought_positions: int | float | str) -> int:
-    """
-    M for a batch: `talk_length` itself, or with `"completion"` as many tokens as lie between any usable position and the
-    last label of its document.
-
-    Args:
-        text ([`Text`]):
-            The batch.
-        talk_length (`int` or `str`):
-            M, or `"completion"`.
-        thought_positions (`int`, `float` or `str`):
-            Which positions are usable, as in [`usable_positions`].
-    """
-    if talk_length != "completion":
-        return int(talk_length)
-    text = text.host
-    index = torch.arange(text.labels.shape[1])
-    ends = torch.where(text.labels != -100, index, 0)
-    last = torch.zeros_like(ends).scatter_reduce(1, text.document_ids, ends, "amax")  # by document
-    spans = (_gather(last, text.document_ids) - index)[:, :-1]
-    return max(int((spans * usable_positions(text, thought_positions)).max()), 1)
-
-
-def seeded_generators(seed: int, step: int, indices: list[int]) -> list[torch.Generator]:
-    """
-    One random generator for each sequence, so that a sequence's draws depend on nothing but its own key: not on the
-    batch it came in, its padding, the process, nor on whether training was resumed.
-
-    Args:
-        seed (`int`):
-            The run's seed.
-        step (`int`):
-            Optimizer step (0 throughout evaluation, which makes it deterministic).
-        indices (`list[int]`):
-            Index of each sequence within the step's global batch, or within the evaluation set.
-    """
-    states = (np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] for index in indices)
-    return [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
-
-
-def choose_positions(
-    text: Text,
-    thought_positions: int | float | str,
-    generators: list[torch.Generator],
-    entropy: Callable[[], torch.Tensor] | None = None,
-    difficulty_threshold: float = 0.6,
-    min_interval: int = 3,
-) -> Positions:
-    """
-    Chooses the text tokens after which thoughts are written. Never on padding, where the next token is not a label,
-    or where the next token belongs to another document.
-
-    Args:
-        text ([`Text`]):
-            The batch.
-        thought_positions (`int`, `float` or `str`):
-            `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one),
-            `"prompt_end"`, `"none"`, or `"difficulty"`.
-        generators (`list[torch.Generator]`):
-            One for each sequence; used by the random choices only.
-        entropy (`Callable`, *optional*):
-            Gives the no-thought prediction's entropy divided by log V, of shape `(B, T - 1)`; called by
-            `"difficulty"` only.
-        difficulty_threshold (`float`):
-            Least normalised entropy.
-        min_interval (`int`):
-            Least distance of two positions, in tokens, by difficulty.
-
-    Returns:
-        [`Positions`] in ascending order, J being the largest number in any row (at least 1).
-    """
-    usable = usable_positions(text.host, thought_positions)
-    if thought_positions == "difficulty" and entropy is not None:
-        chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
-    elif thought_positions in ("all", "prompt_end", "none"):
-        chosen = usable
-    elif isinstance(thought_positions, str):
-        raise ValueError(
-            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, 'prompt_end', 'none', or "
-            "'difficulty' together with `entropy`."
-        )
-    else:
-        chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
-    width = max(int(chosen.sum(1).max()), 1)
-    order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
-    return Positions(order, chosen.gather(1, order)).to(text.input_ids.device)
-
-
-def most_positions(text: Text, thought_positions: int | float | str, min_interval: int) -> int:
-    """The most positions that [`choose_positions`] can choose in any row of a batch; at least 1."""
-    usable = int(usable_positions(text.host, thought_positions).sum(1).max())
-    if thought_positions == "difficulty":
-        usable = -(-usable // min_interval)
-    elif isinstance(thought_positions, int):
-        usable = min(thought_positions, usable)
-    elif isinstance(thought_positions, float):
-        usable = round(thought_positions * usable)
-    return max(usable, 1)
-
-
-def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator) -> torch.Tensor:
-    """Mask of shape `(T - 1,)` with `amount` of the usable places, drawn without replacement."""
-    places = usable.nonzero().flatten()
-    count = amount if isinstance(amount, int) else max(round(amount * len(places)), 1)
-    drawn = places[torch.rand(len(places), generator=generator).argsort()[:count]]
-    return torch.zeros_like(usable).index_fill_(0, drawn, True)
-
-
-def _difficult(usable: torch.Tensor, difficult: torch.Tensor, min_interval: int) -> torch.Tensor:
-    """Greedily from the left, so that a later token never changes an earlier choice."""
-    chosen = torch.zeros_like(usable)
-    last = torch.full((len(usable),), -min_interval)
-    for t in range(usable.shape[1]):
-        chosen[:, t] = usable[:, t] & difficult[:, t] & (t - last >= min_interval)
-        last[chosen[:, t]] = t
-    return chosen
-
-
 def branch_position_ids(text: Text, anchors: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
     """Position ids of shape `(B, N, S)`: they continue from the anchor, and skip slots that hold nothing."""
-    start = _gather(text.position_ids, anchors)[..., None]
+    start = gather(text.position_ids, anchors)[..., None]
     return start + slot_mask.long().cumsum(-1).clamp(min=1)
 
 
-def text_attention(text: Text) -> torch.Tensor:
-    """Bool mask of shape `(B, T, T)`: causal, within the document. Padding sees itself, so no row is empty."""
-    T = text.input_ids.shape[1]
-    same = text.document_ids[:, :, None] == text.document_ids[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=same.device).tril()
-    allowed = same & causal & text.attention_mask[:, None, :]
-    return allowed | torch.eye(T, dtype=torch.bool, device=same.device)
-
-
-def prefix_attention(text: Text, anchors: torch.Tensor) -> torch.Tensor:
-    """Bool mask of shape `(B, N, T)`: a branch sees its own document up to its anchor."""
-    index = torch.arange(text.input_ids.shape[1], device=anchors.device)
-    own = _gather(text.document_ids, anchors)[..., None]
-    return (index <= anchors[..., None]) & (text.document_ids[:, None] == own) & text.attention_mask[:, None]
-
-
-def packed_attention(text: Text, anchors: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
-    """
-    Bool mask of shape `(B, T + N·S, T + N·S)` for `[text | branches]` in one pass: text sees text, a branch sees the
-    text up to its anchor and its own earlier slots, nothing else.
-    """
-    B, N, S = slot_mask.shape
-    T = text.input_ids.shape[1]
-    allowed = torch.zeros(B, T + N * S, T + N * S, dtype=torch.bool, device=slot_mask.device)
-    allowed[:, :T, :T] = text_attention(text)
-    allowed[:, T:, :T] = prefix_attention(text, anchors).repeat_interleave(S, dim=1)
-    causal = torch.ones(S, S, dtype=torch.bool, device=slot_mask.device).tril()
-    own = causal & slot_mask[:, :, None, :] | torch.eye(S, dtype=torch.bool, device=slot_mask.device)
-    blocks = allowed[:, T:, T:].unflatten(2, (N, S)).unflatten(1, (N, S))
-    blocks.diagonal(dim1=1, dim2=3).copy_(own.permute(0, 2, 3, 1))
-    return allowed
-
-
-def _gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`values[b, index[b, ...]]` for `values` of shape `(B, T)` and `index` of shape `(B, ...)`."""
     return values.gather(1, index.flatten(1)).view(index.shape)
 

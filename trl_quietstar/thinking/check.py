@@ -17,9 +17,11 @@ from ..model.embeddings import embed_tokens, embed_vector
 from ..model.heads import ThinkingModel
 from ..model.lm_head import token_statistics
 from ..model.sharding import check_one_device
-from ..text.batch import Text, Thoughts, choose_positions, seeded_generators
+from ..text.batch import Text, Thoughts
+from ..text.positions import choose_positions, seeded_generators
 from ..text.transfer import exact_dtype
-from .sampling import SamplingSettings, sample_thoughts, uniforms
+from .drawing import SamplingSettings, uniforms
+from .sampling import sample_thoughts
 from .scoring import ScoreRequest, score
 
 

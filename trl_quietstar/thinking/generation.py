@@ -27,7 +27,8 @@ from ..model.heads import ThinkingModel
 from ..model.lm_head import logits_of, uncertainty
 from ..text.batch import Branches, Text
 from ..text.transfer import exact_dtype, to_device, to_host
-from .sampling import ENDLESS, SamplingSettings, Thinking, draw_tokens, fixed_draws, thought_sampling
+from .drawing import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
+from .when import ENDLESS, Thinking
 
 
 @dataclass
@@ -237,9 +238,9 @@ class Mind:
     Args:
         model ([`~model.heads.ThinkingModel`]):
             The model.
-        thinking ([`~thinking.sampling.Thinking`]):
+        thinking ([`~thinking.when.Thinking`]):
             When.
-        sampling ([`~thinking.sampling.SamplingSettings`]):
+        sampling ([`~thinking.drawing.SamplingSettings`]):
             How thoughts are drawn.
         fixed (`bool`):
             Whether thoughts are drawn by fixed random numbers rather than new ones.
@@ -395,7 +396,7 @@ def think_and_speak(
         logits_processor, stopping_criteria, generation_config, streamer, tokenizer:
             As `generate` prepares them. With `do_sample=False` thoughts are still drawn as in training, by random numbers
             that depend on the place in the text alone.
-        thinking ([`~thinking.sampling.Thinking`]):
+        thinking ([`~thinking.when.Thinking`]):
             When to think.
         return_thoughts (`bool`):
             Whether to return them.

@@ -16,8 +16,10 @@ from ..model.heads import ThinkingModel
 from ..model.lm_head import normalized_entropy, token_statistics
 from ..text.batch import Positions, Text, Thoughts
 from ..text.transfer import to_device
-from .sampling import SamplingSettings, Thinking, ThoughtSampler, fixed_draws, sample_thoughts, thought_sampling
+from .drawing import SamplingSettings, fixed_draws, thought_sampling
+from .sampling import ThoughtSampler, sample_thoughts
 from .scoring import ScoreRequest, score
+from .when import Thinking
 
 
 # positions that rows of a batch must be apart for the shorter ones to be left out of what follows: on other devices than a
@@ -173,7 +175,7 @@ def log_likelihoods(
         score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
             1 on the tokens to score, a run in each row: the first is what generation would begin with. Defaults to all
             tokens but the first.
-        thinking ([`~thinking.sampling.Thinking`], *optional*):
+        thinking ([`~thinking.when.Thinking`], *optional*):
             When to think. Defaults to always.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             For models whose thoughts may end early. Defaults to the one beside the model.

@@ -1,0 +1,142 @@
+"""Where to think: after which tokens of a text thoughts are written."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .batch import Positions, Text, gather
+
+
+def usable_positions(text: Text, thought_positions: int | float | str = "all") -> torch.Tensor:
+    """
+    Mask of shape `(B, T - 1)`: text tokens that a thought may follow.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        thought_positions (`int`, `float` or `str`):
+            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels, `"none"` none.
+    """
+    usable = text.predicted() & text.thought_mask[:, :-1]
+    if thought_positions == "none":
+        return torch.zeros_like(usable)
+    return usable & (text.labels[:, :-1] == -100) if thought_positions == "prompt_end" else usable
+
+
+def talk_span(text: Text, talk_length: int | str, thought_positions: int | float | str) -> int:
+    """
+    M for a batch: `talk_length` itself, or with `"completion"` as many tokens as lie between any usable position and the
+    last label of its document.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        talk_length (`int` or `str`):
+            M, or `"completion"`.
+        thought_positions (`int`, `float` or `str`):
+            Which positions are usable, as in [`usable_positions`].
+    """
+    if talk_length != "completion":
+        return int(talk_length)
+    text = text.host
+    index = torch.arange(text.labels.shape[1])
+    ends = torch.where(text.labels != -100, index, 0)
+    last = torch.zeros_like(ends).scatter_reduce(1, text.document_ids, ends, "amax")  # by document
+    spans = (gather(last, text.document_ids) - index)[:, :-1]
+    return max(int((spans * usable_positions(text, thought_positions)).max()), 1)
+
+
+def seeded_generators(seed: int, step: int, indices: list[int]) -> list[torch.Generator]:
+    """
+    One random generator for each sequence, so that a sequence's draws depend on nothing but its own key: not on the
+    batch it came in, its padding, the process, nor on whether training was resumed.
+
+    Args:
+        seed (`int`):
+            The run's seed.
+        step (`int`):
+            Optimizer step (0 throughout evaluation, which makes it deterministic).
+        indices (`list[int]`):
+            Index of each sequence within the step's global batch, or within the evaluation set.
+    """
+    states = (np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] for index in indices)
+    return [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
+
+
+def choose_positions(
+    text: Text,
+    thought_positions: int | float | str,
+    generators: list[torch.Generator],
+    entropy: Callable[[], torch.Tensor] | None = None,
+    difficulty_threshold: float = 0.6,
+    min_interval: int = 3,
+) -> Positions:
+    """
+    Chooses the text tokens after which thoughts are written. Never on padding, where the next token is not a label,
+    or where the next token belongs to another document.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        thought_positions (`int`, `float` or `str`):
+            `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one),
+            `"prompt_end"`, `"none"`, or `"difficulty"`.
+        generators (`list[torch.Generator]`):
+            One for each sequence; used by the random choices only.
+        entropy (`Callable`, *optional*):
+            Gives the no-thought prediction's entropy divided by log V, of shape `(B, T - 1)`; called by
+            `"difficulty"` only.
+        difficulty_threshold (`float`):
+            Least normalised entropy.
+        min_interval (`int`):
+            Least distance of two positions, in tokens, by difficulty.
+
+    Returns:
+        [`Positions`] in ascending order, J being the largest number in any row (at least 1).
+    """
+    usable = usable_positions(text.host, thought_positions)
+    if thought_positions == "difficulty" and entropy is not None:
+        chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
+    elif thought_positions in ("all", "prompt_end", "none"):
+        chosen = usable
+    elif isinstance(thought_positions, str):
+        raise ValueError(
+            f"`thought_positions` is {thought_positions!r}; give 'all', a number, a fraction, 'prompt_end', 'none', or "
+            "'difficulty' together with `entropy`."
+        )
+    else:
+        chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
+    width = max(int(chosen.sum(1).max()), 1)
+    order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
+    return Positions(order, chosen.gather(1, order)).to(text.input_ids.device)
+
+
+def most_positions(text: Text, thought_positions: int | float | str, min_interval: int) -> int:
+    """The most positions that [`choose_positions`] can choose in any row of a batch; at least 1."""
+    usable = int(usable_positions(text.host, thought_positions).sum(1).max())
+    if thought_positions == "difficulty":
+        usable = -(-usable // min_interval)
+    elif isinstance(thought_positions, int):
+        usable = min(thought_positions, usable)
+    elif isinstance(thought_positions, float):
+        usable = round(thought_positions * usable)
+    return max(usable, 1)
+
+
+def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator) -> torch.Tensor:
+    """Mask of shape `(T - 1,)` with `amount` of the usable places, drawn without replacement."""
+    places = usable.nonzero().flatten()
+    count = amount if isinstance(amount, int) else max(round(amount * len(places)), 1)
+    drawn = places[torch.rand(len(places), generator=generator).argsort()[:count]]
+    return torch.zeros_like(usable).index_fill_(0, drawn, True)
+
+
+def _difficult(usable: torch.Tensor, difficult: torch.Tensor, min_interval: int) -> torch.Tensor:
+    """Greedily from the left, so that a later token never changes an earlier choice."""
+    chosen = torch.zeros_like(usable)
+    last = torch.full((len(usable),), -min_interval)
+    for t in range(usable.shape[1]):
+        chosen[:, t] = usable[:, t] & difficult[:, t] & (t - last >= min_interval)
+        last[chosen[:, t]] = t
+    return chosen
