@@ -1,6 +1,6 @@
 """What a saved model remembers of its training: how long, how and where it thinks."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import get_args, get_type_hints
 
 
@@ -75,3 +75,7 @@ class QuietStarSettings:
                 if not (isinstance(value, int) and float in kinds):
                     raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
         return cls(**saved)
+
+
+# of each setting, the option of `QuietStarConfig` that it remembers
+OPTIONS = {field.name: field.name for field in fields(QuietStarSettings)} | {"prediction": "reward_prediction"}

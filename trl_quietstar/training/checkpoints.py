@@ -47,10 +47,11 @@ from transformers.utils import (
 )
 
 from .._compat import BaseTrainer
-from ..config import ADAMW, VALUE_BASELINES, QuietStarConfig
+from ..config import VALUE_BASELINES, QuietStarConfig
 from ..model.adapters import base_of
 from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
 from ..modeling import HEADS_NAME, saved_settings
+from ..rules import ADAMW
 from .distributed import check_optimizer_file, is_sharded, load_optimizer, save_optimizer
 
 

@@ -1,0 +1,297 @@
+"""Rules that the options of a run keep: types and limits of values, and which options contradict each other.
+
+Each function here raises an error that names the option, its value, the limit and the fix. `QuietStarConfig` says which rules
+hold for its own fields, and calls the functions.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
+
+from .learning.advantages import BASELINES
+
+
+if TYPE_CHECKING:
+    from .config import QuietStarConfig
+
+
+class Limits(NamedTuple):
+    """Least and greatest value of an option that is a number; None is open."""
+
+    least: float | None = None
+    greatest: float | None = None
+
+
+class Choices(tuple[str, ...]):
+    """The values that an option may take."""
+
+    def __new__(cls, *values: str):
+        return super().__new__(cls, values)
+
+
+class Staged:
+    """Says of an option that it is read anew at every step, so that a curriculum may change it."""
+
+
+# The Trainer lets any number through, and then divides by zero, trains on nothing or yields NaN.
+TRAINER_LIMITS = {
+    "per_device_train_batch_size": Limits(1),
+    "per_device_eval_batch_size": Limits(1),
+    "gradient_accumulation_steps": Limits(1),
+    "eval_accumulation_steps": Limits(1),
+    "max_steps": Limits(-1),
+    "num_train_epochs": Limits(1e-6),
+    "warmup_steps": Limits(0),
+    "weight_decay": Limits(0),
+    "adam_beta1": Limits(0, 0.999999),
+    "adam_beta2": Limits(0, 0.999999),
+    "adam_epsilon": Limits(1e-30),
+    "max_grad_norm": Limits(0),
+    "label_smoothing_factor": Limits(0, 0),
+    "neftune_noise_alpha": Limits(0),
+    "logging_steps": Limits(1e-6),
+    "eval_steps": Limits(1e-6),
+    "eval_delay": Limits(0),
+    "save_steps": Limits(1e-6),
+    "save_total_limit": Limits(1),
+    "torch_empty_cache_steps": Limits(1),
+    "seed": Limits(0, 2**32 - 1),
+    "data_seed": Limits(0, 2**32 - 1),
+    "dataloader_num_workers": Limits(0),
+    "dataloader_prefetch_factor": Limits(1),
+}
+
+NO_METRICS = "it is for a `compute_metrics`, which the trainer does not take, since evaluation holds no logits"
+NO_COMPILING = (
+    "thoughts are sampled and scored with shapes that change at every step. Leave it out; to compile the layers alone, call "
+    "`layer.compile()` on each of your model's."
+)
+# Options of the Trainer: the values that change nothing here, and why others are refused.
+UNSUPPORTED: dict[str, tuple[tuple, str]] = {
+    "use_liger_kernel": ((False,), "it replaces the forward that thoughts are sampled and scored in. Leave it out."),
+    "liger_kernel_config": (
+        (None,),
+        "Liger's kernels replace the forward that thoughts are sampled and scored in. Leave it out.",
+    ),
+    "include_for_metrics": (([],), f"{NO_METRICS}. Leave it out."),
+    "batch_eval_metrics": ((False,), f"{NO_METRICS}. Leave it out."),
+    "label_names": ((None, ["labels"]), "labels are read from the column `labels`. Leave it out."),
+    "length_column_name": (("length",), "lengths are those of the tokenized rows. Leave it out."),
+    "neftune_noise_alpha": (
+        (None, 0),
+        "its noise would make a thought likelier or less likely than it was when it was drawn. Leave it out.",
+    ),
+    "torch_compile": ((False, None), NO_COMPILING),
+    "torch_compile_backend": ((None, ""), NO_COMPILING),  # which switches compilation on too, as does the mode
+    "torch_compile_mode": ((None, ""), NO_COMPILING),
+}
+
+POSITIONS = ("all", "difficulty", "prompt_end", "none")
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # the optimizers that Muon and Grokfast go with
+LAYERED = ("galore", "apollo")  # the optimizers that have target modules
+
+TYPE_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    dict: "a dictionary",
+    list[float]: "a list of numbers",
+}
+
+
+# One value
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """
+    Refuses a value of another type than the option's, a number that is not finite, and text that is not Unicode.
+
+    Raises:
+        `TypeError`: for another type.
+        `ValueError`: for NaN, infinity, and half of a surrogate pair.
+    """
+    kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+    if value is None and NoneType in kinds:
+        return
+    kinds = [kind for kind in kinds if kind is not NoneType]
+    if not any(_is_of(kind, value) for kind in kinds):
+        wanted = " or ".join(TYPE_WORDS.get(kind, str(kind)) for kind in kinds)
+        raise TypeError(f"`{name}` is {value!r} (`{type(value).__name__}`); give {wanted}.")
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, Real) and not math.isfinite(number):
+            raise ValueError(f"`{name}` is {value}; give a finite number.")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"`{name}` is {value!r}, which holds half of a surrogate pair; give text that is Unicode.")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if kind == list[float]:
+        return isinstance(value, (list, tuple)) and all(_is_of(float, number) for number in value)
+    if kind in (int, float):  # numbers of NumPy too, but no switch, which Python takes for 0 or 1
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def check_limits(name: str, value: Any, limits: Limits) -> None:
+    """Refuses a number outside its limits with a `ValueError`; None and words have no limits."""
+    if value is None or isinstance(value, str):
+        return
+    if limits.least is not None and value < limits.least:
+        raise ValueError(f"`{name}` is {value}, below its limit of {limits.least}; raise it.")
+    if limits.greatest is not None and value > limits.greatest:
+        raise ValueError(f"`{name}` is {value}, above its limit of {limits.greatest}; lower it.")
+
+
+def check_choice(name: str, value: Any, choices: Choices) -> None:
+    """Refuses a value that is none of the choices with a `ValueError`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def check_supported(name: str, value: Any) -> None:
+    """Refuses, with a `ValueError`, a value of an option in `UNSUPPORTED` that this trainer could not follow."""
+    values, reason = UNSUPPORTED[name]
+    if value not in values:
+        raise ValueError(f"`{name}={value!r}` is not supported: {reason}")
+
+
+# Values that the command line gives in words
+
+
+def read_positions(value: Any) -> str | int | float:
+    """
+    Reads `thought_positions`: `"16"` is a number of positions, `"0.25"` a fraction of them.
+
+    Raises:
+        `TypeError`: if it is neither text nor a number.
+        `ValueError`: if it is another word, a fraction outside (0, 1], or a number below 1.
+    """
+    if isinstance(value, str) and value not in POSITIONS:
+        try:
+            value = float(value) if "." in value or "e" in value.lower() else int(value)
+        except ValueError:
+            raise ValueError(
+                f"`thought_positions` is {value!r}; give one of {', '.join(map(repr, POSITIONS))}, a number of positions, or "
+                "a fraction."
+            ) from None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(
+            f"`thought_positions` is {value!r} (`{type(value).__name__}`); give 'all', 'difficulty', a number of "
+            "positions, or a fraction."
+        )
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"`thought_positions` is {value}; a fraction lies above 0 and up to 1.")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"`thought_positions` is {value}; a number of positions is at least 1.")
+    return value
+
+
+def read_talk_length(value: Any) -> int | str:
+    """
+    Reads `talk_length`: `"4"` is a number of tokens, and `"completion"` stays a word.
+
+    Raises:
+        `TypeError`: if it is neither text nor a whole number.
+        `ValueError`: if it is another word.
+    """
+    if value == "completion":
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(
+            f"`talk_length` is {value!r} (`{type(value).__name__}`); give a number of tokens, or 'completion'."
+        )
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"`talk_length` is {value!r}; give a number of tokens, or 'completion'.") from None
+
+
+READERS: dict[str, Callable[[Any], Any]] = {"thought_positions": read_positions, "talk_length": read_talk_length}
+
+
+# Options that contradict each other
+
+
+def check_thinking(args: "QuietStarConfig") -> None:
+    """Refuses contradictions among the options of thoughts and of what is learned from them."""
+    if args.thought_stop_string == "":
+        raise ValueError("`thought_stop_string` is empty, and would end every thought; give a string, or None.")
+    if args.min_entropy_coefficient > args.entropy_coefficient:
+        raise ValueError(
+            f"`min_entropy_coefficient` ({args.min_entropy_coefficient}) exceeds `entropy_coefficient` "
+            f"({args.entropy_coefficient}), which would then have no effect; lower it."
+        )
+    if BASELINES[args.advantage_baseline].of_rewards is not None and args.num_thoughts < 2:
+        raise ValueError(
+            f"`advantage_baseline={args.advantage_baseline!r}` compares the thoughts at a position and needs "
+            f"`num_thoughts` of at least 2, got {args.num_thoughts}; raise it or use `advantage_baseline='value'`."
+        )
+    if args.min_thought_length is not None and args.min_thought_length > args.thought_length:
+        raise ValueError(
+            f"`min_thought_length` ({args.min_thought_length}) exceeds `thought_length` ({args.thought_length}); lower it."
+        )
+    if args.unfinished_thought_penalty and args.min_thought_length is None:
+        raise ValueError(
+            f"`unfinished_thought_penalty={args.unfinished_thought_penalty}` is for thoughts that may end by themselves; "
+            "set `min_thought_length` or `thought_stop_string`."
+        )
+    bounds = args.reward_clip_range
+    if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+        raise ValueError(f"`reward_clip_range` is {bounds}; give two numbers, the lower one first.")
+    if args.sync_ref_model and not args.uses_reference:
+        raise ValueError(
+            "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or `no_thought_model='reference'`."
+        )
+
+
+def check_training(args: "QuietStarConfig") -> None:
+    """Refuses contradictions among the options of data, optimizers and evaluation."""
+    if args.max_steps == 0:
+        raise ValueError("`max_steps` is 0; give a number of optimizer steps, or -1 to train `num_train_epochs`.")
+    if args.packing and args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(args, name) and not evaluates:
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` needs evaluations, but `eval_strategy` is 'no'; set "
+                "`eval_strategy='steps'`, `eval_steps` and an `eval_dataset`."
+            )
+    if args.combines_optimizers and args.optim not in ADAMW:
+        raise ValueError(
+            f"`muon_learning_rate` ({args.muon_learning_rate}) and `grokfast_lambda` ({args.grokfast_lambda}) go with "
+            f"AdamW; set `optim` to one of {', '.join(ADAMW)} (got {str(args.optim)!r}), or leave them out."
+        )
+    if args.optim_target_modules is not None and not any(name in str(args.optim).lower() for name in LAYERED):
+        raise ValueError(
+            f"`optim_target_modules={args.optim_target_modules!r}` would be ignored by `optim={str(args.optim)!r}`; it goes "
+            f"with {', '.join(LAYERED)}. Leave it out."
+        )
+
+
+def check_processes_and_memory(args: "QuietStarConfig") -> None:
+    """
+    Refuses contradictions that only show once `TrainingArguments` has set up the devices, and given the options of gradient
+    checkpointing the one name of several that Transformers has had for them.
+    """
+    if not args.average_tokens_across_devices and args.world_size > 1:
+        raise ValueError(
+            "`average_tokens_across_devices=False` is not supported: a step's means are over the tokens of all "
+            f"{args.world_size} processes, so that several add up to one. Leave it out."
+        )
+    two_passes = args.branch_batch_size or args.gradient_checkpointing or args.policy_temperature is not None
+    if args.single_pass and (two_passes or not args.disable_dropout):
+        raise ValueError(
+            "`single_pass=True` keeps all activations of one forward without dropout, at the temperature of sampling; leave "
+            f"out `branch_batch_size` ({args.branch_batch_size}), `gradient_checkpointing` "
+            f"({args.gradient_checkpointing}) and `policy_temperature` ({args.policy_temperature}), and leave "
+            f"`disable_dropout` on ({args.disable_dropout})."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
+            "they read; leave it out."
+        )
