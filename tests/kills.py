@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.training.checkpoints import STATE_NAME, check_checkpoint
+from trl_quietstar.training.folders import STATE_NAME, check_checkpoint
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_args

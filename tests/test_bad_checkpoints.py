@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.training.checkpoints import check_checkpoint, last_checkpoint
+from trl_quietstar.training.folders import check_checkpoint, last_checkpoint
 
 from .training import saved_model, tiny_trainer
 

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import StateDictType
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.model.sharding import load_sharded
-from trl_quietstar.training.checkpoints import check_checkpoint
 from trl_quietstar.training.distributed import check_engine, check_optimizer_file
+from trl_quietstar.training.folders import check_checkpoint
 
 from .engines import UNSHARED, Run, has_deepspeed
 from .training import plain_model, saved_model

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import BEMACallback
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
-from trl_quietstar.training.checkpoints import rotate
+from trl_quietstar.training.folders import rotate
 
 from .training import assert_same_state, log_of, logged, saved_model, text_data, tiny_args, tiny_trainer
 
@@ -384,7 +384,5 @@ def test_values_that_a_checkpoint_brings_are_named(saved, tmp_path, caplog):
     """A learning rate given on resuming would be overwritten in silence; without an optimizer's state it counts."""
     options = dict(model=str(saved / "model"), learning_rate=0.5, weight_decay=0.25, **ONE)
     tiny_trainer(tmp_path, **options).find_checkpoint(str(saved / "out/checkpoint-1"))
-    (message,) = [
-        record.getMessage() for record in caplog.records if record.name == "trl_quietstar.training.checkpoints"
-    ]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "trl_quietstar.training.resuming"]
     assert "`learning_rate` 0.001 (0.5 here), `weight_decay` 0.0 (0.25 here). For other values" in message

@@ -19,8 +19,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import trl_quietstar
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.training.checkpoints import check_checkpoint
 from trl_quietstar.training.distributed import check_engine
+from trl_quietstar.training.folders import check_checkpoint
 
 from .training import log_of, text_data, tiny_args, tiny_trainer
 

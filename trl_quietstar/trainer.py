@@ -81,11 +81,13 @@ from .training.callbacks import (
     LastWindowCallback,
     check_callbacks,
 )
-from .training.checkpoints import CheckpointTrainer, check_output_dir, kept_weights, optimizer_fields
+from .training.checkpoints import CheckpointTrainer, kept_weights
 from .training.collapse import CollapseWatch
 from .training.distributed import check_engine, greatest, is_sharded, prepare_reference
 from .training.faults import FaultGuard
+from .training.folders import check_output_dir
 from .training.optimizers import check_optimizers, combine, hold_all
+from .training.resuming import optimizer_fields
 
 
 if TYPE_CHECKING:

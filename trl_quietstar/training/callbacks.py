@@ -9,7 +9,7 @@ from transformers.utils import logging
 from trl import BEMACallback
 
 from ..evaluation.anti_theater import THRESHOLDS, AntiTheaterReport
-from .checkpoints import remove_folder, whole_folder
+from .folders import remove_folder, whole_folder
 
 
 logger = logging.get_logger(__name__)
