@@ -330,25 +330,42 @@ def _check_plain_load(model: PreTrainedModel, folder: Path) -> None:
 
 HEADER = """# Models
 
-Every model type that Transformers {version} maps to a causal LM, taken tiny and with random weights through the start-up
-check, a training step, saving and reloading, plain loading with `AutoModelForCausalLM`, and a LoRA step, by
+Each model type that Transformers {version} maps to a causal LM, with the way in which it runs here. Look for the `model_type` of your model's
+`config.json`. {summary}
 
     python -m tests.conformance --output docs/models.md
 
-**Shared prefix** is the fast path: the text is read once, and every thought attends to it and to itself. Families whose
-attention does not come by Transformers' interface take text and thoughts in one forward, told apart by a **mask**. Where
-neither works, **cached replay** samples and generates by ordinary cached decoding, on copies of the family's own cache, and
-reads no token twice; scoring, which needs gradient, runs each thought as an ordinary sequence in one batch, since these
-families update their states in place. **Replay** does the latter throughout, where even the cache is not exact.
+makes this page. It takes a tiny model of each type with random weights through the start-up check, a training step, saving and
+reloading, plain loading with `AutoModelForCausalLM`, and a LoRA step.
 
-The difference is the largest in any log-probability or value between that path, in sampling and in scoring, and ordinary
-forwards, relative to the largest magnitude; 1e-4 is the limit. The trainer makes the same check on your own model when it
-starts, and refuses a model that even replay cannot score.
+- [How a model runs](#how-a-model-runs)
+- [If your model is not on the list](#if-your-model-is-not-on-the-list)
+- [The models](#the-models)
 
-A family that needs an exception gets one entry: in `EXCEPTIONS` of `tests/conformance.py` if its tiny configuration does not
-build; in `POSITIONS_AFTER_PADDING` of `trl_quietstar/model/family.py` if its positions do not begin at 0; in `SCALES`
-or `SOFTCAPS` of the same file if it scales or caps its logits after the head under a name of its own.
+## How a model runs
 
+| path | what it does |
+| --- | --- |
+| shared prefix | the fast path: the text is read once, and every thought attends to it and to itself |
+| shared prefix (mask) | the same result for families whose attention does not use Transformers' interface: text and thoughts run in one forward, and a mask tells them apart |
+| cached replay | sampling and generation by ordinary cached decoding, on copies of the family's own cache, so no token is read twice. Scoring runs each thought as an ordinary sequence, because these families update their states in place and scoring needs gradients |
+| replay | everything runs as ordinary sequences, because even the cache is not exact |
+
+The difference is between this path and ordinary forwards, in sampling and in scoring. It is the largest difference of any log-probability or
+value, relative to the largest magnitude. The limit is 1e-4. The trainer makes the same check on your own model when it starts, and
+refuses a model that even replay cannot score.
+
+## If your model is not on the list
+
+Train it: the start-up check chooses a path or refuses the model with a reason. A family that needs an exception gets one entry:
+
+| exception | place |
+| --- | --- |
+| its tiny configuration does not build | `EXCEPTIONS` in `tests/conformance.py` |
+| its positions do not begin at 0 | `POSITIONS_AFTER_PADDING` in `trl_quietstar/model/family.py` |
+| it scales or caps its logits after the head under a name of its own | `SCALES` or `SOFTCAPS` in `trl_quietstar/model/family.py` |
+
+## The models
 """
 
 
@@ -360,11 +377,13 @@ def table(rows: list[Row]) -> str:
     """Markdown, with the counts first."""
     passed = [row for row in rows if not row.failed]
     shared, cached = ([row for row in passed if row.path.startswith(x)] for x in ("shared prefix", "cached replay"))
-    lines = [
-        HEADER.format(version=".".join(transformers_version.split(".")[:2])).rstrip(),
-        "",
+    summary = (
         f"Of {len(rows)} model types {len(passed)} pass every step, {len(shared)} of them on the shared prefix and "
-        f"{len(cached)} by cached replay.",
+        f"{len(cached)} by cached replay."
+    )
+    version = ".".join(transformers_version.split(".")[:2])
+    lines = [
+        HEADER.format(version=version, summary=summary).rstrip(),
         "",
         "| model type | path | difference from replay | LoRA | notes |",
         "| --- | --- | --- | --- | --- |",
