@@ -143,8 +143,8 @@ FAULTS = (
     ),
     Fault(
         "spacing of difficult positions",
-        "(t - last >= min_interval)",
-        "(t - last > min_interval)",
+        "& (t >= free)",
+        "& (t > free)",
         "geometry_sampling as_trained",
     ),
     Fault("padding is predicted", "labels.masked_fill(~mask, -100)", "labels", "geometry_sampling causality model"),
@@ -195,8 +195,8 @@ FAULTS = (
     ),
     Fault(
         "a thought is due when the last one is read",
-        "t + thinking.distance, free",
-        "t + thinking.span, free",
+        "spaced(due, thinking.distance)",
+        "spaced(due, thinking.span)",
         "likelihood as_trained",
     ),
     # the run

@@ -89,13 +89,13 @@ def test_a_fraction_of_positions(text, fraction, seed):
 
 @given(packed_texts(), st.floats(0, 1), st.integers(1, 5), st.integers(0, 100))
 def test_difficult_positions(text, threshold, interval, seed):
-    """From the left: every usable place above the threshold that is far enough from the one before."""
+    """From the left: every usable place that reaches the threshold and is far enough from the one before."""
     entropy = torch.rand(text.input_ids[:, 1:].shape, generator=torch.Generator().manual_seed(seed))
     rows = chosen_places(choose_positions(text, "difficulty", generators(text), lambda: entropy, threshold, interval))
     for row, places in enumerate(rows):
         expected = []
         for t in usable_places(text, row):
-            if entropy[row, t] > threshold and (not expected or t - expected[-1] >= interval):
+            if entropy[row, t] >= threshold and (not expected or t - expected[-1] >= interval):
                 expected.append(t)
         assert places == expected
 

@@ -97,7 +97,7 @@ def choose_positions(
     """
     usable = usable_positions(text.host, thought_positions)
     if thought_positions == "difficulty" and entropy is not None:
-        chosen = _difficult(usable, entropy().cpu() > difficulty_threshold, min_interval)
+        chosen = spaced(usable & is_difficult(entropy().cpu(), difficulty_threshold), min_interval)
     elif thought_positions in ("all", "prompt_end", "none"):
         chosen = usable
     elif isinstance(thought_positions, str):
@@ -107,9 +107,51 @@ def choose_positions(
         )
     else:
         chosen = torch.stack([_draw(row, thought_positions, g) for row, g in zip(usable, generators, strict=True)])
+    return positions_at(chosen).to(text.input_ids.device)
+
+
+def positions_at(chosen: torch.Tensor) -> Positions:
+    """[`Positions`] in ascending order from a mask of shape `(B, T - 1)`; J is the largest number in any row, at least 1."""
     width = max(int(chosen.sum(1).max()), 1)
     order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
-    return Positions(order, chosen.gather(1, order)).to(text.input_ids.device)
+    return Positions(order, chosen.gather(1, order))
+
+
+def is_difficult(entropies: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    Where the next token is uncertain enough to think before it.
+
+    Args:
+        entropies (`torch.Tensor`):
+            Entropy of the no-thought prediction divided by log V.
+        threshold (`float`):
+            The least that is enough.
+
+    Returns:
+        `torch.Tensor` of bools, of the shape of `entropies`.
+    """
+    return entropies >= threshold
+
+
+def spaced(wanted: torch.Tensor, distance: int) -> torch.Tensor:
+    """
+    Chooses places greedily from the left, so that a later token never changes an earlier choice.
+
+    Args:
+        wanted (`torch.Tensor` of shape `(B, T)`, bool):
+            Places to choose from, in the host's memory.
+        distance (`int`):
+            Least distance of two chosen places, in tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, bool.
+    """
+    chosen = torch.zeros_like(wanted)
+    free = torch.zeros(len(wanted), dtype=torch.long)  # from where on a row may choose again
+    for t in range(wanted.shape[1]):
+        chosen[:, t] = wanted[:, t] & (t >= free)
+        free = torch.where(chosen[:, t], t + distance, free)
+    return chosen
 
 
 def most_positions(text: Text, thought_positions: int | float | str, min_interval: int) -> int:
@@ -130,13 +172,3 @@ def _draw(usable: torch.Tensor, amount: int | float, generator: torch.Generator)
     count = amount if isinstance(amount, int) else max(round(amount * len(places)), 1)
     drawn = places[torch.rand(len(places), generator=generator).argsort()[:count]]
     return torch.zeros_like(usable).index_fill_(0, drawn, True)
-
-
-def _difficult(usable: torch.Tensor, difficult: torch.Tensor, min_interval: int) -> torch.Tensor:
-    """Greedily from the left, so that a later token never changes an earlier choice."""
-    chosen = torch.zeros_like(usable)
-    last = torch.full((len(usable),), -min_interval)
-    for t in range(usable.shape[1]):
-        chosen[:, t] = usable[:, t] & difficult[:, t] & (t - last >= min_interval)
-        last[chosen[:, t]] = t
-    return chosen

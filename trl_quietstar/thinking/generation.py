@@ -26,6 +26,7 @@ from ..model.family import cache_name, check_length, forward_arguments, max_posi
 from ..model.heads import ThinkingModel
 from ..model.lm_head import logits_of, uncertainty
 from ..text.batch import Branches, Text
+from ..text.positions import is_difficult
 from ..text.transfer import exact_dtype, to_device, to_host
 from .drawing import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
 from .when import ENDLESS, Thinking
@@ -288,7 +289,7 @@ class Mind:
         due, plain = (self.since >= self.thinking.distance) & unfinished, None
         if self.thinking.mode == "adaptive":
             plain = logits_of(self.model, hidden)
-            due &= (uncertainty(plain) >= self.thinking.threshold).cpu()
+            due &= is_difficult(uncertainty(plain), self.thinking.threshold).cpu()
         if bool(due.any()):
             fresh = self._think(due)
             read = fresh if read is None else torch.where(to_device(due, hidden.device)[:, None], fresh, read)

@@ -14,7 +14,8 @@ from ..branches.memory import CPU_TOKENS, Size, branches_without_graph, free_byt
 from ..branches.shared_prefix import SharedPrefix
 from ..model.heads import ThinkingModel
 from ..model.lm_head import normalized_entropy, token_statistics
-from ..text.batch import Positions, Text, Thoughts
+from ..text.batch import Positions, Text, Thoughts, gather
+from ..text.positions import is_difficult, positions_at, spaced
 from ..text.transfer import to_device
 from .drawing import SamplingSettings, fixed_draws, thought_sampling
 from .sampling import ThoughtSampler, sample_thoughts
@@ -185,49 +186,51 @@ def log_likelihoods(
         for all tokens but the first; 0 and False where nothing is scored.
     """
     thinking, text = thinking or Thinking(), Text.from_batch(input_ids, attention_mask)
-    wanted = text.predicted() if score_mask is None else text.predicted() & score_mask[:, 1:].bool()
+    wanted = text.host.predicted()
+    if score_mask is not None:
+        wanted &= score_mask[:, 1:].bool().cpu()
     path: BranchPath = model.thought_path  # type: ignore[assignment]
     cache = path.read(model, text)
-    hidden = cache.text_hidden[:, :-1]
-    plain = token_statistics(model, hidden, input_ids[:, 1:], wanted)
+    plain = token_statistics(model, cache.text_hidden[:, :-1], input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct
-    positions = _positions(wanted, thinking, hidden, model)
+    positions = _positions(model, cache.text_hidden[:, :-1], wanted, thinking)
     if not bool(positions.mask.any()):
         return logps, correct
     settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
-    draws = fixed_draws(text.position_ids.gather(1, positions.index), settings)
+    draws = fixed_draws(text.host.position_ids.gather(1, positions.index), settings)
     prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
     ends = _ends(wanted, positions)
-    reach = thinking.span if thinking.span == 1 else min(thinking.span, int((ends - positions.index).max()))
-    _, scores = think_in_chunks(model, path, text, positions, settings, draws, reach, prediction, cache)
-    served = positions.index[..., None] + torch.arange(reach, device=logps.device)
+    reach = min(thinking.span, int((ends - positions.index).max()))
+    _, scores = think_in_chunks(
+        model, path, text, positions.to(input_ids.device), settings, draws, reach, prediction, cache
+    )
+    served = positions.index[..., None] + torch.arange(reach)  # (B, J, M): the places that each thought is read for
     valid = positions.mask[..., None] & (served < ends[..., None])
-    valid &= wanted.gather(1, served.clamp(max=logps.shape[1] - 1).flatten(1)).view(served.shape)
-    rows = torch.arange(len(logps), device=logps.device)[:, None, None].expand_as(served)
-    logps[rows[valid], served[valid]] = scores.talk_logps[:, :, 0][valid].to(logps.dtype)
-    correct[rows[valid], served[valid]] = scores.talk_correct[:, :, 0][valid].to(correct.dtype)
+    valid &= gather(wanted, served.clamp(max=wanted.shape[1] - 1))
+    b, j, m = to_device(valid.nonzero().T.contiguous(), logps.device).unbind()
+    place = to_device(served[valid], logps.device)
+    logps[b, place] = scores.talk_logps[b, j, 0, m].to(logps.dtype)
+    correct[b, place] = scores.talk_correct[b, j, 0, m].to(correct.dtype)
     return logps, correct
 
 
-def _positions(wanted: torch.Tensor, thinking: Thinking, hidden: torch.Tensor, model: ThinkingModel) -> Positions:
-    """Where generation would think: at the first wanted place where it is due, and again once that thought has served."""
+def _positions(model: ThinkingModel, hidden: torch.Tensor, wanted: torch.Tensor, thinking: Thinking) -> Positions:
+    """
+    Where generation would think, in the host's memory: at the first place where a thought is due, and again as soon as one may
+    follow it.
+
+    `hidden`, of shape `(B, T - 1, H)`, predicts the tokens that are `wanted`, a mask of shape `(B, T - 1)` on the host.
+    """
     due = wanted
     if thinking.mode == "never":
         due = torch.zeros_like(wanted)
     elif thinking.mode == "adaptive":
-        due = wanted & (normalized_entropy(model, hidden) >= thinking.threshold)
-    chosen = torch.zeros_like(due)
-    free = torch.zeros(len(due), dtype=torch.long, device=due.device)  # from where a row may think again
-    for t in range(due.shape[1]):
-        chosen[:, t] = due[:, t] & (free <= t)
-        free = torch.where(chosen[:, t], t + thinking.distance, free)
-    width = max(int(chosen.sum(1).max()), 1)
-    order = torch.argsort((~chosen).int(), dim=1, stable=True)[:, :width]
-    return Positions(order, chosen.gather(1, order))
+        due = wanted & is_difficult(normalized_entropy(model, hidden), thinking.threshold).cpu()
+    return positions_at(spaced(due, thinking.distance))
 
 
 def _ends(wanted: torch.Tensor, positions: Positions) -> torch.Tensor:
     """Of shape `(B, J)`: where a thought's predictions end at the latest, at the next thought or the last wanted token."""
-    last = (wanted * torch.arange(1, wanted.shape[1] + 1, device=wanted.device)).amax(1, keepdim=True)
+    last = (wanted * torch.arange(1, wanted.shape[1] + 1)).amax(1, keepdim=True)
     following = torch.where(positions.mask, positions.index, last)[:, 1:]
     return torch.where(positions.mask, torch.cat([following, last], dim=1), positions.index)
