@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_quietstar.model import lm_head
+from trl_quietstar.model import tiles
 from trl_quietstar.model.family import logit_transform
 from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
 from trl_quietstar.thinking.drawing import BLOCK, _invert
@@ -27,8 +27,8 @@ HEADS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles, the last of which is narrower."""
-    monkeypatch.setattr(lm_head, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(lm_head, "LEAST_WIDTH", 8)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "LEAST_WIDTH", 8)
 
 
 def model_with(kind: str):
@@ -201,5 +201,5 @@ def test_the_head_is_cast_once_and_not_tile_by_tile():
 
 def test_tiles_fill_the_device():
     """A CPU's fit its cache; another device gets as much as keeps it busy."""
-    sizes = [lm_head._tile_elements(torch.device(kind)) for kind in ("cpu", "cuda", "mps")]
-    assert sizes == [lm_head.TILE_ELEMENTS, lm_head.GPU_TILE_ELEMENTS, lm_head.GPU_TILE_ELEMENTS]
+    sizes = [tiles.tile_elements(torch.device(kind)) for kind in ("cpu", "cuda", "mps")]
+    assert sizes == [tiles.TILE_ELEMENTS, tiles.GPU_TILE_ELEMENTS, tiles.GPU_TILE_ELEMENTS]

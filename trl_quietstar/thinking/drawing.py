@@ -17,7 +17,8 @@ from transformers.generation import (
 )
 
 from ..model.heads import ThinkingModel
-from ..model.lm_head import Drawn, logits_by_rows, scratch
+from ..model.lm_head import Drawn, logits_by_rows
+from ..model.tiles import scratch
 from ..settings import QuietStarSettings
 from ..text.batch import Positions
 from ..text.positions import seeded_generators
