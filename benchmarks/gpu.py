@@ -187,12 +187,11 @@ def sampling_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
     """Thought tokens a second, without gradient."""
     text = Text.from_batch(**case.inputs())
     trainer.model.train()
-    sampler = trainer._sampler(StepPart(list(range(case.texts))), "train")
-    plan = trainer._plan(text, "train")
+    part, plan = StepPart(list(range(case.texts))), trainer.thinker.plan(text, training=True)
 
     def sample() -> int:
         with trainer.accelerator.autocast():
-            return int(trainer._sample_thoughts(text, sampler, plan).mask.sum())
+            return int(trainer.thinker.sample(text, part, plan).mask.sum())
 
     return {"thought tokens per second": statistics.median([rate(sample) for _ in range(repeats + 1)][1:])}
 

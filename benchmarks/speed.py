@@ -151,7 +151,7 @@ def plain_step(trainer: QuietStarREINFORCETrainer, inputs: dict) -> dict[str, fl
 def thinking_step(trainer: QuietStarREINFORCETrainer, inputs: dict, training: bool = True) -> dict[str, float]:
     """Seconds of a step of the trainer, by stage."""
     watch, model = Stopwatch(), trainer.model.train(training)
-    sampling = patch.object(trainer, "_sample_thoughts", watch.timed("sampling", trainer._sample_thoughts))
+    sampling = patch.object(trainer.thinker, "sample", watch.timed("sampling", trainer.thinker.sample))
     scoring = patch.object(model, "forward", watch.timed("scoring", model.forward))
     with sampling, scoring, watch.stage("rest"):
         with trainer.accelerator.autocast():
@@ -255,11 +255,8 @@ def sampling_rates(case: Case, repeats: int) -> dict:
         for _ in range(repeats + 1):
             plain.append(plain_step(trainer, inputs)["plain"])
             trainer.model.train()
-            sampler = trainer._sampler(StepPart([0]), "train")
-            plan = trainer._plan(text, "train")
-            ours.append(
-                rate(lambda sampler=sampler, plan=plan: int(trainer._sample_thoughts(text, sampler, plan).mask.sum()))
-            )
+            plan = trainer.thinker.plan(text, training=True)
+            ours.append(rate(lambda plan=plan: int(trainer.thinker.sample(text, StepPart([0]), plan).mask.sum())))
             theirs.append(rate(lambda: sum(map(len, rloo._generate_single_turn(prompts, None, {})))))
     ours_rate, theirs_rate = statistics.median(ours[1:]), statistics.median(theirs[1:])  # the first warms up
     return {

@@ -310,7 +310,7 @@ def _check_reload(trainer: QuietStarREINFORCETrainer, folder: Path) -> None:
     """The saved model evaluates as the trained one."""
     expected = trainer.evaluate()["eval_nll_with"]
     again = _trainer(QuietStarForCausalLM.from_pretrained(folder), folder)
-    again.path = trainer.path
+    again.thinker.path = trainer.path
     found = again.evaluate()["eval_nll_with"]
     if abs(found - expected) > 1e-4:
         raise AssertionError(f"NLL {found} after reloading, {expected} before")

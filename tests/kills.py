@@ -150,7 +150,7 @@ def live(folder: Path, model: str, steps: int, life: Life) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "entropy coefficient": trainer.entropy_coefficient,
-        "recent rewards": list(trainer._recent_rewards),
+        "recent rewards": list(trainer.runlog.recent_rewards),
         "log": [{k: v for k, v in entry.items() if not any(part in k for part in CLOCK)} for entry in history],
         "best": (trainer.state.best_metric, Path(trainer.state.best_model_checkpoint).name),
     }

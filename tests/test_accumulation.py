@@ -81,8 +81,8 @@ def test_batches_add_up(name, tmp_path):
 def test_means_of_batches_are_not_the_mean(tmp_path, monkeypatch):
     """The comparison can fail: each batch over its own tokens gives other gradients."""
     whole, _ = run(tmp_path, 4, 1)
-    trainer = "trl_quietstar.trainer.QuietStarREINFORCETrainer"
-    monkeypatch.setattr(f"{trainer}._step_parts", lambda self, batches: [StepPart([i]) for i in range(len(batches))])
+    divide = "trl_quietstar.training.step.OptimizerStep._divide"
+    monkeypatch.setattr(divide, lambda self, model, step: [StepPart([i]) for i in range(len(self._batches))])
     parts, _ = run(tmp_path, 1, 4)
     assert any((parts[0][name] / 4 - g).abs().max() > 1e-4 for name, g in whole[0].items())
 

@@ -97,7 +97,7 @@ def test_a_fault_costs_one_step(kind, value, named, tmp_path, messages):
     assert "Optimizer step 3" in message and named in message
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["rl/skipped_steps"] for entry in entries] == [0, 0, 1, 1]
-    assert "rl/reward" not in entries[2] and len(trainer._recent_rewards) == 3
+    assert "rl/reward" not in entries[2] and len(trainer.runlog.recent_rewards) == 3
     assert len({entry["learning_rate"] for entry in entries}) == 4  # the schedule keeps to the steps
     json.dumps(trainer.state.log_history, allow_nan=False)
     assert all_finite(trainer) and trainer.state.global_step == 4
@@ -107,13 +107,13 @@ def test_the_row_is_named(tmp_path, messages):
     """A reward that is not finite is traced to its row of the global batch and the text of that row."""
     trainer = tiny_trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1)
     batches = []
-    original = trainer._score_request
+    original = trainer.thinker.request
 
-    def request(text, part, mode, plan):
+    def request(text, part):
         batches.append(text)
-        return original(text, part, mode, plan)
+        return original(text, part)
 
-    trainer._score_request = request
+    trainer.thinker.request = request
     with spoilt("reward", {1}, row=2):
         trainer.train()
     (message,) = messages()
@@ -211,7 +211,7 @@ def test_without_a_limit_training_goes_on(tmp_path):
     with spoilt("loss", range(1, 13)):
         trainer.train()
     assert all(map(torch.equal, before, trainer.model.parameters()))
-    assert trainer._guard.skipped == 12
+    assert trainer.guard.skipped == 12
     with pytest.raises(ValueError, match="`max_skipped_steps` is 0, below its limit of 1"):
         QuietStarConfig(str(tmp_path), max_skipped_steps=0, use_cpu=True)
 
@@ -234,7 +234,7 @@ def test_an_optimizer_that_steps_in_the_backward_stops_at_once(tmp_path):
 @pytest.mark.parametrize(("options", "expected"), [({}, False), (dict(optim="lomo"), True)])
 def test_optimizers_that_step_in_the_backward_are_known(options, expected, tmp_path):
     """LOMO steps in its backward, AdamW does not."""
-    assert tiny_trainer(tmp_path, **options)._guard._steps_in_backward() is expected
+    assert tiny_trainer(tmp_path, **options).guard._steps_in_backward() is expected
 
 
 # Evaluation
@@ -314,7 +314,7 @@ try:
 except FloatingPointError as error:
     total = sum(p.double().sum().item() for p in trainer.model.parameters())
     unchanged = [states.unchanged(step) for step in (2, 3, 4)]
-    Path(sys.argv[1], os.environ["RANK"]).write_text(f"{trainer._guard.skipped} {unchanged} {total} {error}")
+    Path(sys.argv[1], os.environ["RANK"]).write_text(f"{trainer.guard.skipped} {unchanged} {total} {error}")
 """
 
 

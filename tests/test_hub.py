@@ -259,7 +259,7 @@ def test_hostile_thoughts_stay_text_in_the_model_card(tmp_path):
     """Whatever a thought holds, every line of the block is indented code."""
     trainer = trained(tmp_path)
     hostile = "```\n# Title\n<script>alert(1)</script>\n\n[x](javascript:1)"
-    trainer._samples["eval"] = {name: [hostile] for name in ("context", "thought", "next")} | {"reward": [0.5]}
+    trainer.runlog.samples["eval"] = {name: [hostile] for name in ("context", "thought", "next")} | {"reward": [0.5]}
     trainer.create_model_card()
     card = Path(trainer.args.output_dir, "README.md").read_text()
     lines = [line for line in card.splitlines() if "script" in line or "Title" in line]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl_quietstar import trainer as trainer_module
 from trl_quietstar.branches import memory as memory_module
 from trl_quietstar.branches.attention import TextReading
 from trl_quietstar.branches.base import backbone
@@ -27,6 +26,7 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.model.embeddings import embed_tokens
 from trl_quietstar.text.batch import Branches, Text
+from trl_quietstar.training import thinker as thinker_module
 
 from .conformance import tiny_model as family_model
 from .tiny import tiny_model
@@ -98,10 +98,10 @@ def test_the_estimate_is_what_a_token_adds(precision, lora):
 def test_a_trainer_estimates_under_its_autocast(tmp_path):
     """What is trained in bf16 keeps less."""
     trainer = tiny_trainer(tmp_path, bf16=True)
-    trainer._plan(trainer._text(next(iter(trainer.get_train_dataloader()))), "train")
+    trainer.thinker.plan(trainer.thinker.text(next(iter(trainer.get_train_dataloader()))), training=True)
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_per_token(plain_model().train())
-    assert trainer._kept_per_token == kept < 0.8 * kept_per_token(plain_model().train())
+    assert trainer.thinker.kept_per_token == kept < 0.8 * kept_per_token(plain_model().train())
 
 
 def test_what_a_token_takes_without_gradient():
@@ -190,13 +190,13 @@ def test_the_choice_changes_no_weight(options, tmp_path):
 def plans(monkeypatch) -> list:
     """A list of what is planned from now on."""
     sizes = []
-    plan = trainer_module.QuietStarREINFORCETrainer._plan
+    plan = thinker_module.Thinker.plan
 
-    def noted(self, text, mode):
-        sizes.append(plan(self, text, mode))
+    def noted(self, text, training):
+        sizes.append(plan(self, text, training))
         return sizes[-1]
 
-    monkeypatch.setattr(trainer_module.QuietStarREINFORCETrainer, "_plan", noted)
+    monkeypatch.setattr(thinker_module.Thinker, "plan", noted)
     return sizes
 
 
@@ -230,7 +230,7 @@ def test_evaluation_goes_by_memory_too(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, evaluation=text_data(6, 90), thought_positions="all", beta=0.1)
     monkeypatch.setattr(TextReading, "attend", lambda self, *args, **own: read.append(0) or attend(self, *args, **own))
     for free in (1e12, 1e5):
-        monkeypatch.setattr(trainer_module, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(thinker_module, "free_bytes", lambda device, free=free: free)
         metrics = trainer.evaluate()
         read.clear()
         report = trainer.validate_thoughts()
@@ -238,8 +238,8 @@ def test_evaluation_goes_by_memory_too(tmp_path, monkeypatch):
         found.append(
             ({name: metrics[name] for name in ("eval_loss", "eval_reward", "eval_coherence")}, report.metrics())
         )
-    text = trainer._text(trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader()))))
-    assert trainer._plan(text, "eval").scoring is not None
+    text = trainer.thinker.text(next(iter(trainer.get_eval_dataloader())))
+    assert trainer.thinker.plan(text, training=False).scoring is not None
     for name in found[0][0]:
         assert found[1][0][name] == pytest.approx(found[0][0][name], rel=1e-4, abs=1e-6)
     for name, value in found[0][1].items():
@@ -266,8 +266,8 @@ def test_thoughts_of_the_length_of_a_text_are_sampled_first(tmp_path, monkeypatc
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: 1e12)
     for length, one_pass in ((3, True), (60, False)):
         trainer = tiny_trainer(tmp_path, thought_length=length)
-        text = trainer._text(next(iter(trainer.get_train_dataloader())))
-        assert trainer._plan(text, "train") == Plan(one_pass)
+        text = trainer.thinker.text(next(iter(trainer.get_train_dataloader())))
+        assert trainer.thinker.plan(text, training=True) == Plan(one_pass)
 
 
 @pytest.mark.parametrize(

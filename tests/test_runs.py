@@ -40,7 +40,7 @@ def test_a_second_run_starts_from_nothing(tmp_path):
     first = log_of(trainer)
     (stopping,) = trainer._early_stopping()
     used = stopping.early_stopping_patience_counter
-    trainer._guard.skipped = 7
+    trainer.guard.skipped = 7
     trainer.train()
     assert log_of(trainer) == first and used > 0
     assert stopping.early_stopping_patience_counter == used
@@ -146,8 +146,8 @@ def test_the_entropy_coefficient_is_that_of_the_step(tmp_path):
     """The first step has the initial coefficient, and each is logged with what it was trained with."""
     used = []
     trainer = tiny_trainer(tmp_path, entropy_decay=0.5, entropy_coefficient=0.1, max_steps=3)
-    coefficients = trainer._coefficients
-    trainer._coefficients = lambda: used.append(coefficients()) or used[-1]
+    coefficients = trainer.coefficients
+    trainer.coefficients = lambda: used.append(coefficients()) or used[-1]
     trainer.train()
     assert [entry["rl/entropy_coefficient"] for entry in logged(trainer)] == [0.1, 0.05, 0.025]
     assert [each.entropy for each in used] == [0.1, 0.05, 0.025]

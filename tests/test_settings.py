@@ -76,11 +76,11 @@ def test_the_talk_spans_the_completion(positions):
 
 def test_the_whole_answer_is_rewarded(tmp_path, monkeypatch):
     """Each problem has one position, after its prompt, and every token of its answer counts; the saved model knows."""
-    from trl_quietstar.trainer import experience_of
+    from trl_quietstar.training.step import experience_of
 
     seen = []
     monkeypatch.setattr(
-        "trl_quietstar.trainer.experience_of",
+        "trl_quietstar.training.step.experience_of",
         lambda text, *rest: seen.append((text, experience_of(text, *rest))) or seen[-1][1],
     )
     trainer = tiny_trainer(
@@ -180,8 +180,10 @@ def test_thoughts_that_all_end_take_no_more_slots(tmp_path):
             max_steps=1,
         )
         lengths = []
-        trainer.sampling = type(trainer.sampling)(**{**vars(trainer.sampling), "stop": lambda ids: ids[:, -1] >= 0})
-        trainer._note_metrics = lambda batch, mode, plan, lengths=lengths: lengths.append(
+        trainer.thinker.sampling = type(trainer.sampling)(
+            **{**vars(trainer.sampling), "stop": lambda ids: ids[:, -1] >= 0}
+        )
+        trainer.runlog.add = lambda batch, plan, training, lengths=lengths: lengths.append(
             batch.scores.thought_logps.shape[-1]
         )
         trainer.train()
@@ -313,10 +315,10 @@ def test_a_stage_is_evaluated_as_it_was_trained(tmp_path):
         eval_strategy="steps",
         eval_steps=1,
     )
-    note = trainer._note_metrics
-    trainer._note_metrics = lambda batch, mode, plan: (
-        lengths.append(batch.experience.thoughts.mask.shape[-1]) if mode == "eval" else None,
-        note(batch, mode, plan),
+    add = trainer.runlog.add
+    trainer.runlog.add = lambda batch, plan, training: (
+        lengths.append(batch.experience.thoughts.mask.shape[-1]) if not training else None,
+        add(batch, plan, training),
     )
     trainer.train()
     assert lengths == [4, 4, 2]

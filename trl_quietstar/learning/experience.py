@@ -192,17 +192,23 @@ class StepPart:
         rows (`list[int]`):
             Index of each row in the step's global batch, or in the evaluation data.
         share (`float`):
-            Of this batch among the batches of the step, on all processes.
+            Share of this batch among the batches of the step, on all processes.
+        step (`int`):
+            Number of the optimizer step, by which thoughts are drawn; 0 throughout evaluation.
+        training (`bool`):
+            Whether the batch is trained on, and not evaluated.
         counts ([`TokenCounts`], *optional*):
-            Of the whole step; None where they are known only once this batch, the only one, has been sampled.
+            Numbers of tokens in the whole step; None where they are known only once this batch, the only one, has been sampled.
         thoughts ([`Thoughts`], *optional*):
-            Where they had to be sampled ahead of the step.
+            The batch's thoughts, where they had to be sampled ahead of the step.
         experience ([`Experience`], *optional*):
-            Where thoughts had to be judged ahead, or were in an earlier update.
+            The batch's experience, where thoughts had to be judged ahead, or were in an earlier update.
     """
 
     rows: list[int]
     share: float = 1.0
+    step: int = 0
+    training: bool = True
     counts: TokenCounts | None = None
     thoughts: Thoughts | None = None
     experience: Experience | None = None

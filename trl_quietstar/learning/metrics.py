@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,10 @@ from ..text.batch import Text
 from ..text.transfer import exact_dtype, to_device
 from ..thinking.scoring import Scores
 from .experience import Experience
+
+
+if TYPE_CHECKING:
+    from ..config import QuietStarConfig
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,16 @@ class BatchResult:
 # values and the mask or weight of each, or None where there is nothing to measure
 Measured = tuple[torch.Tensor, torch.Tensor] | None
 
+# metrics of an evaluation
+EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
 # terms of which a batch has a part
 PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
 
 
 def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     """
-    The metrics of a batch, by their names without prefix.
+    The metrics of a batch, by their names without prefix: they are logged as `rl/*`, and those in `EVAL_METRICS` are an
+    evaluation's, too. A new metric is one entry here; names that begin with `_` are summed for others and not logged.
 
     Args:
         batch ([`BatchResult`]):
@@ -81,6 +89,33 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         **{f"_{name}": (values.to(exact), mask) for name, (values, mask) in moments.items()},
         **{f"_{name}_square": (values.to(exact) ** 2, mask) for name, (values, mask) in moments.items()},
     }
+
+
+def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measured]:
+    """
+    The metrics of a batch as the options of a run have them, by their names without prefix.
+
+    Args:
+        batch ([`BatchResult`]):
+            The batch.
+        args ([`QuietStarConfig`]):
+            The options.
+
+    Returns:
+        As [`batch_metrics`].
+    """
+    metrics = batch_metrics(batch)
+    if not args.uses_value_head:
+        metrics["value_loss"] = metrics["_residual"] = None
+    if args.thought_positions == "none":  # no talk to take them on: of all text
+        predicted = batch.text.predicted()
+        metrics["nll_without"] = (-batch.scores.text_logps, predicted)
+        metrics["accuracy_without"] = (batch.scores.text_correct, predicted)
+    if args.num_iterations > 1:
+        low, high = args.clip_range
+        ratio = torch.exp(batch.scores.thought_logps - batch.experience.sampled_logps)
+        metrics["clip_ratio"] = ((ratio < 1 - low) | (ratio > 1 + high), batch.experience.thoughts.mask)
+    return metrics
 
 
 class MetricSums:

@@ -2,6 +2,7 @@
 of the last steps, and an end to epochs without a step."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import IntervalStrategy, TrainerCallback
@@ -10,6 +11,11 @@ from trl import BEMACallback
 
 from ..evaluation.anti_theater import THRESHOLDS, AntiTheaterReport
 from .folders import remove_folder, whole_folder
+from .thinker import Thinker
+
+
+if TYPE_CHECKING:
+    from .evaluation import EvaluationTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -23,16 +29,16 @@ class CurriculumCallback(TrainerCallback):
     earlier one's.
 
     Args:
-        trainer ([`QuietStarREINFORCETrainer`]):
-            The trainer it is added to.
+        thinker ([`Thinker`]):
+            Takes over what a stage changes.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, thinker: Thinker):
+        self.thinker = thinker
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.enter_stage(state.global_step):
-            self.trainer.adopt_settings()
+            self.thinker.adopt_settings()
 
 
 class AntiTheaterCallback(TrainerCallback):
@@ -45,11 +51,11 @@ class AntiTheaterCallback(TrainerCallback):
     rollback also stops: the same data and settings led from that model to the one that failed.
 
     Args:
-        trainer ([`QuietStarREINFORCETrainer`]):
-            The trainer it is added to.
+        trainer ([`EvaluationTrainer`]):
+            The trainer that the callback is added to: it validates thoughts, logs, saves and restores the model.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "EvaluationTrainer"):
         self.trainer = trainer
         self.begin_run()
 
@@ -59,6 +65,18 @@ class AntiTheaterCallback(TrainerCallback):
         self.saved_passed: str | None = None  # the same when the last checkpoint was written
         self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
         self.last_step = -1
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the last model that passed, and whether a failed validation has stopped training."""
+        return {"last_passed": self.last_passed, "failed_validation": self.has_stopped}
+
+    def load(self, state: dict) -> None:
+        """Takes back what [`AntiTheaterCallback.state`] gave."""
+        last_passed = state["last_passed"]
+        if last_passed is not None and Path(last_passed).is_dir():  # a later one may have replaced it
+            self.last_passed = last_passed
+        self.saved_passed = self.last_passed
+        self.has_stopped = state["failed_validation"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.anti_theater_steps == 0 and not self._passes(args, state):
@@ -79,7 +97,8 @@ class AntiTheaterCallback(TrainerCallback):
         """Validates, logs, and keeps or restores the model."""
         self.last_step = state.global_step
         report = self.trainer.validate_thoughts()
-        self.trainer.log({f"rl/anti_theater_{name}": value for name, value in report.metrics().items()})
+        metrics: dict[str, Any] = {f"rl/anti_theater_{name}": value for name, value in report.metrics().items()}
+        self.trainer.log(metrics)  # None where a test is undefined
         rolls_back = args.anti_theater_action == "rollback"
         if report.passed:
             if rolls_back:
@@ -106,7 +125,7 @@ class AntiTheaterCallback(TrainerCallback):
         """Deletes models that passed and that neither this run nor its last checkpoint would roll back to."""
         if self.trainer.args.should_save:
             kept = {Path(folder).name for folder in (self.last_passed, self.saved_passed) if folder is not None}
-            for folder in Path(self.trainer.args.output_dir).glob(f"{PASSED}-*"):
+            for folder in Path(str(self.trainer.args.output_dir)).glob(f"{PASSED}-*"):
                 if folder.name not in kept and folder.name.removeprefix(f"{PASSED}-").isdecimal():
                     remove_folder(str(folder))
 

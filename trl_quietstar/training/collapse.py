@@ -14,6 +14,7 @@ evaluations, say when a reward means nothing; each warns once when it begins, an
 """
 
 import math
+from collections.abc import Mapping
 
 from transformers.utils import logging
 
@@ -49,12 +50,12 @@ class CollapseWatch:
         for name in ("no gain", "rl/drift"):
             self._on.pop(name, None)
 
-    def training(self, metrics: dict[str, float | None], step: int) -> dict[str, float]:
+    def training(self, metrics: Mapping[str, float | None], step: int) -> dict[str, float]:
         """
         Takes in a logging window.
 
         Args:
-            metrics (`dict[str, float | None]`):
+            metrics (`Mapping[str, float | None]`):
                 With `rl/reward_std`, `rl/nll_without` and `rl/nll_with`, as far as they were measured.
             step (`int`):
                 The optimizer step, for the warning.

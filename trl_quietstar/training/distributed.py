@@ -49,6 +49,11 @@ def greatest(value: int, accelerator: Accelerator) -> int:
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 
+def summed(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of the processes' tensors, of one shape."""
+    return accelerator.reduce(values.to(accelerator.device), "sum")
+
+
 def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A frozen model as the engine wants it: sharded where the policy is, and on the right device."""
     if accelerator.state.deepspeed_plugin is not None:

@@ -12,16 +12,22 @@ that overflow when the scale has come down to 1 are, and so is a loss that is no
 
 import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
+from ..config import QuietStarConfig
+from ..learning.experience import StepPart
 from ..learning.metrics import BatchResult
 from ..thinking.scoring import Scores
+from .distributed import summed
 
 
 logger = logging.get_logger(__name__)
@@ -39,15 +45,30 @@ class FaultGuard(TrainerCallback):
     first batch with a fault stops training ahead of its backward, and gradients are not checked.
 
     Args:
-        trainer ([`QuietStarREINFORCETrainer`]):
-            The trainer it is added to.
+        args ([`QuietStarConfig`]):
+            Options of the run.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model whose gradients are checked.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Decodes the texts that messages quote.
+        save (`Callable`):
+            Writes a checkpoint of the current step.
 
     Raises:
         `FloatingPointError`: when training stops.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(
+        self,
+        args: QuietStarConfig,
+        model: nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase | None,
+        save: Callable[[], None],
+    ):
+        self.args, self.model, self.accelerator, self.tokenizer, self.save = args, model, accelerator, tokenizer, save
         self.skipped = 0  # optimizer steps; kept in checkpoints, as is the next
         self.in_a_row = 0
         self._faults: dict[str, list[str]] = {"train": [], "eval": []}  # of the current step or evaluation
@@ -60,7 +81,7 @@ class FaultGuard(TrainerCallback):
 
     # Checks
 
-    def check(self, batch: BatchResult, rows: list[int], mode: str) -> torch.Tensor | None:
+    def check(self, batch: BatchResult, part: StepPart) -> torch.Tensor | None:
         """
         Looks whether reward, loss and every term of a batch are finite on all processes. In training the host gets to know
         in [`check_gradients`], so that it need not wait for the device after each batch.
@@ -68,32 +89,31 @@ class FaultGuard(TrainerCallback):
         Args:
             batch ([`BatchResult`]):
                 The batch.
-            rows (`list[int]`):
-                Index of each of its rows in the global batch or in the evaluation data.
-            mode (`str`):
-                `"train"` or `"eval"`.
+            part ([`~learning.experience.StepPart`]):
+                Its part of the optimizer step or of the evaluation data.
 
         Returns:
             `torch.Tensor`: a scalar bool on the device; None where the host knows already that something is not finite.
         """
+        mode = "train" if part.training else "eval"
         values = [batch.loss, _reward(batch), *batch.terms.values()]
         mine = ~torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
-        check = _Check(_detached(batch), rows, mode, mine, self._total(mine))
+        check = _Check(_detached(batch), part.rows, mode, mine, self._total(mine))
         self._unread.append(check)
         at_once = mode == "eval" or self._steps_in_backward()
         found = self._read() if at_once else []
         if found and mode == "train":
-            self._stop(f"Stopped at step {self.trainer.state.global_step}: {'; '.join(found)}.")
+            self._stop(part.step, f"Stopped at step {part.step}: {'; '.join(found)}.")
         return None if found else check.total == 0
 
     def check_gradients(self) -> bool:
         """Reads the checks of an optimizer step's batches, and looks whether its gradients are finite, once all have been
         added up; returns whether everything is."""
-        scaler = self.trainer.accelerator.scaler
+        scaler = self.accelerator.scaler
         overflow_is_normal = scaler is not None and scaler.get_scale() > 1
         gradients = {}
         if not (overflow_is_normal or self._steps_in_backward()):
-            gradients = {n: p.grad for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         if gradients:
             mine = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients.values()))
             mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
@@ -103,7 +123,7 @@ class FaultGuard(TrainerCallback):
 
     def _total(self, mine: torch.Tensor) -> torch.Tensor:
         """How many processes have a fault."""
-        return self.trainer.accelerator.reduce(mine.to(self.trainer.accelerator.device).float(), "sum")
+        return summed(mine.float(), self.accelerator)
 
     def _read(self) -> list[str]:
         """Notes and returns the faults of all processes, the same on each, with one wait for the device."""
@@ -126,26 +146,26 @@ class FaultGuard(TrainerCallback):
         names = [name for name, gradient in check.what.items() if not bool(torch.isfinite(gradient).all())]
         return f"the gradient of {_listed(names)}" if names else "the norm of all gradients together"
 
-    def take_evaluation_faults(self) -> list[str]:
-        """What was not finite in the evaluation that ends; said in a warning."""
+    def take_evaluation_faults(self, step: int) -> list[str]:
+        """What was not finite in the evaluation that ends, after so many optimizer steps; said in a warning."""
         faults, self._faults["eval"] = self._faults["eval"], []
-        if faults and self.trainer.is_world_process_zero():
+        if faults and self.accelerator.is_main_process:
             logger.warning(
-                f"Evaluation at step {self.trainer.state.global_step}: not finite is {'; '.join(faults)}. Its metrics are "
+                f"Evaluation at step {step}: not finite is {'; '.join(faults)}. Its metrics are "
                 "NaN, so it counts as no improvement."
             )
         return faults
 
     # The optimizer step
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self._faults["train"]:
-            self.trainer.optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         faults, self._faults["train"] = self._faults["train"], []
         if not faults:
-            if not self.trainer.accelerator.optimizer_step_was_skipped:  # by the scaler, which tells nothing
+            if not self.accelerator.optimizer_step_was_skipped:  # by the scaler, which tells nothing
                 self.in_a_row = 0
             return
         self.skipped += 1
@@ -156,32 +176,37 @@ class FaultGuard(TrainerCallback):
             f"Skipped so far: {self.skipped}, in a row: {self.in_a_row} (`max_skipped_steps`: {limit})."
         )
         if limit is not None and self.in_a_row >= limit:
-            self._stop(complaint)
+            self._stop(state.global_step, complaint)
         if state.is_world_process_zero:
             logger.warning(complaint)
 
-    def _stop(self, complaint: str) -> None:
+    def _stop(self, step: int, complaint: str) -> None:
         """Saves what training had come to before the faults, and raises."""
-        trainer = self.trainer
         self.in_a_row, self._faults["train"] = 0, []  # a run that resumes from here has its whole patience again
-        trainer.save_checkpoint()
+        self.save()
         raise FloatingPointError(
-            f"{complaint} The weights of before are in checkpoint-{trainer.state.global_step} of "
-            f"{trainer.args.output_dir!r}. Look at the data that is named, lower `learning_rate`, or compute in float32; "
-            "then resume from there."
+            f"{complaint} The weights of before are in checkpoint-{step} of {self.args.output_dir!r}. Look at the data that is "
+            "named, lower `learning_rate`, or compute in float32; then resume from there."
         )
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the counts of skipped steps."""
+        return {"skipped_steps": [self.skipped, self.in_a_row]}
+
+    def load(self, state: dict) -> None:
+        """Takes back what [`FaultGuard.state`] gave."""
+        self.skipped, self.in_a_row = state["skipped_steps"]
 
     # Processes, and words
 
     def _steps_in_backward(self) -> bool:
-        return self.trainer.is_deepspeed_enabled or any(
-            name in self.trainer.args.optim.value for name in ("lomo", "layerwise")
-        )
+        name = self.args.optim
+        return self.accelerator.state.deepspeed_plugin is not None or "lomo" in name or "layerwise" in name
 
     def _where(self, batch: BatchResult, rows: list[int], mode: str) -> str:
         """The rows that are at fault, and how their texts begin."""
         whole = "the global batch" if mode == "train" else "the evaluation data"
-        bad, tokenizer = bad_rows(batch), self.trainer.processing_class
+        bad, tokenizer = bad_rows(batch), self.tokenizer
         if not bad:
             return f"in one of the rows {rows[0]} to {rows[-1]} of {whole}"
         return f"in {_listed([f'row {rows[b]} ({excerpt(batch, b, tokenizer)!r})' for b in bad])} of {whole}"

@@ -161,6 +161,27 @@ def combine(optimizer: torch.optim.Optimizer, model: nn.Module, args: QuietStarC
     return CombinedOptimizer(optimizers, model, args.grokfast_lambda, args.grokfast_alpha)
 
 
+def set_heads_apart(optimizer: torch.optim.Optimizer, heads: nn.Module, learning_rate: float) -> None:
+    """
+    Moves the parameters of the heads into parameter groups of their own, with the other options of the groups they were in.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            Changed in place, before its first step.
+        heads (`nn.Module`):
+            The thinking heads.
+        learning_rate (`float`):
+            Of the new groups.
+    """
+    ids = {id(parameter) for parameter in heads.parameters()}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in ids]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            options = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group({**options, "params": own, "lr": learning_rate})
+
+
 def hold_all(optimizer: torch.optim.Optimizer, scheduler, model: nn.Module, heads_learning_rate: float) -> None:
     """
     Sees to it that an optimizer of the user's holds all that is trained. Heads that were not there when it was made become a

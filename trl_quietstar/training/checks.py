@@ -1,0 +1,157 @@
+"""What can be refused before a run: arguments before anything is loaded, and options once the engine is known."""
+
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from transformers import IntervalStrategy
+
+from ..config import QuietStarConfig
+from ..evaluation.anti_theater import check_texts
+from ..learning.rewards import RewardFunction, has_columns
+from ..loading import check_adapter, check_quantization
+from .distributed import check_engine, is_sharded
+from .folders import check_output_dir
+from .optimizers import check_optimizers
+
+
+NO_LOGITS = (
+    "evaluation scores thoughts and holds no logits. `evaluate` returns reward, NLL and accuracy; for a number of your own "
+    "call `model.log_likelihoods` or `model.generate` in a callback's `on_evaluate`."
+)
+# what other trainers take, and what to do here
+UNKNOWN = {
+    "compute_loss_func": "the loss is Quiet-STaR's; weigh its terms by the coefficients of `QuietStarConfig`.",
+    "compute_metrics": NO_LOGITS,
+    "data_collator": "rows are padded with their thought positions by its own; bring `input_ids`, `labels` and `thought_mask`.",
+    "formatting_func": "map the dataset to a `text` column first.",
+    "model_init": "give the model as `model`; make a trainer for each trial of a search.",
+    "optimizer_cls_and_kwargs": "set `optim` and `optim_args`, or give an optimizer in `optimizers`.",
+    "preprocess_logits_for_metrics": NO_LOGITS,
+    "ref_model": "the reference is a copy of the model at the start, kept where `beta` is above 0.",
+    "reward_funcs": "give one `reward_function`.",
+    "tokenizer": "give it as `processing_class`.",
+}
+
+
+def refuse_unknown(arguments: dict) -> None:
+    """
+    Refuses arguments that the trainer does not have.
+
+    Raises:
+        `TypeError`: if there are any, with what to do instead of one that other trainers take.
+    """
+    for name in arguments:
+        advice = UNKNOWN.get(name)
+        raise TypeError(f"`QuietStarREINFORCETrainer` takes no argument `{name}`" + (f": {advice}" if advice else "."))
+
+
+def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quantization_config, peft_config) -> None:
+    """
+    Refuses arguments of the trainer that do not go together, before anything is loaded.
+
+    Raises:
+        `OSError`: if nothing can be written to `args.output_dir`.
+        `TypeError`: if `args` is no `QuietStarConfig`.
+        `ValueError`: if data is missing or of a kind that an option cannot use, or the model cannot be quantized or adapted
+            as asked.
+    """
+    if not isinstance(args, QuietStarConfig):
+        raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
+    if train_dataset is None and not eval_dataset:
+        raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
+    if train_dataset is not None and args.should_save:
+        check_output_dir(str(args.output_dir))
+    if args.num_iterations > 1:
+        _check_repeats(args, train_dataset)
+    if args.anti_theater_steps is not None:
+        if not eval_dataset:
+            raise ValueError(
+                f"`anti_theater_steps={args.anti_theater_steps}` needs an `eval_dataset` to validate the thoughts on."
+            )
+        if isinstance(eval_dataset, Dataset):
+            check_texts(len(eval_dataset))
+    strategy = IntervalStrategy(args.eval_strategy)
+    if strategy != IntervalStrategy.NO and not eval_dataset:
+        raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`.")
+    if quantization_config is not None:
+        check_quantization(model, args, peft_config, training=train_dataset is not None)
+    if peft_config is not None:
+        check_adapter(model, peft_config)
+
+
+def _check_repeats(args: QuietStarConfig, train_dataset) -> None:
+    """Rows of a step come again for each further update, which takes a data set that is read in any order."""
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` reads rows again and needs a map-style dataset, not a stream; load it "
+            "whole or leave it at 1."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` reads the rows of a step again, and `batch_rebalance` deals them out "
+            "another way each time; set `train_sampling_strategy='group_by_length'`, or leave `num_iterations` at 1."
+        )
+
+
+def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimizers: tuple) -> None:
+    """
+    Refuses options that the run's engine cannot do.
+
+    Args:
+        args ([`QuietStarConfig`]):
+            The options.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        optimizers (`tuple`):
+            Optimizer and scheduler that were given, or None.
+
+    Raises:
+        `ValueError`: if there are any.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"`nn.DataParallel` on {args.n_gpu} GPUs is not supported; launch with `accelerate launch`, or make a "
+            "single GPU visible with `CUDA_VISIBLE_DEVICES`."
+        )
+    is_deepspeed, is_fsdp = (
+        getattr(accelerator.state, f"{x}_plugin", None) is not None for x in ("deepspeed", "fsdp")
+    )
+    check_optimizers(args, optimizers, sharded=is_deepspeed or is_fsdp)
+    check_engine(accelerator)
+    if not is_sharded(accelerator):
+        return
+    if args.anti_theater_action == "rollback" and is_deepspeed:
+        raise ValueError(
+            "`anti_theater_action='rollback'` takes back weights that ZeRO-3 has partitioned; use 'stop', or FSDP2."
+        )
+    if args.fp16_full_eval or args.bf16_full_eval:
+        raise ValueError(
+            f"`fp16_full_eval` ({args.fp16_full_eval}) and `bf16_full_eval` ({args.bf16_full_eval}) cast the weights, "
+            "which cannot be taken back where they are sharded; leave them out, and set `bf16=True`."
+        )
+
+
+def check_streams(
+    args: QuietStarConfig, accelerator: Accelerator, datasets: list, function: RewardFunction | None
+) -> None:
+    """
+    Refuses columns of a stream that one process reads for all: it is dealt out as tensors, and columns are none.
+
+    Args:
+        args ([`QuietStarConfig`]), accelerator ([`~accelerate.Accelerator`]):
+            Options and processes of the run.
+        datasets (`list`):
+            All data, None where there is none.
+        function (`Callable`, *optional*):
+            The user's reward function.
+
+    Raises:
+        `ValueError`: if the reward function takes columns of such a stream.
+    """
+    streams = [dataset for dataset in datasets if isinstance(dataset, IterableDataset)]
+    if accelerator.num_processes == 1 or accelerator.dispatch_batches is False or not streams:
+        return
+    if function is not None and has_columns(function, args):
+        raise ValueError(
+            "`reward_function` takes columns of a stream, which one process reads for all; set "
+            "`accelerator_config={'dispatch_batches': False}`, or load the data whole."
+        )

@@ -1,0 +1,186 @@
+"""`OptimizerStep`: the batches of an optimizer step, what each adds to it, and what their thoughts are worth."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config import QuietStarConfig
+from ..learning.experience import Experience, StepPart, experience_of, finish_advantages, flat, unflat
+from ..learning.objective import TokenCounts
+from ..learning.rewards import RewardFunction
+from ..text.batch import Text, talk_after
+from ..thinking.scoring import Scores
+from .distributed import summed
+from .reference import Reference
+from .thinker import Thinker, ThoughtRequest
+
+
+class OptimizerStep:
+    """
+    Holds the batches of the current optimizer step, so that several of them, here and on other processes, add up to what one
+    batch of all would be; and the experience that further updates on them reuse.
+
+    Args:
+        args ([`QuietStarConfig`]):
+            Options of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        thinker ([`Thinker`]), reference ([`Reference`]):
+            Sample and score thoughts.
+        reward_function (`Callable`, *optional*):
+            The user's own, in place of `args.reward_type`.
+    """
+
+    def __init__(
+        self,
+        args: QuietStarConfig,
+        accelerator: Accelerator,
+        thinker: Thinker,
+        reference: Reference,
+        reward_function: RewardFunction | None = None,
+    ):
+        self.args, self.accelerator, self.thinker, self.reference = args, accelerator, thinker, reference
+        self.reward_function = reward_function
+        self._rows_seen = 0  # of the evaluation, before the current batch
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forgets the batches of the run before."""
+        self._batches: list[dict] = []
+        self._texts: list[Text] = []
+        self._parts: list[StepPart] = []
+        self._experiences: list[Experience] = []  # of each batch, for further updates on it
+
+    def begin_evaluation(self) -> None:
+        """Counts the rows of evaluation data from 0 again."""
+        self._rows_seen = 0
+
+    def begin(self, batches: list[dict]) -> list[dict]:
+        """Takes in the batches of a step; returns them with a number each, by which [`OptimizerStep.take`] knows them."""
+        # not looked at yet: a callback may change settings as the step begins
+        self._batches, self._texts, self._parts = batches, [], []
+        return [{**batch, "part": i} for i, batch in enumerate(batches)]
+
+    def take(self, model: nn.Module, inputs: dict, step: int) -> tuple[Text, StepPart]:
+        """
+        The text of a batch and its part of the step. The first batch of a step has all of its batches looked at: sampled or
+        judged ahead, where the step's means depend on that.
+
+        Args:
+            model (`nn.Module`):
+                The policy as its engine has wrapped it.
+            inputs (`dict`):
+                The collated batch, with the number that [`OptimizerStep.begin`] gave it; without one it is a batch of its own.
+            step (`int`):
+                Number of the optimizer step.
+        """
+        if "part" not in inputs:
+            text = self.thinker.text(inputs)
+            return text, self.alone(text, model.training, step)
+        if not self._parts:
+            self._texts = [self.thinker.text(batch) for batch in self._batches]
+            self._parts = self._divide(model, step)
+        return self._texts[inputs["part"]], self._parts[inputs["part"]]
+
+    def alone(self, text: Text, training: bool, step: int = 0) -> StepPart:
+        """The part of a batch that is evaluated, or that `compute_loss` got by hand."""
+        rows, before = len(text.input_ids), 0
+        if not training:
+            before, self._rows_seen, step = self._rows_seen, self._rows_seen + rows, 0
+        return StepPart(self._row_indices(rows, before), step=step, training=training)
+
+    def judge(
+        self, part: StepPart, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None = None
+    ) -> tuple[Experience, TokenCounts]:
+        """
+        What the thoughts of a batch are worth, and what the means of its step are taken over; as far as that is not known from
+        before.
+
+        Args:
+            part ([`~learning.experience.StepPart`]), request ([`ThoughtRequest`]), scores ([`~thinking.scoring.Scores`]):
+                The batch's part of the step, what was asked, and the answer.
+            columns (`dict`, *optional*):
+                Columns of the data, for the reward function.
+        """
+        experience, reduce = part.experience, self._sum if part.training else _alone
+        if experience is None:
+            (experience,) = finish_advantages([self._experience(request, scores, columns)], self.args, reduce)
+            if part.training and self.args.num_iterations > 1:
+                self._experiences.append(experience)
+        return experience, part.counts or TokenCounts.total([experience.counts(request.text)], reduce)
+
+    # The batches of a step
+
+    def _divide(self, model: nn.Module, step: int) -> list[StepPart]:
+        """The part of each batch, with what the step's means are taken over as far as several batches need to know it
+        ahead."""
+        args, texts = self.args, self._texts
+        share = 1 / max(len(texts) * self.accelerator.num_processes, 1)
+        rows = [len(text.input_ids) for text in texts]
+        parts = [StepPart(self._row_indices(n, sum(rows[:i])), share, step) for i, n in enumerate(rows)]
+        if step % args.num_iterations == 0 or [len(x.rewards) for x in self._experiences] != rows:
+            self._experiences = []  # of another sampling, or of other processes
+        if self._experiences:
+            parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
+        elif len(texts) < 2:
+            return parts
+        elif args.normalize_advantages:
+            parts = self._judged_ahead(model, parts)
+        elif args.thought_positions == "difficulty" or self.thinker.sampling.stop is not None:
+            pairs = zip(texts, parts, strict=True)
+            parts = [replace(part, thoughts=self.thinker.sample(text, part)) for text, part in pairs]
+        counts = TokenCounts.total([self._counts(*x) for x in zip(texts, parts, strict=True)], self._sum)
+        return [replace(part, counts=counts) for part in parts]
+
+    def _row_indices(self, rows: int, before: int) -> list[int]:
+        """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
+        `before` rows each."""
+        start = before * self.accelerator.num_processes + self.accelerator.process_index * rows
+        return list(range(start, start + rows))
+
+    def _counts(self, text: Text, part: StepPart) -> TokenCounts:
+        """Tokens of a batch, some of which are known before its thoughts are."""
+        if part.experience is not None:
+            return part.experience.counts(text)
+        if part.thoughts is None:
+            positions = self.thinker.sampler(part).positions(text)
+            mask = positions.mask[..., None, None].expand(-1, -1, self.args.num_thoughts, self.args.thought_length)
+        else:
+            positions, mask = part.thoughts.positions, part.thoughts.mask
+        talk_mask = talk_after(text, positions, self.thinker.talk_length(text)).target_mask[:, :, None]
+        return TokenCounts.of(mask, talk_mask, text.predicted())
+
+    @torch.no_grad()
+    def _judged_ahead(self, model: nn.Module, parts: list[StepPart]) -> list[StepPart]:
+        """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
+        of them, before the first one is trained on."""
+        experiences = []
+        for batch, text, part in zip(self._batches, self._texts, parts, strict=True):
+            request = self.thinker.request(text, replace(part, thoughts=self.thinker.sample(text, part)))
+            experiences.append(self._experience(request, model(**request.inputs), batch.get("columns")))
+        experiences = finish_advantages(experiences, self.args, self._sum)
+        return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
+
+    def _experience(self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None) -> Experience:
+        reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling
+        return experience_of(request.text, scores, reference, self.args, sampling, self.reward_function, columns)
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        return summed(values, self.accelerator)
+
+    # Checkpoints
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The experience of this process's batches, which further updates reuse; for a file of tensors."""
+        return flat(self._experiences)
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what [`OptimizerStep.state`] gave."""
+        self._experiences = unflat(state)
+
+
+def _alone(values: torch.Tensor) -> torch.Tensor:
+    """No reduction: an evaluation's batch has means of its own."""
+    return values

@@ -1,0 +1,264 @@
+"""`Thinker`: how the thoughts of a batch are drawn and asked for, in the memory that there is."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..branches.base import BranchPath
+from ..branches.cached_replay import CachedReplay
+from ..branches.memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
+from ..branches.replay import Replay
+from ..branches.shared_prefix import SharedPrefix
+from ..config import QuietStarConfig
+from ..data.prepare import check_longest
+from ..learning.experience import StepPart
+from ..learning.metrics import BatchResult
+from ..learning.rewards import coherence
+from ..model.adapters import base_of
+from ..model.heads import ThinkingModel
+from ..model.routing import has_router_loss
+from ..text.batch import Text, Thoughts
+from ..text.positions import most_positions, seeded_generators, talk_span
+from ..thinking.check import choose_path
+from ..thinking.drawing import thought_sampling
+from ..thinking.sampling import ThoughtSampler
+from ..thinking.scoring import ScoreRequest, score_thoughts
+from .distributed import greatest, is_sharded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThoughtRequest(ScoreRequest):
+    """
+    What to score of a batch, and by which plan of memory; as [`~thinking.scoring.ScoreRequest`] otherwise.
+
+    Parameters:
+        plan ([`~branches.memory.Plan`]):
+            How many branches are run at once, here and where the same thoughts are scored again.
+    """
+
+    plan: Plan
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward."""
+        return {**text_inputs(self.text), "quietstar_request": self}
+
+
+def text_inputs(text: Text) -> dict[str, torch.Tensor]:
+    """The arguments of a model's forward that are of the text."""
+    return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+
+@torch.no_grad()
+def ask(accelerator: Accelerator, model: nn.Module, text: Text, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """
+    Calls a function of the base model inside the forward of the model around it, where sharded weights are whole.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run, whose autocast holds.
+        model (`nn.Module`):
+            The thinking model, or its reference.
+        text ([`Text`]):
+            The batch.
+        function (`Callable`):
+            Called with the base model and all further arguments.
+    """
+    with accelerator.autocast():
+        return model(**text_inputs(text), quietstar_request=lambda base: function(base, *args, **kwargs))
+
+
+class Thinker:
+    """
+    Draws and scores the thoughts of batches with the policy.
+
+    Args:
+        args ([`QuietStarConfig`]):
+            Options of the run. A curriculum changes them; [`Thinker.adopt_settings`] then takes them over.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The thinking model.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tells where a thought ends.
+
+    Raises:
+        `ValueError`: if `single_pass=True` is asked of a model that cannot.
+    """
+
+    def __init__(
+        self,
+        args: QuietStarConfig,
+        model: nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.args, self.model, self.accelerator, self.tokenizer = args, model, accelerator, tokenizer
+        self.base = cast(ThinkingModel, base_of(model))
+        self.is_sharded = is_sharded(accelerator)
+        # how often layers run is agreed on where each process holds a part of the parameters only
+        self.greatest = functools.partial(greatest, accelerator=accelerator) if self.is_sharded else int
+        self.path: BranchPath = choose_path(self.base, args.thought_path, with_dropout=not args.disable_dropout)
+        if self.is_sharded and isinstance(self.path, CachedReplay):  # reads texts in as many forwards as they need
+            self.path = Replay()
+        self.samples_in_graph = self._can_sample_in_graph()
+        if args.single_pass and not self.samples_in_graph:
+            raise ValueError(
+                f"`single_pass=True` needs a model whose attention can branch, that trains no router and whose parameters are "
+                f"not sharded, which {type(self.base).__name__} is not here; leave it out."
+            )
+        # bytes; the same on all processes, and in a run that resumes. Measured when they are needed, or before parameters are
+        # sharded
+        self.kept_per_token: float | None = None
+        self.memory_budget: int | None = None
+        if self.is_sharded and args.branch_batch_size is None and not args.gradient_checkpointing:
+            with accelerator.autocast():
+                self.kept_per_token = kept_per_token(self.base)
+        self.adopt_settings()
+
+    def adopt_settings(self) -> None:
+        """Takes over from `args` how thoughts are drawn and read, for what follows."""
+        self.base.adopt_settings(self.args.settings())
+        self.sampling = thought_sampling(self.args.settings(), self.tokenizer, self.args.num_thoughts)
+
+    def _can_sample_in_graph(self) -> bool:
+        """Not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where each
+        forward of a layer in the graph costs another reduction of its gradients."""
+        args, base = self.args, self.base
+        return (
+            type(self.path) is SharedPrefix
+            and args.disable_dropout
+            and args.policy_temperature is None  # what was drawn is known at that of sampling
+            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
+            and args.single_pass is not False
+            and args.branch_batch_size is None
+            and not has_router_loss(base.config)
+            and not self.is_sharded
+        )
+
+    # Batches
+
+    def text(self, inputs: dict) -> Text:
+        """
+        The text of a collated batch, on the device.
+
+        Raises:
+            `ValueError`: if it is longer than the model can read, where no `max_length` has seen to that.
+        """
+        text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in ("part", "columns")})
+        if self.args.max_length is None:
+            check_longest(int(text.host.position_ids.max()) + 1, self.args, self.base.config)
+        return text.to(self.accelerator.device)
+
+    def talk_length(self, text: Text) -> int:
+        """M of a batch."""
+        return talk_span(text, self.args.talk_length, self.args.thought_positions)
+
+    def sampler(self, part: StepPart) -> ThoughtSampler:
+        """How the thoughts of a batch are drawn, each row's from its own random numbers."""
+        args, settings = self.args, self.sampling
+        if not part.training and not args.eval_do_sample:
+            settings = replace(settings, do_sample=False)
+        return ThoughtSampler(
+            settings,
+            seeded_generators(args.seed, part.step, part.rows),
+            args.thought_positions,
+            args.difficulty_threshold,
+            args.min_thought_interval,
+            self.greatest,
+        )
+
+    def sample(self, text: Text, part: StepPart, plan: Plan | None = None) -> Thoughts:
+        """Draws the thoughts of a batch, without gradient; by default by a plan of its own."""
+        plan = plan or self.plan(text, part.training)
+        training = self.base.training
+        self.base.eval()  # no dropout, and a cache even where layers are checkpointed
+        try:
+            return self.ask(text, self.sampler(part).sample, text, self.path, plan.sampling)
+        finally:
+            self.base.train(training)
+
+    def request(self, text: Text, part: StepPart) -> ThoughtRequest:
+        """What to score of a batch. Thoughts are sampled on the way where one pass is enough, and now where it is not."""
+        args, plan = self.args, self.plan(text, part.training)
+        thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
+        if thoughts is None:
+            thoughts = self.sampler(part) if plan.single_pass else self.sample(text, part, plan)
+        return ThoughtRequest(
+            text=text,
+            thoughts=thoughts,
+            talk_length=self.talk_length(text),
+            path=self.path,
+            temperature=args.logps_temperature,
+            prediction=args.reward_prediction,
+            branch_batch_size=plan.training if part.training else plan.scoring,
+            plan=plan,
+        )
+
+    def ask(self, text: Text, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function of the policy's base model without gradient; see [`ask`]."""
+        return ask(self.accelerator, self.model, text, function, *args, **kwargs)
+
+    def coherence(self, batch: BatchResult, plan: Plan) -> torch.Tensor:
+        """Coherence of a batch's thoughts, of shape `(B, J, G)`; see [`~learning.rewards.coherence`]."""
+        experience, thoughts = batch.experience, batch.experience.thoughts
+        args = (batch.text, thoughts, self.path)
+        plain = self.ask(batch.text, score_thoughts, *args, start=False, branch_batch_size=plan.scoring)
+        return coherence(
+            batch.scores.similarity,
+            plain.thought_logps,
+            thoughts.mask,
+            batch.scores.talk_logps,
+            experience.logps_without,
+            experience.talk_mask,
+        )
+
+    # Memory
+
+    def plan(self, text: Text, training: bool) -> Plan:
+        """Whether one pass is enough for a batch, and how many branches to run at once if not."""
+        args, size = self.args, self.args.branch_batch_size
+        if args.single_pass:
+            return Plan(self.samples_in_graph)
+        B, T = text.input_ids.shape
+        branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
+        slots = args.thought_length + self.talk_length(text) + 1
+        with self.accelerator.autocast():
+            kept, free = self._memory(training)
+            plan = plan_batch(
+                self.base,
+                self.path,
+                Size(B, T, self.greatest(branches), slots),
+                kept,
+                free,
+                self.samples_in_graph,
+                lambda number: -self.greatest(-number),
+            )
+        return plan if size is None else replace(plan, training=size, scoring=size)
+
+    def _memory(self, training: bool) -> tuple[float | None, int]:
+        """Bytes that a token keeps for the backward, where groups are chosen for one, and bytes that are free."""
+        if not training:
+            return None, free_bytes(self.base.device)
+        if self.memory_budget is None:  # that of the process with the least
+            self.memory_budget = -greatest(-memory_budget(self.base), self.accelerator)
+        if self.args.gradient_checkpointing or self.args.branch_batch_size is not None:
+            return None, self.memory_budget
+        if self.kept_per_token is None:
+            self.kept_per_token = kept_per_token(self.base)
+        return self.kept_per_token, self.memory_budget
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the measured memory, so that a resumed run plans as the first did."""
+        return {"memory": [self.kept_per_token, self.memory_budget]}
+
+    def load(self, state: dict) -> None:
+        """Takes back what [`Thinker.state`] gave."""
+        if state["memory"][1] is not None:
+            self.kept_per_token, self.memory_budget = state["memory"]
