@@ -414,7 +414,7 @@ def test_errors_are_said_in_a_line(trained, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["trl-quietstar", *argv])
         assert console() == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"trl-quietstar: {words}")
-    monkeypatch.setattr("trl_quietstar.cli.set_seed", lambda seed: int("nothing"))
+    monkeypatch.setattr("trl_quietstar.cli.generate.set_seed", lambda seed: int("nothing"))
     monkeypatch.setattr("sys.argv", ["trl-quietstar", "generate", "--model", model, "--prompt", "1"])
     with pytest.raises(ValueError, match="invalid literal"):
         console()

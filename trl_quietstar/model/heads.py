@@ -135,3 +135,4 @@ class ThinkingModel(PreTrainedModel):
     """A causal LM with heads, for annotations; the real classes are made by `modeling.quietstar_class`."""
 
     quietstar: QuietStarHeads
+    quietstar_settings: QuietStarSettings

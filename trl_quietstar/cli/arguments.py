@@ -1,0 +1,204 @@
+"""What several commands are given: data by name, a model with how to think, and what a saved model remembers."""
+
+import json
+from dataclasses import dataclass, field
+
+from datasets import Dataset, IterableDataset
+from trl import ModelConfig, TrlParser
+
+from ..config import QuietStarConfig
+from ..data.sources import load_splits
+from ..modeling import HUB_KWARGS, saved_settings
+from ..settings import OPTIONS
+
+
+# Arguments
+
+
+def argument(default, help: str):
+    """A field of a command's arguments, with its help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataArguments:
+    """What to train and evaluate on. What each field means stands in its `help`."""
+
+    dataset_name: str | None = argument(
+        None,
+        "Id on the Hub, local folder (of data files, or written by `save_to_disk`), or data file: JSON lines, Parquet, CSV, or "
+        "text, each line of which is one.",
+    )
+    dataset_config: str | None = argument(None, "Configuration of a dataset on the Hub.")
+    dataset_train_split: str = argument("train", "Split to train on.")
+    eval_dataset_name: str | None = argument(
+        None, "Id, folder or file of the evaluation data, if it is not in `dataset_name`."
+    )
+    dataset_test_split: str | None = argument(
+        None,
+        "Split to evaluate on. By default `test` or `validation` where `dataset_name` has one, and the first split of "
+        "`eval_dataset_name`.",
+    )
+    dataset_streaming: bool = argument(False, "Whether to stream the training data.")
+    column_mapping: dict | str | None = argument(
+        None, "JSON object that renames columns, from their names to new ones."
+    )
+    max_eval_samples: int | None = argument(None, "Number of texts that evaluation stops after. None: it takes all.")
+
+    def __post_init__(self):
+        if isinstance(self.column_mapping, str):
+            self.column_mapping = _mapping(self.column_mapping)
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise ValueError(f"`max_eval_samples` is {self.max_eval_samples}; give a number of texts, at least 1.")
+
+
+def _mapping(text: str) -> dict:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`column_mapping` is {text!r}; give a JSON object from names to names.")
+    return mapping
+
+
+@dataclass
+class ThinkerArguments:
+    """Which model writes or answers, and when it thinks. What each field means stands in its `help`."""
+
+    model: str | None = argument(
+        None, "Id on the Hub or local folder of a thinking model, or an adapter with its heads."
+    )
+    think: str | None = argument(
+        None, "When to think: `always`, `adaptive`, `prompt_end` or `never`; by default as the model was trained."
+    )
+    think_every: int | None = argument(None, "Number of visible tokens that one thought serves.")
+    thinking_threshold: float | None = argument(
+        None, "Least normalised entropy of the next token at which an `adaptive` model thinks."
+    )
+    revision: str | None = argument(None, "Revision of the model on the Hub.")
+    trust_remote_code: bool = argument(False, "Whether to run code that comes with a model on the Hub.")
+
+
+def parser_of(kinds: tuple[type, ...], command: str, **options) -> TrlParser:
+    """A parser of the arguments of a command, whose fields are keys of a recipe and flags."""
+    prog = f"trl-quietstar {command}"
+    return TrlParser(kinds, prog=prog, **options)  # type: ignore[arg-type]  # it asks for a `NewType` that no class is of
+
+
+def required(arguments, *names: str) -> list[str]:
+    """The values of arguments that must be given; a `ValueError` names the first that is not."""
+    for name in names:
+        if getattr(arguments, name) is None:
+            raise ValueError(f"`{name}` is missing; give `--{name}`.")
+    return [getattr(arguments, name) for name in names]
+
+
+def renamed(argv: list[str], flag: str, name: str) -> list[str]:
+    """The arguments with one flag under its other name."""
+    return [name + part[len(flag) :] if part.split("=")[0] == flag else part for part in argv]
+
+
+# Data
+
+
+def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """
+    Training and evaluation data, the latter None where there is none.
+
+    Args:
+        arguments ([`DataArguments`]):
+            What to load.
+
+    Raises:
+        `ValueError`: if no dataset is named, or it lacks the split.
+    """
+    if arguments.dataset_name is None:
+        raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a data file.")
+    splits = load_splits(arguments.dataset_name, arguments.dataset_config, arguments.dataset_streaming)
+    train = _split(splits, arguments.dataset_train_split, arguments.dataset_name)
+    if arguments.eval_dataset_name is not None:
+        others = load_splits(arguments.eval_dataset_name, None)
+        evaluation = _split(others, arguments.dataset_test_split or next(iter(others)), arguments.eval_dataset_name)
+    else:
+        name = arguments.dataset_test_split or next((s for s in ("test", "validation") if s in splits), None)
+        evaluation = None if name is None else _split(splits, name, arguments.dataset_name)
+    if isinstance(arguments.column_mapping, dict) and arguments.column_mapping:
+        train = _rename(train, arguments.column_mapping, arguments.dataset_name)
+        if evaluation is not None:
+            source = arguments.eval_dataset_name or arguments.dataset_name
+            evaluation = _rename(evaluation, arguments.column_mapping, source)
+    return train, None if evaluation is None else cut(evaluation, arguments)
+
+
+def _rename(dataset: Dataset | IterableDataset, mapping: dict, source: str) -> Dataset | IterableDataset:
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    missing = [name for name in mapping if name not in names]
+    if missing:
+        raise ValueError(
+            f"`column_mapping` renames {missing[0]!r}, which is no column of {source!r}; it has {', '.join(names)}."
+        )
+    renamed = [mapping.get(name, name) for name in names]
+    twice = [name for name in renamed if renamed.count(name) > 1]
+    if twice:
+        raise ValueError(f"`column_mapping` gives the name {twice[0]!r} twice among the columns of {source!r}.")
+    return dataset.rename_columns(mapping)
+
+
+def cut(dataset: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:
+    """The evaluation data up to `max_eval_samples`."""
+    return dataset if arguments.max_eval_samples is None else dataset.take(arguments.max_eval_samples)
+
+
+def _split(splits: dict, name: str, source: str):
+    if name not in splits:
+        raise ValueError(f"{source!r} has no split {name!r}; it has {', '.join(splits)}.")
+    return splits[name]
+
+
+# Models
+
+
+def named_model(model_args: ModelConfig) -> str:
+    """The model that TRL's `ModelConfig` names; a `ValueError` if it names none."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
+    return model_args.model_name_or_path
+
+
+def model_kwargs(model_args: ModelConfig) -> dict:
+    """Keyword arguments for loading the model, from TRL's `ModelConfig`."""
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def hub_kwargs(args: QuietStarConfig) -> dict:
+    """Where on the Hub the model is, as `model_init_kwargs` say it."""
+    return {name: value for name, value in (args.model_init_kwargs or {}).items() if name in HUB_KWARGS}
+
+
+def saved_fields(source: str, **hub) -> dict:
+    """
+    The fields of `QuietStarConfig` that a saved thinking model keeps; none for a plain model.
+
+    Args:
+        source (`str`):
+            Id on the Hub or local folder.
+        hub:
+            Where on the Hub, as for `from_pretrained`.
+    """
+    settings = saved_settings(source, **hub)
+    return {} if settings is None else {OPTIONS[name]: value for name, value in settings.to_dict().items()}
+
+
+def thinking_line(args: QuietStarConfig) -> str:
+    """Where and how a model thinks in an evaluation, in one sentence."""
+    read = "all that follow" if args.talk_length == "completion" else f"the next {args.talk_length}"
+    return (
+        f"Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, at the positions "
+        f"{args.thought_positions!r}, read for {read} tokens; temperature {args.temperature:g}, seed {args.seed}."
+    )

@@ -1,0 +1,50 @@
+"""`trl-quietstar train`: trains from a recipe, with an evaluation before and after."""
+
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..config import QuietStarConfig
+from ..evaluation.report import print_anti_theater, print_comparison, print_thoughts
+from ..trainer import QuietStarREINFORCETrainer
+from .arguments import DataArguments, load_data, model_kwargs, named_model, parser_of
+
+
+def run(argv: list[str]) -> None:
+    """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
+    parser = parser_of((DataArguments, QuietStarConfig, ModelConfig), "train")
+    parser.set_defaults(dtype=None)  # the trainer's own default, which goes by what is trained
+    data_args, args, model_args = parser.parse_args_and_config(argv)
+    source = named_model(model_args)
+    train_dataset, eval_dataset = load_data(data_args)
+    args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
+    trainer = QuietStarREINFORCETrainer(
+        model=source,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
+    before = trainer.evaluate() if eval_dataset is not None else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if before is not None:
+        after = trainer.evaluate()
+        trainer.save_metrics("eval", after)
+        if trainer.accelerator.is_main_process:
+            print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
+            print_comparison(before, after, f"After {trainer.state.global_step} steps")
+    if args.anti_theater_steps is not None:
+        report = trainer.validate_thoughts()
+        if trainer.accelerator.is_main_process:
+            print_anti_theater(report)
+    trainer.create_model_card()
+    if trainer.accelerator.is_main_process:
+        print(f"Saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _truth(value: str | bool | None) -> str | bool | None:
+    """A switch that the command line gives as a word: `true` is the last checkpoint, and no folder of that name."""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
