@@ -36,6 +36,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_stays_is_looked_at_once():
+    """The same for what a file's tests leave behind, such as lm-eval's index of ten thousand tasks."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
