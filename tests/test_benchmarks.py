@@ -33,15 +33,21 @@ CONDITIONS = {"none", "with", *CONTROLS} - {"real"}
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """Few problems, in a batch and held out."""
+    monkeypatch.setattr(learning, "HELD_OUT", 20)
+    monkeypatch.setattr(learning, "PROBLEMS", 4)
+
+
+@pytest.fixture
 def argv(monkeypatch):
     """Sets the command line."""
     return lambda *flags: monkeypatch.setattr("sys.argv", ["benchmark", "--pretraining-steps", "2", *flags])
 
 
-@pytest.mark.parametrize("flags", [(), ("--task", "hard"), *(("--sabotage", name) for name in learning.SABOTAGES)])
-def test_learning_reports_every_number(flags, argv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--task", "hard", "--sabotage", learning.SABOTAGES[0])])
+def test_learning_reports_every_number(flags, few, argv, tmp_path):
     """The keys that readers of the file rely on, each with a number."""
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
     argv("--seeds", "5", "--steps", "1", "--output", str(tmp_path / "out.json"), *flags)
     learning.main()
     seeds = json.loads((tmp_path / "out.json").read_text())["seeds"]
@@ -56,9 +62,8 @@ def test_learning_reports_every_number(flags, argv, tmp_path, monkeypatch):
             assert measured["anti_theater_passed"] is False
 
 
-def test_learning_takes_the_method_of_a_recipe(argv, tmp_path, monkeypatch):
+def test_learning_takes_the_method_of_a_recipe(few, argv, tmp_path):
     """A curriculum's stages are scaled, further settings win, and its last stage is reached and measured."""
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
     recipe = ("--recipe", str(RECIPES / "fast_quietstar.yaml"), "--set", "policy_temperature=3.0")
     argv("--seeds", "0", "--steps", "5", "--output", str(tmp_path / "out.json"), *recipe)
     learning.main()
@@ -81,9 +86,8 @@ def test_every_recipe_has_a_method(path):
     assert args.muon_learning_rate in (None, learning.MUON_LEARNING_RATE)
 
 
-def test_plain_training_is_measured_too(monkeypatch):
+def test_plain_training_is_measured_too(few):
     """The control has no thoughts in training, and accuracies all the same."""
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
     task = learning.Task()
     result = learning.run(task, learning.pretrain(task, 0, 2), 0, 1, {"thought_positions": "none"})
     assert set(result["after"]["accuracy"]) == CONDITIONS and not result["after"]["anti_theater_passed"]
@@ -103,9 +107,8 @@ def test_the_language_is_what_it_says():
         assert letters.tolist() == (np.cumsum(text[:4]) % 10).tolist() and text[-1] == letters[-1]
 
 
-def test_sabotage_changes_training(monkeypatch):
+def test_sabotage_changes_training(few):
     """Flipped rewards and random thoughts lead elsewhere than training does."""
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
     task, model = learning.Task(), learning.pretrain(learning.Task(), 0, 2)
     after = [
         learning.run(task, model, 0, 2, {"policy_coefficient": 100.0}, sabotage)["after"]["nll"]["with"]
@@ -114,13 +117,14 @@ def test_sabotage_changes_training(monkeypatch):
     assert len(set(after)) == 3
 
 
-def test_ablations_write_table_and_plot(argv, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
+def test_ablations_write_table_and_plot(few, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning.Until90.__init__, "__defaults__", (1,))  # a point of the curve at each step
     monkeypatch.setattr(ablations, "GROUPS", {"a": dict(list(ablations.VARIANTS.items())[:2]), "b": {}})
     names = list(ablations.VARIANTS)[:2]
-    argv("--seeds", "0", "--steps", "20", "--output", str(tmp_path / "table"), "--variants", *names)
+    argv("--seeds", "0", "--steps", "2", "--output", str(tmp_path / "table"), "--variants", *names)
     ablations.main()
-    assert set(json.loads((tmp_path / "table.json").read_text())) == set(names)
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert set(found) == set(names) and [step for step, _ in found[names[0]][0]["curve"]] == [1, 2]
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(names) and all(name in "".join(lines) for name in names)
     assert (tmp_path / "table.png").stat().st_size > 1_000
@@ -162,9 +166,8 @@ def test_gradient_variance_runs(argv, tmp_path, monkeypatch):
     assert points["0"]["none"]["reduction"] == 0
 
 
-def test_early_stopping_runs(argv, tmp_path, monkeypatch):
+def test_early_stopping_runs(few, argv, tmp_path, monkeypatch):
     """The run to the end, and each patience, with what it saved."""
-    monkeypatch.setattr(learning, "HELD_OUT", 20)
     for name, value in (("STEPS", 4), ("EVERY", 1), ("THRESHOLD", 10.0), ("PATIENCES", (2,)), ("HELD_OUT", 20)):
         monkeypatch.setattr(early_stopping, name, value)
     argv("--seeds", "0", "--output", str(tmp_path / "out.json"))
@@ -203,12 +206,17 @@ def tiny_speed(monkeypatch):
         monkeypatch.setattr(speed, name, value)
 
 
-def test_speed_reports_every_number(tiny_speed, tmp_path, monkeypatch, capsys):
-    """Time, stages and memory of a step, replay against it, sampling against RLOO, and generation."""
-    flags = ["--repeats", "1", "--set", "thought_length=3", "--output", str(tmp_path / "out.json")]
-    monkeypatch.setattr("sys.argv", ["benchmark", *flags, "--cases", "reference", "replay", "sampling", "generation"])
+def speed_of(cases: list[str], folder: Path, monkeypatch) -> dict:
+    """What the benchmark writes of some cases."""
+    flags = ["--repeats", "1", "--set", "thought_length=3", "--output", str(folder / "out.json")]
+    monkeypatch.setattr("sys.argv", ["benchmark", *flags, "--cases", *cases])
     speed.main()
-    result = json.loads((tmp_path / "out.json").read_text())
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_speed_reports_every_number(tiny_speed, tmp_path, monkeypatch, capsys):
+    """Time, stages and memory of a step, and replay against it."""
+    result = speed_of(["reference", "replay"], tmp_path, monkeypatch)
     assert set(result["machine"]) == {"cpu", "threads", "torch", "device"} and result["options"]["thought_length"] == 3
     (reference,), (replay, shared) = result["rows"]["reference"], result["rows"]["replay"]
     assert shared == reference and replay != reference
@@ -222,13 +230,20 @@ def test_speed_reports_every_number(tiny_speed, tmp_path, monkeypatch, capsys):
     assert reference["peak MB"] > 0 and reference["plain peak MB"] >= 0 and "peak MB" not in replay
     ratio = replay["step seconds"] / shared["step seconds"]
     assert result["summary"]["replay"] == {"replay / shared prefix": pytest.approx(ratio)}
+    assert reference["plain seconds"] > 0
+
+
+@pytest.mark.slow  # its imports alone take half of it
+def test_speed_of_sampling_and_generation(tiny_speed, tmp_path, monkeypatch, capsys):
+    """Sampling against RLOO, and generation."""
+    result = speed_of(["sampling", "generation"], tmp_path, monkeypatch)
     rates = result["summary"]["sampling"]
     assert rates["RLOO prompts"] == 4 and rates["RLOO mean prompt length"] == rates["mean prefix length"] == 12
     quotient = rates["thought tokens per second"] / rates["RLOO tokens per second"]
     assert rates["ours / RLOO"] == pytest.approx(quotient)
     decoding = result["summary"]["generation"]
     assert set(decoding["units"]) == set(generation.FIXED_WAYS) and decoding["units"]["plain"] == 1
-    for part in (reference, rates, decoding):
+    for part in (rates, decoding):
         assert part["plain seconds"] > 0
 
 

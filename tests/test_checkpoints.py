@@ -26,17 +26,15 @@ LORA = dict(r=4, target_modules="all-linear")
 
 RUNS = {
     "full": {},
-    "accumulated": dict(gradient_accumulation_steps=2, per_device_train_batch_size=2),
+    "accumulated, frozen reference": dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, beta=0.1),
     "lora": dict(peft_config=LoraConfig(**LORA), beta=0.1),
-    "frozen reference": dict(beta=0.1),
     "moving reference": dict(
         beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.4, learning_rate=1e-2
     ),
     "checkpointed": dict(gradient_checkpointing=True, temperature=0.8, min_thought_length=1),
     "dropout": dict(disable_dropout=False),
     "mixture of experts": {},
-    "muon": dict(muon_learning_rate=1e-3, weight_decay=0.1),
-    "muon, grokfast": dict(muon_learning_rate=1e-3, grokfast_lambda=0.5),
+    "muon, grokfast": dict(muon_learning_rate=1e-3, weight_decay=0.1, grokfast_lambda=0.5),
     "lora, grokfast": dict(peft_config=LoraConfig(**LORA), grokfast_lambda=0.5),
     "packed": dict(packing=True, max_length=40, normalize_advantages=True),
 }
@@ -322,7 +320,7 @@ def restored(folder, kind: str, greater: bool) -> bool:
     return rewards[-1] != best
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "tied", "mixture"])
+@pytest.mark.parametrize("kind", ["lora", "tied", "mixture", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_best_model_is_restored_with_its_heads(kind, tmp_path):
     """At the end policy and heads are those of the best evaluation, to the last bit of its reward; whether the highest
     or the lowest counts as best, of which the last is at most one."""

@@ -11,7 +11,13 @@ MASKED = ("llama4_text",)
 REPLAYED = ("bloom", "mamba", "gpt_neo", "qwen3_next")
 
 
-@pytest.mark.parametrize("model_type", DOZEN)
+# one of each kind: rotary, learned and no positions, windows, experts, biases of attention, states, a mask of its own
+FEW = ("llama", "gemma3_text", "gpt2", "gpt_oss", "bloom", "mamba", "qwen3_next", "llama4_text")
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in DOZEN]
+)
 def test_a_family_passes_every_step(model_type, tmp_path):
     """Start-up check, training, reload, plain load and LoRA; on the path the architecture allows, exactly."""
     row = examine(model_type, tmp_path)

@@ -143,12 +143,12 @@ def test_ways_of_thinking_are_compared_on_tasks(quickstart, tmp_path, monkeypatc
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(quickstart), "--tasks", "chain_sum_choice", "--include-path", str(EXAMPLES / "tasks")]
-    run(monkeypatch, "evaluate.py", *flags, "--limit", "4", "--output", "found.json")
+    run(monkeypatch, "evaluate.py", *flags, "--limit", "2", "--output", "found.json")
     found = json.loads(Path("found.json").read_text())
     assert set(found) == {"never", "always", "adaptive"}
     for mode in ("always", "adaptive"):
         (outcome,) = found[mode]
-        assert outcome["metric"] == "acc" and len(outcome["samples"]) == 4 and 0 < outcome["p"] <= 1
+        assert outcome["metric"] == "acc" and len(outcome["samples"]) == 2 and 0 < outcome["p"] <= 1
 
 
 def test_the_notebook_runs(material, tmp_path, monkeypatch):

@@ -54,9 +54,13 @@ def test_adaptive_thinking_equals_the_naive_loop(every):
     assert out.sequences[0, 6:].tolist() == naive(model, prompt, 12, every, threshold)
 
 
-@pytest.mark.parametrize("options", [{}, {"think_every": 2}, {"think": "adaptive", "think_every": 3}])
+WAYS = ({}, {"think_every": 2}, {"think": "adaptive", "think_every": 3})
+BATCHED = ("llama", "mamba", "gemma3_text", "gpt2", "gemma4_text", "bloom", "jamba", "rwkv", "qwen3")
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "gemma3_text", "gpt2", "gemma4_text", "bloom", "mamba", "jamba", "rwkv"]
+    ("name", "options"),  # each family in one way, and one family of each decoder in all
+    [(name, way) for i, name in enumerate(BATCHED) for j, way in enumerate(WAYS) if i < 2 or i % 3 == j],
 )
 def test_a_batch_equals_its_rows(name, options):
     """Prompts of different lengths, thinking at different places, side by side and alone: text and thoughts."""

@@ -178,7 +178,7 @@ def test_a_loaded_model_is_taken_as_it_is(thinker):
         QuietStarLM(AutoModelForCausalLM.from_pretrained(thinker), tokenizer=byte_tokenizer())
 
 
-@pytest.mark.parametrize("batch_size", ["auto", "auto:2"])
+@pytest.mark.parametrize("batch_size", ["auto:2", pytest.param("auto", marks=pytest.mark.slow)])
 def test_batches_are_as_large_as_fit(batch_size, thinker, monkeypatch):
     """Where memory does not hold a batch, smaller ones; the numbers are those of one by one."""
     lm, sizes = QuietStarLM(thinker, batch_size=batch_size, max_batch_size=8), []

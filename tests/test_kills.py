@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 4), pytest.param(60, 8, marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(3, 4), (60, 8)], ids=["few", "many"])
 def test_a_killed_run_is_the_run(kills, steps, tmp_path):
     """Weights, heads, reference, optimizer, schedule, logs and thoughts are those of the undisturbed run."""
     outcome = subprocess.run(

@@ -71,7 +71,7 @@ def test_half_precision_scores_as_float32_within_the_stated_tolerance(dtype, aut
 @pytest.mark.parametrize("options", [{"bf16": True}, {"fp16": True}], ids=["bf16", "fp16"])
 def test_mixed_precision_trains(options, tmp_path):
     """Weights stay float32, everything is finite, and the likelihood improves."""
-    trainer = tiny_trainer(tmp_path, max_steps=12, evaluation=text_data(8), **options)
+    trainer = tiny_trainer(tmp_path, max_steps=8, evaluation=text_data(8), **options)
     assert_learns(trainer)
     assert trainer.model.dtype == torch.float32
 
@@ -82,7 +82,7 @@ def test_a_half_precision_model_trains_with_its_heads_in_float32(dtype, tmp_path
     trainer = tiny_trainer(
         tmp_path,
         model=saved_model(tmp_path / "m"),
-        max_steps=30,
+        max_steps=10,
         model_init_kwargs={"dtype": dtype},
         peft_config=lora(),
         learning_rate=1e-2,
@@ -93,7 +93,7 @@ def test_a_half_precision_model_trains_with_its_heads_in_float32(dtype, tmp_path
     assert base.dtype == getattr(torch, dtype) and base.quietstar.start_embedding.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", ["8 bits", "NF4", pytest.param("4 bits", marks=pytest.mark.slow)])
 def test_a_quantized_model_learns_by_its_adapter(name, tmp_path):
     """4 and 8 bits, on the shared prefix, saved as an adapter repository and loaded back."""
     pytest.importorskip("bitsandbytes")
@@ -101,7 +101,7 @@ def test_a_quantized_model_learns_by_its_adapter(name, tmp_path):
     trainer = tiny_trainer(
         tmp_path,
         model=path,
-        max_steps=30,
+        max_steps=10,
         quantization_config=QUANTIZED[name],
         peft_config=lora(),
         learning_rate=1e-2,

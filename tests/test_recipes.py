@@ -50,6 +50,7 @@ SMALLER_STILL = {
     "rlp": {"thought_stop_string": "1"},
     "latro": {"thought_stop_string": "1"},
 }
+OFTEN = ("quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "sft_control")
 NEEDS = {"iss007": "pytorch_optimizer", "qlora": "bitsandbytes"}
 
 
@@ -121,7 +122,11 @@ def data_file(folder: Path, columns: list[str]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("path", EXPLAINED, ids=of_name)
+@pytest.mark.parametrize(
+    "path",  # the others train in as few steps by `make test-all`: their parts are those of these
+    [path if path.stem in OFTEN else pytest.param(path, marks=pytest.mark.slow) for path in EXPLAINED],
+    ids=of_name,
+)
 def test_a_recipe_trains(path, tmp_path):
     """Its one command, with flags that make it small, and its own data columns: every number logged is finite, gradients
     are not 0, and what was saved loads."""

@@ -96,7 +96,7 @@ class ShortMemory(TrainerCallback):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_iterations=2), dict(muon_learning_rate=1e-3)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(num_iterations=2, muon_learning_rate=1e-3)], ids=str)
 def test_a_smaller_batch_begins_anew(options, tmp_path):
     """After two steps and a lack of memory, `auto_find_batch_size` gives the run that the smaller batch alone gives."""
     path, memory = saved_model(tmp_path / "model"), ShortMemory()

@@ -7,6 +7,7 @@ import inspect
 import re
 import signal
 import textwrap
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,22 @@ SAME = {
     "debug": ("underflow_overflow", "hooks that look at what layers return"),
     "save_on_each_node": (True, "there is one"),
     "accelerator_config": ({"split_batches": True}, "on one process"),
+}
+
+# those of both that nothing in the package reads or replaces: the Trainer's loop, optimizers and log, as for any of its trainers
+OF_THE_TRAINERS_LOOP = {
+    *(
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "optim_args",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "warmup_steps",
+    ),
+    *("logging_first_step", "include_num_input_tokens_seen", "skip_memory_metrics", "eval_delay", "eval_on_start"),
+    *("fp16_full_eval", "save_on_each_node", "eval_accumulation_steps", "eval_use_gather_object"),
+    *("eval_do_concat_batches", "prediction_loss_only", "torch_empty_cache_steps"),
 }
 
 LOADER = "of the data loaders, which the trainer leaves to the Trainer"
@@ -239,7 +256,8 @@ def trace(folder: Path, options: tuple) -> tuple:
     out = folder / options.pop("output_dir", "out")
     options = {name: dict(value) if isinstance(value, tuple) else value for name, value in options.items()}
     torch.manual_seed(0)
-    trainer = tiny_trainer(out, data=text_data(10), evaluation=text_data(5, 300), **{"max_steps": 2, **options})
+    short = dict(max_steps=2, thought_length=1, talk_length=1)
+    trainer = tiny_trainer(out, data=text_data(10), evaluation=text_data(5, 300), **{**short, **options})
     trainer.train()
     if evaluates:
         trainer.evaluate()
@@ -261,14 +279,19 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def slow_if(names: Collection[str], slow: Collection[str]) -> list:
+    """Parameters of a test, some of which run with `make test-all` only."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", slow_if(CHANGES, OF_THE_TRAINERS_LOOP))
 def test_a_field_changes_the_run(name, runs):
     """Two runs that differ in the field alone, differ."""
     options, value = CHANGES[name]
     assert traced(runs, options) != traced(runs, {**options, name: value})
 
 
-@pytest.mark.parametrize("name", [name for name in SAME if name in FIELDS])
+@pytest.mark.parametrize("name", slow_if([name for name in SAME if name in FIELDS], OF_THE_TRAINERS_LOOP))
 def test_a_field_leaves_the_run_as_it_is(name, runs):
     """Two runs that differ in the field alone are the same run, with an evaluation."""
     options, (value, _) = dict(evaluates=True), SAME[name]
