@@ -147,7 +147,12 @@ FAULTS = (
         "& (t > free)",
         "geometry_sampling as_trained",
     ),
-    Fault("padding is predicted", "labels.masked_fill(~mask, -100)", "labels", "geometry_sampling causality model"),
+    Fault(
+        "the last token of a document predicts the next document",
+        "& same_document & (self.labels",
+        "& (self.labels",
+        "geometry_sampling exactness causality",
+    ),
     # branches
     Fault(
         "only the last chunk gives the text a gradient",
@@ -205,7 +210,7 @@ FAULTS = (
         "an old experience is kept for the next sampling",
         "global_step % args.num_iterations == 0 or",
         "global_step % args.num_iterations == 1 or",
-        "trainer settings",
+        "accumulation trainer",
     ),
     Fault(
         "accuracy without thoughts is that with them",

@@ -246,3 +246,11 @@ def test_an_older_save_thinks_before_every_token(tmp_path):
         prompt[None] % 200, max_new_tokens=4, do_sample=False, eos_token_id=None, return_thoughts=True
     )
     assert len(out.thoughts[0]) == 4
+
+
+def test_thoughts_are_drawn_by_every_setting():
+    """What a saved model remembers of its sampling is what it samples with."""
+    remembered = dict(thought_length=5, temperature=0.7, top_k=11, top_p=0.8, min_p=0.1, min_thought_length=2)
+    drawn = thought_sampling(QuietStarSettings(**remembered), byte_tokenizer(), 3)
+    assert {name: getattr(drawn, name) for name in remembered} == remembered
+    assert drawn.num_thoughts == 3 and drawn.stop is not None
