@@ -16,6 +16,7 @@ from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.lm_head import normalized_entropy
 from trl_quietstar.text.batch import Text
 from trl_quietstar.text.positions import choose_positions
+from trl_quietstar.thinking.drawing import thought_sampling
 from trl_quietstar.thinking.likelihood import log_likelihoods
 from trl_quietstar.thinking.when import ENDLESS, Thinking
 
