@@ -219,7 +219,12 @@ FAULTS = (
         "trainer runs",
     ),
     Fault("patience with faults is one step longer", "self.in_a_row >= limit", "self.in_a_row > limit", "faults"),
-    Fault("a resumed run forgets where its loss was logged", '= state["loss_logged_at"]', "= 0", "checkpoints runs"),
+    Fault(
+        "a resumed run forgets where its loss was logged",
+        'restore_loss_since_log(state["loss"], state["loss_logged_at"])',
+        'restore_loss_since_log(state["loss"], 0)',
+        "checkpoints runs",
+    ),
     Fault(
         "the filter's weight and decay are swapped",
         "self.grokfast_alpha, self.grokfast_lambda)\n",
@@ -228,8 +233,8 @@ FAULTS = (
     ),
     Fault(
         "a stage begins one step late",
-        "changes if start <= step else",
-        "changes if start < step else",
+        "if start <= step:",
+        "if start < step:",
         "settings training_arguments",
     ),
     # looking at the outcome
