@@ -267,7 +267,7 @@ FAULTS = (
         "the end of a text keeps the mask of its beginning",
         'row["thought_mask"][-length:] if keep_end else',
         'row["thought_mask"][:length] if keep_end else',
-        "trainer columns bad_data",
+        "trainer_data columns bad_data",
     ),
     Fault(
         "notes beside data are the data",

@@ -1,11 +1,9 @@
-"""Bad rows and options: each in its line of docs/bad_input.md, refused by name, value and fix, or treated as said there."""
+"""Bad rows: each in its line of docs/bad_input.md, refused by name, value and fix, or treated as said there."""
 
 import copy
 import logging
 import re
-from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ import torch
 from datasets import Dataset, IterableDataset, List, Value
 from datasets import Features as DataFeatures
 
-from trl_quietstar import QuietStarConfig
-from trl_quietstar.config import CHOICES, LIMITS
 from trl_quietstar.data.prepare import prepare_texts
 
 from .tiny import byte_tokenizer, sums
@@ -445,87 +441,3 @@ def test_a_full_batch_of_too_few_rows(tmp_path):
     """`dataloader_drop_last` would drop everything."""
     with pytest.raises(ValueError, match="drops all 3 rows"):
         tiny_trainer(tmp_path, data=Dataset.from_list(GOOD), dataloader_drop_last=True)
-
-
-# Options
-
-HINTS = get_type_hints(QuietStarConfig)
-OURS = [f.name for f in fields(QuietStarConfig) if f.name in QuietStarConfig.__annotations__]
-FREE = {  # no numbers and no choices: any text, any dictionary, a list that has a check of its own, `thought_positions`
-    "model_init_kwargs", "dataset_text_field", "thought_stop_string", "thought_positions", "thought_start_text",
-    "thought_end_text", "reward_clip_range", "curriculum",
-}  # fmt: skip
-
-
-def kinds(name: str) -> tuple:
-    return get_args(HINTS[name]) or (HINTS[name],)
-
-
-def test_every_field_has_limits():
-    """A field of our own is a switch, has limits or choices, or is named here as free; a new one must be entered."""
-    without = [
-        name for name in OURS if bool not in kinds(name) and name not in {**LIMITS, **CHOICES} and name not in FREE
-    ]
-    assert not without
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_limits_hold_for_every_number(name, tmp_path):
-    """Beyond a limit, NaN, infinite, of another type: refused by name and value; at the limit: taken."""
-    least, greatest = LIMITS[name]
-    words = "eight" if str in kinds(name) else "8"  # the command line gives numbers in words
-    bad = [least - 1, NAN, float("inf"), True, words, [1]] + ([] if greatest is None else [greatest + 1])
-    if float not in kinds(name):
-        bad.append(2.5)
-    if type(None) not in kinds(name):
-        bad.append(None)
-    for value in bad:
-        with pytest.raises((ValueError, TypeError), match=f"`{name}` is ") as error:
-            tiny_args(tmp_path, **{name: value})
-        assert repr(value).strip("'") in str(error.value)
-
-
-@pytest.mark.parametrize("name", [name for name in OURS if bool in kinds(name)])
-def test_switches_are_on_or_off(name, tmp_path):
-    """A string or a number is no switch."""
-    for value in ("false", 1, 0.0):
-        with pytest.raises(TypeError, match=f"`{name}` is .*True or False"):
-            tiny_args(tmp_path, **{name: value})
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(max_steps=0), "`max_steps` is 0"),
-        (dict(thought_stop_string=""), "`thought_stop_string` is empty"),
-        (dict(thought_stop_string="\ud800"), "half of a surrogate pair"),
-        (dict(entropy_coefficient=0.0), "`min_entropy_coefficient` (0.001) exceeds"),
-        (dict(reward_clip_range=[NAN, 1.0]), "`reward_clip_range` is"),
-        (dict(reward_clip_range="01"), "`reward_clip_range` is"),
-        (dict(thought_positions=True), "`thought_positions` is True"),
-        (dict(thought_positions=[3]), "`thought_positions` is [3]"),
-        (dict(truncation_mode="middle"), "`truncation_mode` is 'middle'"),
-    ],
-    ids=str,
-)
-def test_other_options(options, words, tmp_path):
-    """What is no number, and contradictions."""
-    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
-        tiny_args(tmp_path, **options)
-
-
-def test_whole_betas_train(tmp_path):
-    """PyTorch takes 0.0 and no 0; the configuration takes both."""
-    trainer = tiny_trainer(tmp_path, adam_beta1=0, max_steps=1)
-    trainer.train()
-    assert len(logged(trainer)) == 1
-
-
-def test_the_documented_limits_are_the_limits():
-    """The table of docs/bad_input.md, row by row."""
-    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", DOCS.read_text("utf-8"), re.M)
-    shown = {
-        name: tuple("open" if x is None else f"{x:g}" if x < 1e6 else str(x) for x in bounds)
-        for name, bounds in LIMITS.items()
-    }
-    assert {name: (least, greatest) for name, least, greatest in rows} == shown

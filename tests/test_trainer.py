@@ -5,17 +5,23 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
+from trl_quietstar import QuietStarConfig
 from trl_quietstar.model.adapters import base_of
-from trl_quietstar.text.batch import Text
-from trl_quietstar.text.positions import choose_positions
 
-from .tiny import byte_tokenizer, generators, sums
-from .training import logged, plain_model, saved_model, text_data, tiny_args, tiny_trainer
+from .tiny import sums
+from .training import (
+    EVAL_METRICS,
+    LORA,
+    Recorder,
+    assert_same_logs,
+    finite,
+    logged,
+    text_data,
+    tiny_args,
+    tiny_trainer,
+)
 
 
 METRICS = (
@@ -23,20 +29,6 @@ METRICS = (
     "total_loss num_thoughts coherence learning_rate reward_std mixing_weight nll_with nll_without "
     "explained_variance grad_norm thought_length tokens_per_second"
 ).split()
-EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
-LORA = dict(r=4, target_modules="all-linear")
-
-
-def finite(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def thought_places(trainer) -> tuple[Text, list[list[int]]]:
-    """The first training batch, and the text indices at which it may think."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    text = Text.from_batch(**batch)
-    positions = choose_positions(text, "all", generators(text))
-    return text, [i[m].tolist() for i, m in zip(positions.index, positions.mask, strict=True)]
 
 
 # Metrics
@@ -119,16 +111,6 @@ def test_evaluation_changes_no_training(tmp_path):
     assert_same_logs(watched, plain)
 
 
-def assert_same_logs(ours, oracle, rel: float = 0.0) -> None:
-    """The same training metrics, but for the clock."""
-    ours, oracle = logged(ours), logged(oracle)
-    assert len(ours) == len(oracle) > 0
-    for mine, theirs in zip(ours, oracle, strict=True):
-        for name, value in theirs.items():
-            if value is not None and name != "rl/tokens_per_second":
-                assert mine[name] == pytest.approx(value, rel=rel, abs=rel), name
-
-
 @pytest.mark.parametrize("sample", [True, False])
 def test_evaluation_does_not_depend_on_its_batches(sample, tmp_path):
     """Means are taken over thoughts and tokens, not over batches of unequal size."""
@@ -166,22 +148,6 @@ def test_training_improves_prediction(tmp_path):
 
 
 # The optimizer
-
-
-class Recorder(TrainerCallback):
-    """Learning rates in force at each optimizer step, and which trainable parameters have no gradient."""
-
-    def __init__(self):
-        self.rates, self.without = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        heads = {id(p) for p in base_of(model).quietstar.parameters()}
-        groups = optimizer.param_groups
-        own = {g["lr"] for g in groups for p in g["params"] if id(p) in heads}
-        others = {g["lr"] for g in groups for p in g["params"] if id(p) not in heads}
-        assert len(own) == len(others) == 1
-        self.rates.append((others.pop(), own.pop()))
-        self.without += [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_warm_up_is_linear(tmp_path):
@@ -276,346 +242,6 @@ def test_runs_are_reproducible(tmp_path):
         trainer.train()
     assert_same_logs(again, first)
     assert logged(other)[0]["loss"] != logged(first)[0]["loss"]
-
-
-# Data
-
-
-def test_text(tmp_path):
-    """Plain text: a thought may follow every token but the last, and EOS is the last to be predicted."""
-    trainer = tiny_trainer(tmp_path)
-    text, places = thought_places(trainer)
-    for row, at in enumerate(places):
-        length = int(text.attention_mask[row].sum())
-        assert at == list(range(length - 1))
-        assert text.input_ids[row, length - 1] == byte_tokenizer().eos_token_id
-
-
-def test_prompt_completion(tmp_path):
-    """Prompt and completion: thoughts only where the next token is of the completion."""
-    tokenizer = byte_tokenizer()
-    data = Dataset.from_dict({"prompt": ["3 plus 4 is", "10 plus 2 is"], "completion": [" 7 .", " 12 ."]})
-    trainer = tiny_trainer(tmp_path, data=data, max_steps=1, per_device_train_batch_size=2)
-    text, places = thought_places(trainer)
-    for row, at in enumerate(places):
-        said = tokenizer.decode([text.input_ids[row, t + 1] for t in at])
-        assert said in (" 7 .<eos>", " 12 .<eos>")
-    trainer.train()
-    assert finite(logged(trainer)[0]["loss"])
-
-
-def test_prompt_counts_when_asked(tmp_path):
-    """`completion_only_loss=False`: thoughts in the prompt as well."""
-    data = Dataset.from_dict({"prompt": ["3 plus 4 is"], "completion": [" 7 ."]})
-    trainer = tiny_trainer(tmp_path, data=data, completion_only_loss=False)
-    text, places = thought_places(trainer)
-    assert places[0] == list(range(int(text.attention_mask[0].sum()) - 1))
-
-
-CHAT = {
-    "messages": [
-        [{"role": "user", "content": "3 plus 4"}, {"role": "assistant", "content": "7 ."}],
-        [{"role": "user", "content": "10 plus 2"}, {"role": "assistant", "content": "12 ."}],
-    ]
-}
-
-
-@pytest.mark.parametrize("assistant_only", [True, False])
-def test_messages(assistant_only, tmp_path):
-    """Conversations through the chat template; with `assistant_only_loss`, thoughts in the assistant's turns only."""
-    tokenizer = byte_tokenizer()
-    trainer = tiny_trainer(
-        tmp_path,
-        data=Dataset.from_dict(CHAT),
-        assistant_only_loss=assistant_only,
-        max_steps=1,
-        per_device_train_batch_size=2,
-    )
-    text, places = thought_places(trainer)
-    for row, at in enumerate(places):
-        said = tokenizer.decode([text.input_ids[row, t + 1] for t in at])
-        assert ("assistant: " not in said) == assistant_only
-        assert ("plus" not in said) == assistant_only and " .<eos>" in said
-    trainer.train()
-    assert finite(logged(trainer)[0]["loss"])
-
-
-def test_tokenized_data(tmp_path):
-    """`input_ids` are taken as they are; `labels` beside them say where to think."""
-    ids = [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
-    labels = [[-100, -100, 7, 8, -100], [-100, 11, 12, 13]]
-    trainer = tiny_trainer(tmp_path, data=Dataset.from_dict({"input_ids": ids, "labels": labels}))
-    text, places = thought_places(trainer)
-    rows = {tuple(text.input_ids[row][text.attention_mask[row]].tolist()): at for row, at in enumerate(places)}
-    assert rows == {tuple(ids[0]): [1, 2], tuple(ids[1]): [0, 1, 2]}
-
-
-def test_a_thought_mask(tmp_path):
-    """A `thought_mask` beside `input_ids` says where a thought may follow; the text is predicted as without it."""
-    ids, mask = [[5, 6, 7, 8, 9], [10, 11, 12]], [[0, 1, 0, 1, 1], [1, 0, 0]]
-    trainer = tiny_trainer(tmp_path, data=Dataset.from_dict({"input_ids": ids, "thought_mask": mask}))
-    text, places = thought_places(trainer)
-    rows = {
-        int(text.attention_mask[row].sum()): (at, int(text.predicted()[row].sum())) for row, at in enumerate(places)
-    }
-    assert rows == {5: ([1, 3], 4), 3: ([0], 2)}
-    trainer.train()
-    assert finite(logged(trainer)[-1]["loss"])
-
-
-def test_a_stream(tmp_path):
-    """A streaming dataset trains as the same data in memory does."""
-    stream = text_data(12).to_iterable_dataset()
-    held_out = text_data(4, 300)
-    ours = tiny_trainer(tmp_path, data=stream, evaluation=held_out.to_iterable_dataset(), max_length=64, max_steps=2)
-    oracle = tiny_trainer(tmp_path, evaluation=held_out)
-    before = ours.evaluate(), oracle.evaluate()
-    for name in EVAL_METRICS:
-        assert before[0][f"eval_{name}"] == before[1][f"eval_{name}"], name
-    ours.train()
-    assert len(logged(ours)) == 2 and finite(ours.evaluate()["eval_reward"])
-
-
-def test_packed_texts(tmp_path):
-    """Packing puts several texts in a row, and no thought is written at the end of one."""
-    trainer = tiny_trainer(tmp_path, packing=True, max_length=40, max_steps=2)
-    text, places = thought_places(trainer)
-    assert int(text.document_ids.max()) > 1
-    eos = byte_tokenizer().eos_token_id
-    for row, at in enumerate(places):
-        assert at and not any(text.input_ids[row, t] == eos for t in at)
-        assert not any(text.document_ids[row, t] != text.document_ids[row, t + 1] for t in at)
-    trainer.train()
-    assert finite(logged(trainer)[-1]["loss"])
-
-
-def test_long_texts_are_cut(tmp_path):
-    """`max_length` bounds a text, from either end."""
-    long = Dataset.from_dict({"text": [" ".join(sums()[:20])]})
-    trainer = tiny_trainer(tmp_path, data=long, max_length=17)
-    assert len(trainer.train_dataset[0]["input_ids"]) == 17
-    ending = tiny_trainer(tmp_path, data=long, max_length=17, truncation_mode="keep_end")
-    assert ending.train_dataset[0]["input_ids"][-1] == byte_tokenizer().eos_token_id
-
-
-def test_a_left_padding_tokenizer(tmp_path):
-    """The tokenizer's padding side changes nothing in training."""
-    left, right = (tiny_trainer(tmp_path, tokenizer=byte_tokenizer(padding_side=side)) for side in ("left", "right"))
-    left.train(), right.train()
-    assert_same_logs(left, right)
-
-
-def test_a_tokenizer_with_a_pad_token(tmp_path):
-    """A pad token of its own, or none: padding is masked, so the run is the same."""
-    with_pad, without = tiny_trainer(tmp_path, tokenizer=byte_tokenizer(pad_token="<eos>")), tiny_trainer(tmp_path)
-    with_pad.train(), without.train()
-    assert_same_logs(with_pad, without)
-
-
-# Models
-
-
-def test_a_model_by_path(tmp_path):
-    """A path loads model and tokenizer; weights are float32 and become a thinking class."""
-    trainer = tiny_trainer(tmp_path / "out", model=saved_model(tmp_path / "model"), max_steps=1)
-    trainer.train()
-    assert type(trainer.model).__name__ == "QuietStarLlamaForCausalLM"
-    assert trainer.model.dtype == torch.float32
-    assert trainer.processing_class.eos_token == "<eos>"
-
-
-def test_a_path_and_an_object_are_one_model(tmp_path):
-    """Before training, both predict the same."""
-    path = saved_model(tmp_path / "model")
-    metrics = []
-    for model in (path, QuietStarForCausalLM.from_pretrained(path)):
-        trainer = tiny_trainer(
-            tmp_path, model=model, tokenizer=byte_tokenizer(), evaluation=text_data(6, 300), value_head_hidden_size=256
-        )
-        metrics.append(trainer.evaluate()["eval_nll_without"])
-    assert metrics[0] == metrics[1]
-
-
-def test_the_smallest_call(tmp_path, monkeypatch):
-    """Model and data alone are enough; the output directory is named after the model."""
-    monkeypatch.chdir(tmp_path)
-    path = saved_model(tmp_path / "model")
-    trainer = QuietStarREINFORCETrainer(model=path, train_dataset=text_data(8))
-    assert isinstance(trainer.args, QuietStarConfig) and trainer.args.output_dir == "model-QuietStar"
-
-
-def test_the_start_is_an_em_dash(tmp_path):
-    """A new model's start and end begin as the strings the configuration names."""
-    tokenizer, model = byte_tokenizer(), plain_model()
-    table = model.get_input_embeddings().weight
-    trainer = tiny_trainer(tmp_path, model=model, thought_end_text=" plus")
-    for string, ours in (("—", "start_embedding"), (" plus", "end_embedding")):
-        ids = tokenizer(string, add_special_tokens=False)["input_ids"]
-        assert torch.equal(getattr(trainer.model.quietstar, ours), table[ids].mean(0)), string
-
-
-def test_training_goes_on_from_a_saved_model(tmp_path):
-    """A saved thinking model keeps its heads when it is trained further."""
-    first = tiny_trainer(tmp_path / "first")
-    first.train()
-    first.save_model()
-    again = tiny_trainer(tmp_path / "again", model=str(tmp_path / "first"))
-    for name, value in first.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[name], value), name
-
-
-def test_lora(tmp_path):
-    """With an adapter, the adapter and the heads train; the base stays as it was, and saving takes little."""
-    path = saved_model(tmp_path / "base")
-    trainer = tiny_trainer(tmp_path / "out", model=path, peft_config=LoraConfig(**LORA), evaluation=text_data(6, 300))
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    for name, parameter in trainer.model.named_parameters():
-        changed = not torch.equal(parameter, before[name])
-        assert changed == ("lora_" in name or "quietstar" in name), name
-        assert parameter.requires_grad == changed
-    trainer.save_model()
-    assert not (tmp_path / "out/model.safetensors").exists()
-    loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "out")
-    again = tiny_trainer(tmp_path, model=loaded, tokenizer=byte_tokenizer(), evaluation=text_data(6, 300))
-    for name in EVAL_METRICS:
-        assert again.evaluate()[f"eval_{name}"] == trainer.evaluate()[f"eval_{name}"], name
-
-
-def test_a_peft_model(tmp_path):
-    """A `PeftModel` is trained as it is, with heads that carry no adapter."""
-    peft = get_peft_model(plain_model(), LoraConfig(**LORA))
-    trainer = tiny_trainer(tmp_path, model=peft)
-    trainer.train()
-    assert trainer.model is peft
-    assert not [name for name, _ in peft.named_parameters() if "quietstar" in name and "lora" in name]
-
-
-@pytest.mark.parametrize("adapter", [None, LoraConfig(**LORA)], ids=["full", "lora"])
-def test_a_model_just_trained_with_sft(adapter, tmp_path):
-    """`SFTTrainer` puts a forward of its own on the object; the model still thinks, and still works for SFT."""
-    options = dict(max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
-    sft = SFTTrainer(
-        model=plain_model(),
-        args=SFTConfig(str(tmp_path), **options),
-        train_dataset=text_data(),
-        processing_class=byte_tokenizer(),
-        peft_config=adapter,
-    )
-    sft.train()
-    trainer = tiny_trainer(tmp_path, model=sft.model, evaluation=text_data(6, 300))
-    trainer.train()
-    model = trainer.model.eval()
-    assert finite(logged(trainer)[-1]["rl/reward"]) and finite(trainer.evaluate()["eval_reward"])
-    ids = torch.tensor([[1, 2, 3]])
-    assert finite(model(input_ids=ids, labels=ids).loss.item())
-    assert model.generate(input_ids=ids, max_new_tokens=2).shape == (1, 5)
-
-
-def test_evaluation_needs_no_training_data(tmp_path):
-    """A trainer with evaluation data alone evaluates as one with both does."""
-    model, evaluation = saved_model(tmp_path / "model"), text_data(6, 300)
-    both = tiny_trainer(tmp_path, model=model, evaluation=evaluation)
-    alone = QuietStarREINFORCETrainer(model, tiny_args(tmp_path), eval_dataset=evaluation)
-    for name in EVAL_METRICS:
-        assert alone.evaluate()[f"eval_{name}"] == both.evaluate()[f"eval_{name}"], name
-    with pytest.raises(ValueError, match="train_dataset"):
-        alone.train()
-
-
-def test_a_peft_model_of_a_thinking_model(tmp_path):
-    """PEFT freezes everything it is given; the heads are trained all the same, and come back with the adapter."""
-    path, settings = saved_model(tmp_path / "base"), QuietStarSettings(3, 2, value_head_hidden_size=16)
-    thinking = QuietStarForCausalLM.from_pretrained(path, settings=settings)
-    peft = get_peft_model(thinking, LoraConfig(r=4, target_modules=["q_proj"]))
-    assert not any(p.requires_grad for p in thinking.quietstar.parameters())
-    trainer = tiny_trainer(tmp_path / "out", model=peft, evaluation=text_data(6, 300))
-    before = thinking.quietstar.start_embedding.clone()
-    trainer.train()
-    assert not torch.equal(thinking.quietstar.start_embedding, before)
-    trainer.save_model()
-    again = base_of(QuietStarForCausalLM.from_pretrained(tmp_path / "out"))
-    assert torch.equal(again.quietstar.start_embedding, thinking.quietstar.start_embedding)
-
-
-def test_lora_with_gradient_checkpointing(tmp_path):
-    """Recomputed layers pass gradient to the adapter, though the embeddings are frozen."""
-    recorder = Recorder()
-    trainer = tiny_trainer(
-        tmp_path, peft_config=LoraConfig(**LORA), gradient_checkpointing=True, callbacks=[recorder], max_steps=2
-    )
-    before = {name: p.clone() for name, p in trainer.model.named_parameters() if "lora_A" in name}
-    trainer.train()
-    assert not recorder.without
-    assert not any(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
-
-
-@pytest.mark.parametrize("peft", [False, True])
-def test_the_reference_is_the_model_at_the_start(peft, tmp_path):
-    """KL is 0 before the first update and above 0 after it."""
-    trainer = tiny_trainer(tmp_path, beta=0.1, peft_config=LoraConfig(**LORA) if peft else None)
-    trainer.train()
-    divergences = [entry["rl/kl_divergence"] for entry in logged(trainer)]
-    assert divergences[0] == pytest.approx(0, abs=1e-9)
-    assert all(value > 1e-6 for value in divergences[1:])
-
-
-@pytest.mark.parametrize(
-    ("moved", "peft"), [("learning_rate", True), ("heads_learning_rate", True), ("heads_learning_rate", False)]
-)
-def test_the_reference_has_its_own_weights_and_heads(moved, peft, tmp_path):
-    """Training the model alone, or the heads alone, moves the policy away: the reference follows in neither."""
-    rates = {"learning_rate": 0.0, "heads_learning_rate": 0.0, moved: 1e-2}
-    trainer = tiny_trainer(tmp_path, beta=0.1, peft_config=LoraConfig(**LORA) if peft else None, **rates)
-    trainer.train()
-    divergences = [entry["rl/kl_divergence"] for entry in logged(trainer)]
-    assert divergences[0] == pytest.approx(0, abs=1e-9) and divergences[2] > 1e-6
-
-
-@pytest.mark.parametrize("peft", [False, True])
-def test_thoughts_can_be_held_against_the_reference(peft, tmp_path):
-    """`no_thought_model="reference"`: what is predicted without thoughts stays as it was while the policy learns."""
-    trainer = tiny_trainer(
-        tmp_path,
-        no_thought_model="reference",
-        evaluation=text_data(16, 300),
-        max_steps=15,
-        learning_rate=1e-2,
-        data=text_data(200),
-        peft_config=LoraConfig(**LORA) if peft else None,
-    )
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    assert after["eval_nll_with"] < before["eval_nll_with"] - 0.3
-    assert after["eval_accuracy_with"] > before["eval_accuracy_with"]
-    for name in ("eval_nll_without", "eval_accuracy_without"):
-        assert after[name] == before[name], name
-
-
-def test_the_reference_follows_when_synchronised(tmp_path):
-    """With weight 1 and a synchronisation every step, the reference is the policy again: KL stays 0."""
-    trainer = tiny_trainer(tmp_path, beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
-    trainer.train()
-    assert [entry["rl/kl_divergence"] for entry in logged(trainer)] == pytest.approx([0, 0, 0], abs=1e-9)
-
-
-@pytest.mark.parametrize("disable", [True, False])
-def test_dropout_is_off_unless_wanted(disable, tmp_path):
-    """`disable_dropout` sets every dropout to 0, the adapter's too; without it they stay."""
-    peft = LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True)
-    trainer = tiny_trainer(tmp_path, model=plain_model("gpt2"), peft_config=peft, disable_dropout=disable)
-    rates = {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates == {0} if disable else rates >= {0.1, 0.2}
-
-
-def test_bfloat16_on_a_cpu(tmp_path):
-    """A step under bfloat16 autocast is finite, with float32 master weights, near the float32 one."""
-    half, single = (tiny_trainer(tmp_path, bf16=bf16, max_steps=2) for bf16 in (True, False))
-    half.train(), single.train()
-    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
-    assert all(finite(entry["loss"]) and finite(entry["grad_norm"]) for entry in logged(half))
-    assert logged(half)[0]["loss"] == pytest.approx(logged(single)[0]["loss"], rel=0.05)
 
 
 # Options

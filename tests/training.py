@@ -1,12 +1,15 @@
 """Trainers that take a second: a tiny model, a few short texts, two or three steps."""
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+from trl_quietstar.model.adapters import base_of
 
 from .tiny import byte_tokenizer, randomize, sums, tiny_config
 
@@ -28,6 +31,8 @@ DEFAULTS = dict(
     disable_tqdm=True,
 )
 OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_function")
+EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
+LORA = dict(r=4, target_modules="all-linear")
 # metrics that no two runs share
 CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -106,3 +111,34 @@ class States(TrainerCallback):
         """Whether an optimizer step left all as it was."""
         before, after = self.states[step - 2], self.states[step - 1]
         return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+def finite(value) -> bool:
+    """Whether something is a number, and none that means a fault."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def assert_same_logs(ours, oracle, rel: float = 0.0) -> None:
+    """The same training metrics, but for the clock."""
+    ours, oracle = logged(ours), logged(oracle)
+    assert len(ours) == len(oracle) > 0
+    for mine, theirs in zip(ours, oracle, strict=True):
+        for name, value in theirs.items():
+            if value is not None and name != "rl/tokens_per_second":
+                assert mine[name] == pytest.approx(value, rel=rel, abs=rel), name
+
+
+class Recorder(TrainerCallback):
+    """Learning rates in force at each optimizer step, and which trainable parameters have no gradient."""
+
+    def __init__(self):
+        self.rates, self.without = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        heads = {id(p) for p in base_of(model).quietstar.parameters()}
+        groups = optimizer.param_groups
+        own = {g["lr"] for g in groups for p in g["params"] if id(p) in heads}
+        others = {g["lr"] for g in groups for p in g["params"] if id(p) not in heads}
+        assert len(own) == len(others) == 1
+        self.rates.append((others.pop(), own.pop()))
+        self.without += [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
