@@ -213,6 +213,8 @@ def test_folders_hold_what_was_written(streaming, tmp_path):
     assert splits_of(tmp_path, streaming=streaming) == wanted
     for part in "01":
         write(tmp_path, f"parts/{part}.csv", f"text,id\n{part},{part}\n")
+    for name in ("notes", "thanks", "todo"):  # more than there are data
+        write(tmp_path, f"parts/{name}.txt", "no data")
     rows = [{"text": "0", "id": "0"}, {"text": "1", "id": "1"}]
     assert splits_of(tmp_path / "parts", streaming=streaming) == {"train": rows}
     card = "---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n"
