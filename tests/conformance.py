@@ -215,6 +215,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 
 def _shrunk(config_class: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+    """A configuration with the sizes of `SMALL` where the class has them, and with changes."""
     default = config_class()
     given = default.to_dict()
     given |= {alias: given.get(name) for alias, name in default.attribute_map.items()}
@@ -278,6 +279,7 @@ def examine(model_type: str, folder: Path) -> Row:
 
 
 def _trainer(model: PreTrainedModel, folder: Path, adapter: LoraConfig | None = None) -> QuietStarREINFORCETrainer:
+    """Two steps on texts of twelve tokens, and as many texts to evaluate on."""
     options = dict(thought_length=3, talk_length=2, thought_positions=3, value_head_hidden_size=256, max_steps=2)
     options |= dict(learning_rate=1e-3, per_device_train_batch_size=2, per_device_eval_batch_size=2, use_cpu=True)
     options |= dict(save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False)
@@ -370,6 +372,7 @@ Train it: the start-up check chooses a path or refuses the model with a reason. 
 
 
 def _too_slow(*_) -> None:
+    """What the alarm calls."""
     raise TimeoutError(f"not small enough: takes more than {SECONDS} s")
 
 

@@ -191,6 +191,7 @@ def check_dropout(dropped: list[bytes]) -> None:
 
 
 def completed() -> Dataset:
+    """Prompts and completions."""
     pairs = [(f"{a} plus 1 is", f" {a + 1} .") for a in range(32)]
     return Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
 
@@ -249,6 +250,7 @@ OF_ALL |= dict(num_thoughts=1)
 
 
 def evaluate(folder: Path) -> Counts:
+    """An evaluation that writes a report."""
     evaluation = text_data(6, 90)
     trainer = tiny_trainer(folder, evaluation=evaluation, report_thoughts=True, **{**COMMON, **SMALL})
     trainer.train()
@@ -258,6 +260,7 @@ def evaluate(folder: Path) -> Counts:
 
 
 def validate(folder: Path) -> Counts:
+    """An anti-theater validation."""
     trainer = tiny_trainer(folder, evaluation=text_data(6, 90), **{**COMMON, **SMALL})
     trainer.train()
     Device.reset()
@@ -266,6 +269,7 @@ def validate(folder: Path) -> Counts:
 
 
 def resume(folder: Path) -> Counts:
+    """A step after a checkpoint between two updates of a batch."""
     options = {**COMMON, **SMALL, **dict(save_strategy="steps", save_steps=1, num_iterations=2)}
     tiny_trainer(folder, **{**options, "max_steps": 3}).train()
     last = LastStep()
@@ -301,6 +305,8 @@ def generate(name: str = "llama", **options):
 
 
 def score(**options):
+    """Log-likelihoods of two texts; `options` say when to think."""
+
     def act(folder: Path) -> Counts:
         model = thinking_model().to(DEVICE)
         model.thought_path  # noqa: B018
@@ -313,6 +319,7 @@ def score(**options):
 
 
 def inspect(folder: Path) -> Counts:
+    """The command that writes a report."""
     (folder / "text.txt").write_text("3 plus 4 is 7 .")
     flags = ("--thought_length", "3", "--thought_positions", "all")
     files = ("--model", saved_model(folder / "model"), "--text", str(folder / "text.txt"))
@@ -322,6 +329,7 @@ def inspect(folder: Path) -> Counts:
 
 
 def harness(folder: Path) -> Counts:
+    """Choices scored and a text written, by the model that lm-eval gets."""
     model = QuietStarForCausalLM.from_pretrained(saved_model(folder / "plain"))
     model.save_pretrained(folder / "thinker")
     byte_tokenizer().save_pretrained(folder / "thinker")
@@ -398,6 +406,7 @@ def run(act, trace: bool) -> tuple[Counts | None, str | None]:
 
 
 def show_lines(counts: Counts) -> None:
+    """Prints which lines of code wait and launch, the worst first."""
     for (where, what), times in counts.waits.most_common():
         print(f"    {times:9.1f} waits   {where:28} {what}")
     for where, times in counts.kernels.most_common(40):

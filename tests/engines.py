@@ -37,6 +37,7 @@ UNSHARED = ("second", "runtime", "flos", "eval_loss")
 
 
 def _zero(stage: int) -> dict:
+    """DeepSpeed's configuration of a stage."""
     sharding = {"stage": stage}
     if stage == 3:  # no parameter is small enough to stay whole
         sharding |= {

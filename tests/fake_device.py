@@ -233,6 +233,7 @@ def check(func, args, kwargs, tensors: list) -> None:
 
 
 def count(func, args, kwargs, moves: bool) -> None:
+    """Notes what an operation launches and waits for, at the line of code that called it."""
     packet, name = func.overloadpacket, func._schema.name.removeprefix("aten::")
     waits = int(packet in WAITING or (moves != "" and not kwargs.get("non_blocking", False)))
     if packet in INDEXING:
@@ -254,6 +255,7 @@ def mapped(function, x):
 
 
 def tensors_in(x) -> list[torch.Tensor]:
+    """All tensors of nested arguments."""
     found: list[torch.Tensor] = []
     mapped(lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None, x)
     return found
@@ -352,16 +354,19 @@ def _shapes(func, args: tuple, kwargs: dict):
 
 
 def _signature(x):
+    """What an operation on shapes alone depends on."""
     return (*x.shape, *x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
 def _on_meta(x):
+    """An argument as the meta device takes it."""
     if isinstance(x, (torch.device, torch.Generator)):
         return torch.device("meta") if isinstance(x, torch.device) else None
     return _meta(x) if isinstance(x, torch.Tensor) else x
 
 
 def _new(x):
+    """A fresh tensor of the same shape, with zeros where it holds whole numbers."""
     if not isinstance(x, torch.Tensor):
         return x
     return _meta(x, again=True) if x.is_floating_point() else torch.zeros(x.shape, dtype=x.dtype)
@@ -441,6 +446,7 @@ def _wrapped(x, known: dict):
 
 @contextlib.contextmanager
 def _fork_rng(devices=(), **kwargs):
+    """As `torch.random.fork_rng`, for the host's random state and the faked device's."""
     host, device = torch.get_rng_state(), Device.random
     try:
         yield

@@ -29,6 +29,7 @@ M = 3
 
 
 def seeded(seed: int = 0) -> torch.Generator:
+    """Random numbers of a fixed seed."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -244,6 +245,7 @@ def test_one_text_is_refused():
 
 
 def validated_at(trainer) -> list[int]:
+    """The steps of a log at which the thoughts were validated."""
     return [entry["step"] for entry in logged(trainer, "rl/anti_theater_passed")]
 
 
@@ -318,6 +320,7 @@ class Weights(TrainerCallback):
 
 
 def judged_trainer(folder, monkeypatch, action, passes_until, **options):
+    """A trainer whose validations pass until a step, and the weights after each of its steps."""
     verdicts, weights = Verdicts(monkeypatch, passes_until), Weights()
     trainer = tiny_trainer(
         folder,
@@ -331,10 +334,12 @@ def judged_trainer(folder, monkeypatch, action, passes_until, **options):
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
+    """All parameters by name."""
     return {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether parameters are equal, bit for bit."""
     return all(torch.equal(one[name], other[name]) for name in one)
 
 

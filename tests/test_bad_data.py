@@ -23,10 +23,12 @@ NAN = float("nan")
 
 
 def stream(rows: list[dict]) -> IterableDataset:
+    """The rows as a stream."""
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
 def ids(**columns) -> dict:
+    """A row of token ids with other columns."""
     return {"input_ids": [5, 6, 7], **columns}
 
 
@@ -359,6 +361,7 @@ def test_a_pad_token_that_the_model_has_not(tmp_path):
 
 
 def plain_model_of(vocabulary: int):
+    """A model with so many embeddings."""
     model = plain_model()
     model.resize_token_embeddings(vocabulary)
     return model
@@ -389,6 +392,7 @@ def test_the_rest_of_a_stream_may_be_unusable(tmp_path):
 
 
 def endless(row: dict, first: list[dict] = ()):
+    """Some rows, then the same one without end."""
     yield from first
     while True:
         yield dict(row)

@@ -35,6 +35,7 @@ def roll_out(model, text: Text, path, amount="all", rows: list[int] | None = Non
 
 
 def _think(model, text, path, positions, draws) -> Thoughts:
+    """Thoughts of a path at the positions, by the random numbers of `draws`."""
     from trl_quietstar.thinking.drawing import uniforms
     from trl_quietstar.thinking.sampling import sample_thoughts
 

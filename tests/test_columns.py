@@ -96,6 +96,7 @@ def test_prompts_and_messages_reach_it_as_they_were(tmp_path):
 
 
 def prepare(data, folder, reward=None, **options) -> Dataset:
+    """What becomes of data ahead of training."""
     args = tiny_args(folder, **{"max_length": 60, **options})
     return prepare_texts(data, byte_tokenizer(), args, "train", 300, args.packing, reward)
 
@@ -149,6 +150,7 @@ def test_packing_has_no_columns(tmp_path):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
+    """One for all tests that only evaluate."""
     return tiny_trainer(tmp_path_factory.mktemp("out"), evaluation=text_data(4, first=100), max_length=60)
 
 

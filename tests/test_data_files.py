@@ -21,6 +21,7 @@ TEXT = '{"text": "a b"}\n{"text": "c d"}\n'
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
+    """A file of some content; returns its path."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -28,10 +29,12 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 
 
 def read(name: str, **options) -> list[dict]:
+    """The rows of a file."""
     return list(load_splits(name, None, **options)["train"])
 
 
 def frame(write_as: str, folder: Path, name: str, **options) -> str:
+    """A file that pandas writes of `ROWS`; returns its path."""
     getattr(pd.DataFrame(ROWS), write_as)(folder / name, **{"index": False, **options})
     return str(folder / name)
 
@@ -200,6 +203,7 @@ def test_files_of_another_ending_are_refused(tmp_path, capsys):
 
 
 def splits_of(folder: Path, **options) -> dict[str, list[dict]]:
+    """The rows of a folder, by split."""
     return {split: list(rows) for split, rows in load_splits(str(folder), None, **options).items()}
 
 

@@ -71,6 +71,7 @@ def messages(caplog):
 
 
 def all_finite(trainer) -> bool:
+    """Whether no weight is NaN or infinite."""
     return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
 
 

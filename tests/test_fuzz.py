@@ -168,6 +168,7 @@ def options(draw, bad: int = 4):
 
 
 def check_options(chosen, folder):
+    """Options are refused by an error of this package, or lie within their limits."""
     with own_errors_only(CHECKS_OF_TRANSFORMERS) as refused:
         args = tiny_args(folder, **chosen)
     if refused:
@@ -284,10 +285,12 @@ def data(draw, odd: int = 3, most: int = 6):
 
 
 def stream(rows):
+    """The rows as a stream."""
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
 def check_data(given_data, args):
+    """Every row that preparation leaves holds ids, labels and lengths that fit each other."""
     tokenizer, args = byte_tokenizer(), copy.copy(args)
     with own_errors_only():
         prepared = list(prepare_texts(given_data, tokenizer, args, "train", VOCABULARY, args.packing))
@@ -310,6 +313,7 @@ def model(name: str):
 
 
 def check_training(chosen, given_data, name, evaluates, folder):
+    """A step on the data leaves finite numbers, or is refused by an error of this package."""
     with own_errors_only(CHECKS_OF_TRANSFORMERS) as refused:
         args = tiny_args(folder, **{"max_steps": 1, "max_length": 60, **chosen})
     if refused:
@@ -333,6 +337,7 @@ def check_training(chosen, given_data, name, evaluates, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """One output directory for all cases."""
     return tmp_path_factory.mktemp("out")
 
 
@@ -348,6 +353,8 @@ data_options = st.fixed_dictionaries({}, optional={name: good(name) for name in 
 
 
 def options_property(count: int):
+    """A test of so many cases."""
+
     @cases(count)
     @given(chosen=options(bad=2))
     def run(folder, chosen):
@@ -358,6 +365,8 @@ def options_property(count: int):
 
 
 def data_property(count: int):
+    """A test of so many cases."""
+
     @cases(count)
     @given(given_data=data(), chosen=data_options)
     def run(folder, given_data, chosen):
@@ -371,6 +380,8 @@ def data_property(count: int):
 
 
 def steps_property(count: int):
+    """A test of so many cases."""
+
     @cases(count)
     @given(options(bad=10), data(odd=8), st.sampled_from(["llama", "llama", "gpt2"]), st.booleans())
     def run(folder, chosen, given_data, name, evaluates):

@@ -53,6 +53,7 @@ def scores_of(model) -> dict[str, torch.Tensor]:
 
 
 def assert_same_scores(ours, oracle, atol: float = 0.0) -> None:
+    """Two models say the same of the same thoughts."""
     ours, oracle = scores_of(ours), scores_of(oracle)
     for name, value in oracle.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=atol, msg=name)
@@ -333,6 +334,7 @@ def with_adapter(model, **changes):
 
 @torch.no_grad()
 def randomize_adapter(peft) -> None:
+    """An adapter that matters."""
     generator = torch.Generator().manual_seed(9)
     for name, parameter in peft.named_parameters():
         if "lora_" in name:

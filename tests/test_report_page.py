@@ -22,6 +22,7 @@ GAINS = (0.5, -0.5, 0.2, -0.2, 0.05, -0.05, 0.02, -0.02, 0.0, None)
 
 
 def thought(gain: float | None, name: str) -> dict:
+    """A thought as the page gets it."""
     return {"text": f"thought {name}", "gain": gain, "weight": 0.25, "nll_with": [1.5, 0.25]}
 
 
@@ -42,6 +43,7 @@ def example_texts() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def browser():
+    """Chromium, once for all tests."""
     with playwright.sync_playwright() as manager:
         browser = manager.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -76,10 +78,12 @@ def show(browser, tmp_path):
 
 
 def focused(page) -> str:
+    """Id of the element that has the focus."""
     return page.evaluate("document.activeElement.id")
 
 
 def details(page) -> str:
+    """What the page says of the chosen token."""
     return page.inner_text("#details")
 
 

@@ -65,6 +65,7 @@ def odd(tmp_path, monkeypatch):
 
 
 def edit(path: Path, **changes) -> None:
+    """Changes entries of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -144,6 +145,7 @@ def test_code_of_a_dataset_never_runs(tmp_path):
 
 
 def recorded(monkeypatch) -> io.StringIO:
+    """What reports print from now on, as a terminal would get it."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=False, width=200)
     monkeypatch.setattr(report, "Console", lambda: console)
@@ -151,6 +153,7 @@ def recorded(monkeypatch) -> io.StringIO:
 
 
 def controls(text: str) -> list[str]:
+    """Characters of a text that command a terminal."""
     return re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 

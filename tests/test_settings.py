@@ -281,6 +281,7 @@ STAGES = {"0": {"thought_length": 4}, "2": {"thought_length": 2, "talk_length": 
 
 
 def staged(folder, resume=None, **options):
+    """A run through the stages, with a checkpoint in the middle."""
     trainer = tiny_trainer(folder, max_steps=6, curriculum=STAGES, save_strategy="steps", save_steps=3, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

@@ -177,6 +177,7 @@ def sums(first: int = 20, second: int = 20) -> list[str]:
 
 @functools.cache
 def _byte_level_bpe() -> str:
+    """The tokenizer as text: trained once on the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
