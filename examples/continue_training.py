@@ -1,10 +1,10 @@
-"""Goes on training a thinking model: one that was saved or pushed, or an adapter repository, on other data or longer.
+"""Continues to train a thinking model, on other data or longer. The model may be saved, pushed, or an adapter repository.
 
     python examples/quickstart.py --output out/quickstart
     python examples/continue_training.py --model out/quickstart --output out/longer
 
-Weights, heads and the settings of thinking come from `--model`; the optimizer starts anew. To resume an interrupted run,
-optimizer, data order and all, use its own script with `trainer.train(resume_from_checkpoint=True)` instead.
+Weights, heads and the settings of thinking come from `--model`. The optimizer starts anew. To resume an interrupted run with
+its optimizer and data order, use the run's own script with `trainer.train(resume_from_checkpoint=True)` instead.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     texts = texts.select(range(min(len(texts), 2_000))).train_test_split(test_size=16, seed=0)
     args = QuietStarConfig(
         arguments.output,
-        # thought_length, talk_length, temperature and so on, as it was trained with
+        # thought_length, talk_length, temperature and so on, with the values that the model was trained with
         **{**saved_fields(arguments.model), "thought_positions": 16},
         max_length=128,
         learning_rate=1e-5,

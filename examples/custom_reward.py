@@ -3,9 +3,16 @@
     python examples/custom_reward.py --reward gain --length-cost 0.01 --output out/short
     python examples/custom_reward.py --reward last --output out/last
 
-Letters of the shapes: B sequences, J positions, G thoughts at each, L thought tokens, M talk tokens. A reward gets, by name,
-what the arguments of `trl_quietstar.learning.rewards.thought_rewards` are called, and `text` and `thoughts`. Any other parameter is
-a column of the data, a list of one value for each row: `def reward(logps_with, mask, answer, **others)` reads `answer`.
+A reward function gets its arguments by name:
+
+- `logps_with`, `correct_with` of shape `(B, J, G, M)`: log-probability in nats and correctness of the talk tokens after a thought,
+- `logps_without`, `correct_without` of shape `(B, J, 1, M)`: both without a thought,
+- `mask` of shape `(B, J, 1, M)`: the talk tokens that count,
+- `text` and `thoughts`: the batch and its sampled thoughts,
+- any other parameter: a column of the data, as a list with one value for each row, such as `answer`.
+
+It returns the rewards of the thoughts, of shape `(B, J, G)`. Letters: B sequences, J positions, G thoughts at each position, M talk
+tokens.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Thinking always, where it is uncertain, and never, on tasks of lm-evaluation-harness, with paired tests.
+"""Compares ways of thinking on tasks of lm-evaluation-harness: always, where the model is uncertain, and never. Tests are paired.
 
     python examples/evaluate.py --model out/quickstart --tasks arc_easy --limit 200 --output out/arc_easy.json
 
@@ -7,7 +7,7 @@ Without a hub, on problems that are generated:
     python examples/prepare_tasks.py .demo/tasks
     python examples/evaluate.py --model .demo/out --tasks chain_sum,chain_sum_choice --include-path examples/tasks
 
-`pip install trl-quietstar[eval]`. `trl-quietstar eval --tasks ... --compare` does as much for one way of thinking.
+Needs `pip install trl-quietstar[eval]`. `trl-quietstar eval --tasks ... --compare` compares one way of thinking with none.
 """
 
 import argparse

