@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.branches.replay import Replay
+from trl_quietstar.model.adapters import heads_aside
 from trl_quietstar.model.family import CACHE_NAMES
 from trl_quietstar.model.lm_head import normalized_entropy
-from trl_quietstar.modeling import heads_aside
 from trl_quietstar.text.batch import Text
 
 from .speaking import generated, naive, padded, prompts, thinking_model

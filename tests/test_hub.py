@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.model.adapters import base_of
-from trl_quietstar.modeling import save_config
+from trl_quietstar.model.saved import save_config
 
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_trainer

@@ -22,7 +22,8 @@ from transformers import (
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.cli import main
 from trl_quietstar.loading import build_model
-from trl_quietstar.modeling import SETTINGS_NAME, heads_aside
+from trl_quietstar.model.adapters import heads_aside
+from trl_quietstar.model.saved import SETTINGS_NAME
 
 from .tiny import byte_tokenizer, randomize
 from .training import plain_model, saved_model, tiny_args, tiny_trainer

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.model.adapters import base_of
-from trl_quietstar.modeling import saved_settings
+from trl_quietstar.model.saved import saved_settings
 
 from .training import saved_model, tiny_trainer
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, T5Config
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.model.adapters import base_of
+from trl_quietstar.model.adapters import base_of, heads_aside
 from trl_quietstar.model.heads import MixingHead
-from trl_quietstar.modeling import attach_heads, heads_aside
+from trl_quietstar.modeling import attach_heads
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import (
@@ -375,7 +375,7 @@ def test_a_merged_model_saves_and_loads(tmp_path):
 
 def save_adapter_repository(folder: Path):
     """A base checkpoint, and beside it an adapter repository as the trainer writes it; returns the `PeftModel`."""
-    from trl_quietstar.modeling import save_config
+    from trl_quietstar.model.saved import save_config
 
     base = plain_model()
     base.save_pretrained(folder / "base")

@@ -62,6 +62,8 @@ TRAINER_HOOKS = {
 class BaseTrainer(_BaseTrainer):
     """TRL's base of all trainers, with public names for what is private in the Trainer and is read or called here."""
 
+    model: PreTrainedModel  # or a `PeftModel` around one, which answers to the same names
+
     @property
     def rows_per_batch(self) -> int:
         """Rows of a batch, which `auto_find_batch_size` lowers below what `args` ask for."""
@@ -78,7 +80,7 @@ class BaseTrainer(_BaseTrainer):
 
     def keep_columns(self, names: list[str]) -> None:
         """Names the columns of the data that the Trainer leaves in place."""
-        self._signature_columns = names
+        self._signature_columns = names  # type: ignore[assignment]  # inferred from its first value, None
 
     def move_model(self) -> None:
         """Puts the model on the run's device, as `train` and `evaluate` would."""
@@ -108,12 +110,13 @@ def prepare_dataset(
     Tokenizes a dataset exactly as `SFTTrainer` does: text, prompt/completion, conversational or pre-tokenized in;
     `input_ids`, `labels` and, when packed, `seq_lengths` out.
     """
-    trainer = SimpleNamespace(  # all that the method reads of its trainer
+    trainer: Any = SimpleNamespace(  # all that the method reads of its trainer
         _tokenizer=SimpleNamespace(eos_token=tokenizer.eos_token or ""),  # a tokenizer may have none
         completion_only_loss=completion_only_loss,
         chat_template=None,
     )
-    return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, packing, None, name)
+    options: Any = args  # read for names that both trainers' options have
+    return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, packing, None, name)
 
 
 def left_on_host(loader: DataLoader) -> DataLoader:
@@ -171,7 +174,7 @@ def checkpoint_exactly(model: nn.Module) -> None:
         function = vars(module).get("_gradient_checkpointing_func")
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is not False:
             options = {**function.keywords, "use_reentrant": False}
-            module._gradient_checkpointing_func = functools.partial(function.func, **options)
+            vars(module)["_gradient_checkpointing_func"] = functools.partial(function.func, **options)
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
@@ -210,9 +213,9 @@ def full_float32() -> Iterator[None]:
         return
     kinds = (
         torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.mkldnn.matmul,
-        torch.backends.mkldnn.conv,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # the stubs are of an earlier version
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
     )
     settings = [kind.fp32_precision for kind in kinds]
     for kind in kinds:

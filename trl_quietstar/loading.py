@@ -2,30 +2,27 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ._compat import checkpoint_exactly, noted_commit
 from .config import QuietStarConfig
-from .model.adapters import base_of, check_adapter_model, check_method, trains_added_weights_only
+from .model.adapters import base_of, check_adapter_model, check_method, heads_aside, trains_added_weights_only
+from .model.heads import ThinkingModel
+from .model.saved import HUB_KWARGS, has_file, warn_of_lost_heads
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
-from .modeling import (
-    HUB_KWARGS,
-    QuietStarForCausalLM,
-    QuietStarMixin,
-    attach_heads,
-    attach_saved_heads,
-    has_file,
-    heads_aside,
-    warn_of_lost_heads,
-)
+from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, attach_saved_heads
 from .settings import QuietStarSettings
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 if is_peft_available():
     from peft import PeftConfig, get_peft_model
@@ -35,169 +32,7 @@ if is_peft_available():
 logger = logging.getLogger(__name__)
 
 
-def build_model(
-    model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, quantization_config, peft_config
-):
-    """
-    The thinking model, inside a `PeftModel` where there is an adapter, and its tokenizer.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            As passed to the trainer. An object is changed in place.
-        args ([`QuietStarConfig`]):
-            Settings of the heads, and how to load.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            Of a processor, the part that reads text. Defaults to the model's own.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            How to quantize a model that is loaded.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to add.
-
-    Raises:
-        `ValueError`: for a model that is no causal LM of text, saved heads of another kind, or an adapter that cannot be
-            trained: a second one, one of another method, or one on the heads or the LM head.
-    """
-    settings = args.settings()
-    hub = {name: (args.model_init_kwargs or {})[name] for name in HUB_KWARGS if name in (args.model_init_kwargs or {})}
-    source = model if isinstance(model, str) else None
-    if source is not None:
-        dtype = _dtype(args, quantization_config, peft_config)
-        source, model = _load(source, args, settings, quantization_config, hub, dtype)
-    check_unpartitioned(model)
-    base = base_of(model)
-    check_one_device(base)
-    check_adapter_model(model)
-    if peft_config is not None:
-        _check_alone(model, source, hub)
-    for module in base.modules():
-        # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that
-        # passes no gradient, and keeps to it in training
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    checkpoint_exactly(base)
-    if not isinstance(base, QuietStarMixin):
-        _attach(base, settings)
-        base._loaded_by = {"revision": noted_commit(base.config)}
-    if tokenizer is None:
-        tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
-    elif isinstance(tokenizer, ProcessorMixin):
-        tokenizer = tokenizer.tokenizer
-    base.adopt_settings(settings)
-    base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
-    if peft_config is not None:
-        with heads_aside(base):
-            model = get_peft_model(base, peft_config, revision=base._loaded_by.get("revision"))
-    if is_peft_model(model):
-        _check_places(base)
-        if source is None and model.peft_config["default"].revision is None:
-            model.peft_config["default"].revision = base._loaded_by.get("revision")
-        base.quietstar.requires_grad_(True)
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
-    text_config = base.config.get_text_config()
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = pad_token_id(tokenizer)
-    return model, tokenizer
-
-
-def _attach(base, settings: QuietStarSettings) -> None:
-    """Gives a plainly loaded model its heads: those that it was saved with, if it was."""
-    if getattr(base.config, "quietstar", None) is not None:
-        try:
-            attach_saved_heads(base)
-            return
-        except FileNotFoundError:
-            warn_of_lost_heads(base.config.name_or_path)
-    attach_heads(base, settings)
-
-
-def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dtype:
-    """
-    Of a model that is loaded, unless the user names one: float32, in which weights are trained, or bf16 for weights that stay
-    frozen in a run under bf16 autocast. Autocast keeps its copy of a weight that needs a gradient for the whole step, but copies
-    a frozen one anew at each forward, and a step has a forward for each token of a thought.
-    """
-    stays_frozen = peft_config is not None and trains_added_weights_only(peft_config)
-    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()  # which keep weights of one dtype together
-    return (
-        torch.bfloat16 if args.bf16 and stays_frozen and quantization_config is None and not sharded else torch.float32
-    )
-
-
-def _load(
-    source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict, dtype: torch.dtype
-):
-    """The model of an id or path, and where it was: a subfolder of a local folder is a folder too."""
-    kwargs = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if kwargs.get("subfolder") and Path(source).is_dir():
-        source = str(Path(source, kwargs.pop("subfolder")))
-        hub.pop("subfolder")
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    with loaded_whole(args):
-        return source, QuietStarForCausalLM.from_pretrained(source, settings=settings, **kwargs)
-
-
-def _check_alone(model, source: str | None, hub: dict) -> None:
-    """Refuses a second adapter, and one whose base could not be named in its configuration."""
-    if is_peft_model(model):
-        raise ValueError(
-            f"{source!r} is an adapter, and you passed a `peft_config` for another one; leave out `peft_config` to go on training "
-            "it, or merge it into its base first (`merge_and_unload`) and save that."
-        )
-    if hub.get("subfolder"):
-        raise ValueError(
-            f"The model is in the subfolder {hub['subfolder']!r} of {source!r}, which an adapter's configuration cannot say; "
-            "download that folder and pass its path."
-        )
-
-
-def _check_places(base) -> None:
-    """Refuses an adapter on the heads or on the LM head."""
-    if any(isinstance(module, BaseTunerLayer) for module in base.quietstar.modules()):
-        raise ValueError(
-            "The adapter sits on the thinking heads, which are trained whole and saved beside it; name only layers "
-            "of the base in `target_modules`, or pass `peft_config` to the trainer, which keeps adapters off them."
-        )
-    head = base.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        name = next(name for name, module in base.named_modules() if module is head).split(".")[-1]
-        raise ValueError(
-            "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, so the adapter "
-            f"would not be trained. Keep it off {name!r}: leave that out of `target_modules`, or set `exclude_modules=[{name!r}]`."
-            f" To train all of the LM head name it in `modules_to_save`."
-        )
-
-
-def _own_tokenizer(base, source: str | None, hub: dict, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model or adapter that was asked for, or that of the base, in the revision that was loaded."""
-    if source is not None and has_file(source, "tokenizer_config.json", hub):
-        return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
-    return load_tokenizer(get_config_model_id(base.config), trust_remote_code=trust_remote_code, **base._loaded_by)
-
-
-def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
-    """
-    A model's own tokenizer.
-
-    Args:
-        source (`str`):
-            Id on the Hub or local folder.
-        kwargs:
-            As for [`~transformers.AutoTokenizer.from_pretrained`].
-
-    Raises:
-        `ValueError`: if a local folder has none.
-    """
-    kwargs.setdefault("trust_remote_code", False)
-    try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
-    except (OSError, ValueError):
-        if not Path(source).is_dir() or any(Path(source).glob("*token*")):
-            raise
-        raise ValueError(
-            f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
-        ) from None
+# What can be refused before anything is loaded
 
 
 def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> None:
@@ -223,15 +58,6 @@ def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> Non
             "`model_init_kwargs` (%s) has no effect, since the model is loaded already.",
             ", ".join(args.model_init_kwargs),
         )
-
-
-def warn_of_untrained_heads(source: str) -> None:
-    """Says that a model that is to think, a plain one, has not learned to."""
-    logger.warning(
-        "%r is a plain model without thinking heads: its thoughts are read by untrained ones and hardly count. Train it first, "
-        "or let it not think.",
-        source,
-    )
 
 
 def check_quantization(model, args: QuietStarConfig, peft_config, training: bool) -> None:
@@ -275,8 +101,177 @@ def check_adapter(model, peft_config) -> None:
     check_method(peft_config)
 
 
+# The model
+
+
+def build_model(
+    model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, quantization_config, peft_config
+):
+    """
+    Makes the model that is trained, inside a `PeftModel` where there is an adapter, and finds its tokenizer.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As passed to the trainer. An object is changed in place.
+        args ([`QuietStarConfig`]):
+            Settings of the heads, and how to load.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Of a processor, the part that reads text. Defaults to the model's own.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How to quantize a model that is loaded.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to add.
+
+    Returns:
+        `tuple`: the model, and its tokenizer.
+
+    Raises:
+        `ValueError`: for a model that is no causal LM of text, saved heads of another kind, or an adapter that cannot be
+            trained: a second one, one of another method, or one on the heads or the LM head.
+    """
+    settings, init_kwargs = args.settings(), _init_kwargs(args)
+    hub = {name: init_kwargs[name] for name in HUB_KWARGS if name in init_kwargs}
+    source = model if isinstance(model, str) else None
+    if source is not None:
+        kwargs = {"dtype": _dtype(args, quantization_config, peft_config), **init_kwargs}
+        source, model = _load(source, args, settings, quantization_config, hub, kwargs)
+    check_unpartitioned(model)
+    base = base_of(model)
+    check_one_device(base)
+    check_adapter_model(model)
+    if peft_config is not None:
+        _check_alone(model, source, hub)
+    _keep_gradients(base)
+    if not isinstance(base, QuietStarMixin):
+        _attach(base, settings)
+    if tokenizer is None:
+        tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
+    elif isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
+    base.adopt_settings(settings)
+    base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
+    if peft_config is not None:
+        with heads_aside(base):
+            model = get_peft_model(base, peft_config, revision=base._loaded_by.get("revision"))
+    if is_peft_model(model):
+        _train_beside_heads(model, args, is_given=source is None)
+    text_config = base.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = pad_token_id(tokenizer)
+    return model, tokenizer
+
+
+def _init_kwargs(args: QuietStarConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, which the configuration has read if it was a string of JSON."""
+    return {} if args.model_init_kwargs is None else dict(args.model_init_kwargs)  # type: ignore[arg-type]
+
+
+def _keep_gradients(base: PreTrainedModel) -> None:
+    """Turns off what would lose the gradient of thoughts on its way through the layers."""
+    for module in base.modules():
+        # bitsandbytes on a CPU repacks 4-bit weights at a forward in `eval()` mode, as sampling is one, for a kernel that
+        # passes no gradient, and keeps to it in training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a flag of bitsandbytes' layers
+    checkpoint_exactly(base)
+
+
+def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: bool) -> None:
+    """Readies an adapter, new or loaded, and the heads for training. The adapter of a model that was given as an object gets the
+    revision of its base noted; where the model was loaded here, PEFT has noted it."""
+    base = base_of(model)
+    _check_places(base)
+    if is_given and model.peft_config["default"].revision is None:
+        model.peft_config["default"].revision = base._loaded_by.get("revision")
+    base.quietstar.requires_grad_(True)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+
+
+def _attach(base: ThinkingModel, settings: QuietStarSettings) -> None:
+    """Gives a plainly loaded model its heads: those that it was saved with, if it was."""
+    try:
+        if getattr(base.config, "quietstar", None) is None:
+            attach_heads(base, settings)
+        else:
+            attach_saved_heads(base)
+    except FileNotFoundError:
+        warn_of_lost_heads(str(base.config.name_or_path))
+        attach_heads(base, settings)
+    base._loaded_by = {"revision": noted_commit(base.config)}
+
+
+def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dtype:
+    """
+    The dtype that a model is loaded in unless the user names one.
+
+    It is float32, in which weights are trained, but bf16 for weights that stay frozen in a run under bf16 autocast. Autocast
+    keeps its copy of a weight that needs a gradient for the whole step, but copies a frozen one anew at each forward, and a step
+    has a forward for each token of a thought.
+    """
+    stays_frozen = peft_config is not None and trains_added_weights_only(peft_config)
+    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()  # which keep weights of one dtype together
+    return (
+        torch.bfloat16 if args.bf16 and stays_frozen and quantization_config is None and not sharded else torch.float32
+    )
+
+
+def _load(
+    source: str, args: QuietStarConfig, settings: QuietStarSettings, quantization_config, hub: dict, kwargs: dict
+) -> "tuple[str, PreTrainedModel | PeftModel]":
+    """The model of an id or path, and where it was: a subfolder of a local folder is a folder too."""
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if kwargs.get("subfolder") and Path(source).is_dir():
+        source = str(Path(source, kwargs.pop("subfolder")))
+        hub.pop("subfolder")
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    with loaded_whole(args):
+        return source, QuietStarForCausalLM.from_pretrained(source, settings=settings, **kwargs)
+
+
+def _check_alone(model, source: str | None, hub: dict) -> None:
+    """Refuses a second adapter, and one whose base could not be named in its configuration."""
+    if is_peft_model(model):
+        raise ValueError(
+            f"{source!r} is an adapter, and you passed a `peft_config` for another one; leave out `peft_config` to go on training "
+            "it, or merge it into its base first (`merge_and_unload`) and save that."
+        )
+    if hub.get("subfolder"):
+        raise ValueError(
+            f"The model is in the subfolder {hub['subfolder']!r} of {source!r}, which an adapter's configuration cannot say; "
+            "download that folder and pass its path."
+        )
+
+
+def _check_places(base: ThinkingModel) -> None:
+    """Refuses an adapter on the heads or on the LM head."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.quietstar.modules()):
+        raise ValueError(
+            "The adapter sits on the thinking heads, which are trained whole and saved beside it; name only layers "
+            "of the base in `target_modules`, or pass `peft_config` to the trainer, which keeps adapters off them."
+        )
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in base.named_modules() if module is head).split(".")[-1]
+        raise ValueError(
+            "An adapter on the LM head is not supported: log-probabilities are computed from its weight directly, so the adapter "
+            f"would not be trained. Keep it off {name!r}: leave that out of `target_modules`, or set `exclude_modules=[{name!r}]`."
+            f" To train all of the LM head name it in `modules_to_save`."
+        )
+
+
+def warn_of_untrained_heads(source: str) -> None:
+    """Says that a model that is to think, a plain one, has not learned to."""
+    logger.warning(
+        "%r is a plain model without thinking heads: its thoughts are read by untrained ones and hardly count. Train it first, "
+        "or let it not think.",
+        source,
+    )
+
+
 def disable_dropout(model) -> None:
-    """TRL's, and that of attention, which families keep as a number."""
+    """Turns off dropout, of layers as TRL does and of attention, which families keep as a number."""
     disable_dropout_in_model(model)
     for module in model.modules():
         for name, value in vars(module).items():
@@ -284,8 +279,44 @@ def disable_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
+# Its tokenizer
+
+
+def _own_tokenizer(
+    base: ThinkingModel, source: str | None, hub: dict, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model or adapter that was asked for, or that of the base, in the revision that was loaded."""
+    if source is not None and has_file(source, "tokenizer_config.json", hub):
+        return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
+    return load_tokenizer(get_config_model_id(base.config), trust_remote_code=trust_remote_code, **base._loaded_by)
+
+
+def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
+    """
+    A model's own tokenizer.
+
+    Args:
+        source (`str`):
+            Id on the Hub or local folder.
+        kwargs:
+            As for [`~transformers.AutoTokenizer.from_pretrained`].
+
+    Raises:
+        `ValueError`: if a local folder has none.
+    """
+    kwargs.setdefault("trust_remote_code", False)
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except (OSError, ValueError):
+        if not Path(source).is_dir() or any(Path(source).glob("*token*")):
+            raise
+        raise ValueError(
+            f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
+        ) from None
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to pad with. Any valid one will do: padding is masked everywhere."""
+    """Chooses an id to pad with. Any valid one will do: padding is masked everywhere."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id

@@ -38,7 +38,7 @@ from .learning.rewards import RewardFunction
 from .loading import build_model, check_kinds, disable_dropout, pad_token_id
 from .model.adapters import base_of, check_trainable
 from .model.routing import use_router_loss
-from .modeling import save_settings
+from .model.saved import save_settings
 from .thinking.drawing import SamplingSettings
 from .training.callbacks import (
     AntiTheaterCallback,

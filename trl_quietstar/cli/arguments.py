@@ -8,7 +8,7 @@ from trl import ModelConfig, TrlParser
 
 from ..config import QuietStarConfig
 from ..data.sources import load_splits
-from ..modeling import HUB_KWARGS, saved_settings
+from ..model.saved import HUB_KWARGS, saved_settings
 from ..settings import OPTIONS
 
 

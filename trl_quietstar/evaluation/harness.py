@@ -26,9 +26,10 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
 from ..loading import load_tokenizer, warn_of_untrained_heads
-from ..model.adapters import base_of
+from ..model.adapters import base_of, put_adapter
 from ..model.heads import ThinkingModel
-from ..modeling import QuietStarForCausalLM, check_source, check_thinker, put_adapter
+from ..model.saved import check_source
+from ..modeling import QuietStarForCausalLM, check_thinker
 from ..thinking.when import Thinking
 
 

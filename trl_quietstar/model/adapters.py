@@ -1,4 +1,5 @@
-"""The causal LM inside an adapter, which adapters can be trained, and the policy that a run with one started from."""
+"""Adapters of PEFT: the causal LM inside one, which can be trained, the policy that a run with one started from, and how saved
+ones are put on."""
 
 import copy
 from collections.abc import Iterator
@@ -6,10 +7,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .._compat import holds_adapter
+from ..settings import QuietStarSettings
+from .heads import ThinkingModel, give_heads
+from .saved import HEADS_NAME, file_of, saved_settings
 
 
 # Methods of PEFT that a step of thoughts does not train as they are meant to be
@@ -29,8 +35,8 @@ REFUSED_OPTIONS = {
 TASK_TYPES = (None, "CAUSAL_LM")
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The causal LM itself, inside a `PeftModel` or not."""
+def base_of(model: nn.Module) -> ThinkingModel:
+    """The causal LM itself, inside a `PeftModel` or not. It has heads but for where a model that a user passed gets them."""
     inside: Any = model
     return inside.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else inside
 
@@ -190,3 +196,79 @@ class AdapterReference:
             base.quietstar = heads
             for (module, name, _), parameter in zip(self.places, own, strict=True):
                 setattr(module, name, parameter)
+
+
+# Adapters that were saved
+
+
+@contextmanager
+def heads_aside(model: PreTrainedModel):
+    """Takes the heads out while adapters are put in, so that none lands on them (`target_modules="all-linear"`)."""
+    heads = model.quietstar
+    del model.quietstar
+    try:
+        yield
+    finally:
+        model.quietstar = heads
+
+
+def check_saved_adapter(source: str, hub: dict) -> str:
+    """Refuses an adapter that cannot be read; returns the file of its weights."""
+    from peft import PeftConfig
+
+    weights = file_of(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
+    if weights is None:
+        raise FileNotFoundError(
+            f"The adapter {source!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}, the only form in which trl-quietstar saves one and "
+            "reads it."
+        )
+    check_method(PeftConfig.from_pretrained(source, **hub))
+    return weights
+
+
+def resize_as(base: PreTrainedModel, weights: str) -> None:
+    """Gives a base the vocabulary that it had when an adapter was saved, with which PEFT saves its embeddings if that was not
+    the base's own."""
+    with safe_open(weights, framework="pt") as file:
+        for table in (base.get_input_embeddings(), base.get_output_embeddings()):
+            name = next(name for name, module in base.named_modules() if module is table)
+            saved = [key for key in file.keys() if key.endswith((f".{name}.weight", f".{name}.base_layer.weight"))]
+            rows: Any = file.get_slice(saved[0]).get_shape()[0] if saved else table.weight.shape[0]
+            if rows != table.weight.shape[0]:
+                base.resize_token_embeddings(rows, mean_resizing=False)
+                return
+
+
+def put_adapter(model: PreTrainedModel, source: str, settings: QuietStarSettings | None = None, **hub):
+    """
+    Puts a saved adapter on a thinking model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Its base, with heads.
+        source (`str`):
+            Of the adapter: Hub id or local folder. Heads and settings that are saved there become the model's.
+        settings ([`QuietStarSettings`], *optional*):
+            In place of the saved ones.
+        hub:
+            `revision` and the like.
+
+    Returns:
+        [`~peft.PeftModel`]
+
+    Raises:
+        `FileNotFoundError`: if the adapter is not saved as safetensors.
+        `ValueError`: if it is of a method that does not go with thoughts, or its heads do not fit.
+    """
+    from peft import PeftModel
+
+    weights, heads = check_saved_adapter(source, hub), file_of(source, HEADS_NAME, hub)
+    settings = settings or saved_settings(source, **hub)
+    if heads is not None and settings is not None:
+        give_heads(model, settings)
+    with heads_aside(model):
+        resize_as(model, weights)
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=True, **hub)  # as any model is that was loaded
+    if heads is not None:
+        model.load_heads(heads)
+    return adapted

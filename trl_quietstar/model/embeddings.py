@@ -6,7 +6,7 @@ first one does not tell. Here it rides behind the first in one vector, so that n
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sharding import module_is_sharded
 
@@ -29,6 +29,37 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
         return embeds
     by_layer = model.get_decoder().get_per_layer_inputs(token_ids.flatten()[None]).flatten(2)
     return torch.cat([embeds, by_layer.view(*token_ids.shape, by_layer.shape[2]).to(embeds.dtype)], dim=-1)
+
+
+def mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, string: str) -> torch.Tensor:
+    """
+    Mean input embedding of a string's tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        string (`str`):
+            The string.
+
+    Returns:
+        `torch.Tensor` of shape `(E,)`.
+
+    Raises:
+        `ValueError`: if the string has no tokens, or one that the model does not know.
+    """
+    ids = tokenizer(string, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
+    vocab_size = model.config.get_text_config().vocab_size
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives the id {max(ids)} for {string!r}, and the model's vocabulary has {vocab_size}; take the "
+            "model's own tokenizer, or resize its embeddings."
+        )
+    table = model.get_input_embeddings()
+    return table(torch.tensor(ids, device=next(table.parameters()).device)).mean(0)
 
 
 class LookupTape:

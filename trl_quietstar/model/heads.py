@@ -3,9 +3,12 @@
 They are one submodule, `model.quietstar`, kept in a file of their own, so that the base checkpoint stays what it was.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..settings import QuietStarSettings
 
@@ -113,8 +116,15 @@ class QuietStarHeads(nn.Module):
             )
         self.start_embedding = nn.Parameter(torch.zeros(embedding_size))
         self.end_embedding = nn.Parameter(torch.zeros(embedding_size))
+        # mean input embedding of shape (E,) that both embeddings begin as, until a tokenizer, a file or hand sets them
+        self.fresh_embedding: torch.Tensor | None = None
         self.mixing_head = MixingHead(hidden_size)
         self.value_head = heads[settings.value_head_type](hidden_size, settings.value_head_hidden_size)
+
+    def is_fresh(self, embedding: torch.Tensor) -> bool:
+        """Whether a thought embedding is as [`give_heads`] left it, but for a change of its dtype."""
+        fresh, now = self.fresh_embedding, embedding.detach().cpu().double()
+        return fresh is not None and torch.allclose(now, fresh, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-7)
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """
@@ -131,8 +141,33 @@ class QuietStarHeads(nn.Module):
         return self.value_head(hidden.detach().to(self.start_embedding.dtype))
 
 
-class ThinkingModel(PreTrainedModel):
+class ThinkingModel(PreTrainedModel, GenerationMixin):
     """A causal LM with heads, for annotations; the real classes are made by `modeling.quietstar_class`."""
 
     quietstar: QuietStarHeads
     quietstar_settings: QuietStarSettings
+    _plain_class: type[PreTrainedModel]  # the family's own
+    _loaded_by: Mapping[str, Any]  # `revision` and the like that it was loaded with
+
+
+def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
+    """
+    Gives a causal LM fresh heads, in place of any that it has.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A decoder with an LM head.
+        settings ([`QuietStarSettings`]):
+            What the heads are; they become the model's.
+    """
+    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # any module may hold it
+    lm_head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    with torch.inference_mode(False), torch.no_grad():  # heads made in inference could never be trained
+        heads = QuietStarHeads(lm_head.shape[1], table.shape[1], settings)
+        mean = table.mean(0)  # overwritten as soon as a tokenizer is at hand
+        heads.start_embedding.copy_(mean)
+        heads.end_embedding.copy_(mean)
+        dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+        model.quietstar = heads.to(device=lm_head.device, dtype=dtype)
+        heads.fresh_embedding = mean.detach().cpu().double()
+    model.config.quietstar = settings.to_dict()

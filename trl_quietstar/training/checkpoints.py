@@ -72,7 +72,6 @@ class CheckpointTrainer(BaseTrainer):
     """
 
     args: QuietStarConfig
-    model: PreTrainedModel  # or a `PeftModel` around one, which answers to the same names
     ref_model: PreTrainedModel | None  # the copy of the policy that `sync_ref_model` moves
     _staging: str | None = None  # where a checkpoint is being written
     _resumed: dict | None = None  # state of the checkpoint that training goes on from, until it does

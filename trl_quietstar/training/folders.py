@@ -41,7 +41,7 @@ from transformers.utils import (
     logging,
 )
 
-from ..modeling import HEADS_NAME
+from ..model.saved import HEADS_NAME
 
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 
 from ..config import VALUE_BASELINES, QuietStarConfig
 from ..model.adapters import base_of
-from ..modeling import saved_settings
+from ..model.saved import read_heads, saved_settings
 from ..rules import ADAMW
 from .folders import SHARDS, STATE_NAME
 
@@ -74,7 +74,7 @@ def check_fits(folder: str | Path, model: PreTrainedModel) -> None:
             raise ValueError(
                 f"The heads in the checkpoint {str(folder)!r} have `{name}` {was!r}, not {now!r}; set `{name}={was!r}`."
             )
-    base.read_heads(folder)
+    read_heads(base.quietstar, folder)
     if has_adapter:
         _check_adapter(folder, model)
 
