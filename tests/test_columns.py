@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from trl_quietstar.data.prepare import RepeatedRows, prepare_texts
+from trl_quietstar.data.batches import RepeatedRows
+from trl_quietstar.data.prepare import prepare_texts
 from trl_quietstar.learning.rewards import thought_rewards
 
 from .tiny import byte_tokenizer, sums

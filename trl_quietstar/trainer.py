@@ -30,7 +30,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .branches.base import BranchPath
 from .config import QuietStarConfig
-from .data.prepare import TextCollator
+from .data.batches import TextCollator
 from .evaluation.report import card_name, card_section
 from .learning.metrics import BatchResult
 from .learning.objective import Coefficients, LossInputs, quietstar_loss

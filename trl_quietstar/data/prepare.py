@@ -1,4 +1,4 @@
-"""Datasets in, padded texts out; what cannot be trained on is refused here, before any compute."""
+"""Datasets as rows of tokens: each row is checked, tokenized, cut and masked; what cannot be trained on is refused."""
 
 import copy
 import re
@@ -9,80 +9,27 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
-from trl.trainer.utils import RepeatSampler, pad
 
-from .._compat import DataCollatorForLanguageModeling, prepare_dataset
+from .._compat import prepare_dataset
 from ..config import QuietStarConfig
 from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
 from ..model.family import check_length, max_positions
+from .batches import OWN_COLUMNS, TOKEN_COLUMNS
 from .rows import RowCheck, columns_read, has_position, has_prediction
 
 
 logger = logging.get_logger(__name__)
 
-# the columns that batches are made of
-OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
-# those that say something of tokens, and mean nothing to a reward function that is given the tokens already
-TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+# columns that are checked, and of no use after that
+CHECKED_ALONE = ("attention_mask", "position_ids")
+ASIDE = "kept "  # before a name: no library then takes the column for one that it knows
 # rows of a stream, one after the other, without anything to train on: more of them are taken for all there is
 MOST_UNUSABLE = 5_000
-
-
-class TextCollator(DataCollatorForLanguageModeling):
-    """
-    TRL's collator, with position ids that restart at each packed document and the optional `thought_mask` column.
-
-    Args:
-        pad_token_id (`int`):
-            Any valid id.
-        with_columns (`bool`):
-            Whether the batch holds the other columns too, under `columns`, as lists of one value for each row.
-    """
-
-    def __init__(self, pad_token_id: int, with_columns: bool = False):
-        super().__init__(pad_token_id, return_position_ids=True)
-        self.with_columns = with_columns
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().torch_call(examples)
-        if "thought_mask" in examples[0]:
-            batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
-        others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
-        if self.with_columns and others:
-            batch["columns"] = {name: [example[name] for example in examples] for name in others}
-        return batch
-
-
-class RepeatedRows(RepeatSampler):
-    """
-    TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again.
-
-    Args:
-        args, kwargs:
-            As for [`~trl.trainer.utils.RepeatSampler`].
-        lengths (`list[int]`, *optional*):
-            Of the rows, so that those of a batch are about as long, in the order of Transformers' `group_by_length`.
-    """
-
-    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.lengths = lengths
-        if lengths is not None:  # the parent then counts the places in an order made here
-            self.shuffle, self.order = False, torch.Generator().manual_seed(self.seed or 0)
-
-    def __iter__(self):
-        if self.lengths is None:
-            return super().__iter__()
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=self.order)
-        return (order[place] for place in super().__iter__())
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.lengths is not None:
-            self.order.manual_seed((self.seed or 0) + epoch)
-        elif self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
+DROPPED = (
+    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
+    "`max_length`, `completion_only_loss` or the labels mask the rest"
+)
 
 
 def prepare_texts(
@@ -123,47 +70,51 @@ def prepare_texts(
         `ValueError`: if it is empty, lacks the columns, contradicts an option, holds a bad row or no usable thought
             position. A bad row of a stream is refused when it comes.
     """
-    dataset, names, first = _plain(dataset, name)
-    is_stream = isinstance(dataset, IterableDataset)
-    kind, columns = columns_read(names, args.dataset_text_field, name)
-    conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
-    completion_only = _check_masks(names, kind, columns, conversation, tokenizer, args, name, packing)
-    kept = kept_columns(names, reward_function, args, name, packing)
-    if is_stream:
-        dataset = dataset.map(_own_row, fn_kwargs={"kind": kind})
-    else:  # others are not even decoded
-        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *kept])))
-    workers = {} if is_stream else {"num_proc": args.dataset_num_proc}
-    run = _Run(name) if is_stream else None
-    assistant_only = args.assistant_only_loss and kind != "input_ids"
-    confining = ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
-    masks = tuple(column for column in confining if column in columns)
-    check = RowCheck(name, kind, columns, tokenizer, vocab_size, assistant_only, conversation, masks)
+    dataset, source = _opened(dataset, name, args)
+    completion_only = _is_confined(source, args)
+    _check_options(source, completion_only, tokenizer, args, packing)
+    kept = kept_columns(source.names, reward_function, args, name, packing)
+    workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
+    run = _Run(name) if source.is_stream else None
+
+    dataset = _rows_of_our_own(dataset, source, kept)
+    check = _row_check(source, completion_only, tokenizer, args, vocab_size)
     dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
     if kept:
         dataset = dataset.map(_set_aside, fn_kwargs={"columns": kept}, **workers)
     aside = [ASIDE + column for column in kept]
-    read = [column for column in columns if column not in ("attention_mask", "position_ids")]  # checked, and done with
-    dataset = dataset.select_columns([*read, *aside])
-    given = None if is_stream else len(dataset)
+    dataset = dataset.select_columns([*(x for x in source.columns if x not in CHECKED_ALONE), *aside])
+    given = None if source.is_stream else len(dataset)
 
     options = copy.copy(args)
-    options.shuffle_dataset = args.shuffle_dataset and not packing
+    options.shuffle_dataset = args.shuffle_dataset and not packing  # which is for the rows that packing makes
     dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
-    if "thought_mask" in columns or "seq_lengths" in columns:
+    if "thought_mask" in source.columns or "seq_lengths" in source.columns:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
     _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
     if packing:
         return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
-    if kept:
-        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *columns)]
+    if kept:  # under their own names again
+        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *source.columns)]
         dataset = dataset.select_columns([*own, *aside]).rename_columns(dict(zip(aside, kept, strict=True)))
     return dataset
 
 
-def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], dict]:
-    """A dataset that gives lists, not tensors; its columns, and its first row."""
+@dataclass
+class _Source:
+    """What a dataset holds: its columns, those that are read and the kind of data they are; whether rows are messages."""
+
+    name: str  # for messages: "train" or "eval"
+    is_stream: bool
+    names: list[str]
+    kind: str
+    columns: list[str]
+    is_conversation: bool
+
+
+def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | IterableDataset, _Source]:
+    """A dataset that gives lists, not tensors, and what it holds by the names of its columns and its first row."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
     is_stream = isinstance(dataset, IterableDataset)
@@ -179,7 +130,86 @@ def _plain(dataset, name: str) -> tuple[Dataset | IterableDataset, list[str], di
         first = None if len(dataset) == 0 else dict(dataset.select_columns(prompt)[0]) if prompt else {}
     if first is None:
         raise ValueError(f"The {name} dataset is empty; give at least one text.")
-    return dataset, list(first) if is_stream else dataset.column_names, first
+    names = list(first) if is_stream else dataset.column_names
+    kind, columns = columns_read(names, args.dataset_text_field, name)
+    is_conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
+    return dataset, _Source(name, is_stream, names, kind, columns, is_conversation)
+
+
+def _is_confined(source: _Source, args: QuietStarConfig) -> bool:
+    """Whether the loss is confined to completions."""
+    if args.completion_only_loss is None:
+        return source.kind == "prompt" or "completion_mask" in source.columns
+    return args.completion_only_loss
+
+
+def _check_options(
+    source: _Source,
+    completion_only: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    packing: bool,
+) -> None:
+    """Refuses options that the data cannot follow."""
+    name, columns = source.name, source.columns
+    if "thought_mask" in source.names and (packing or source.kind != "input_ids"):
+        raise ValueError(
+            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
+        )
+    if "seq_lengths" in columns and packing:
+        raise ValueError(f"The {name} dataset has `seq_lengths`: it is packed already; set `packing=False`.")
+    if completion_only and source.kind != "prompt" and not {"completion_mask", "labels"} & set(columns):
+        raise ValueError(
+            f"`completion_only_loss=True` needs 'prompt' and 'completion', or a `completion_mask` or `labels` beside "
+            f"`input_ids`; the {name} dataset has {columns}."
+        )
+    if source.is_conversation and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The {name} dataset holds messages, and the tokenizer has no chat template; set `tokenizer.chat_template`."
+        )
+    if args.assistant_only_loss and not source.is_conversation and not {"assistant_masks", "labels"} & set(columns):
+        raise ValueError(
+            f"`assistant_only_loss=True` needs messages, or `assistant_masks` or `labels` beside `input_ids`; the {name} "
+            f"dataset has {columns}."
+        )
+    marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
+    if args.assistant_only_loss and source.is_conversation and not marks_turns:
+        raise ValueError(
+            "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with "
+            "`{% generation %}` and `{% endgeneration %}`; change the template, or set it to False."
+        )
+
+
+def _rows_of_our_own(
+    dataset: Dataset | IterableDataset, source: _Source, kept: list[str]
+) -> Dataset | IterableDataset:
+    """Rows that may be changed, with the columns that are read or kept; others are not even decoded."""
+    if source.is_stream:
+        return dataset.map(_own_row, fn_kwargs={"kind": source.kind})
+    return dataset.select_columns(list(dict.fromkeys([*source.columns, *kept])))
+
+
+def _row_check(
+    source: _Source,
+    completion_only: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    vocab_size: int,
+) -> RowCheck:
+    """The check of each row, by what the dataset holds and what the options ask of it."""
+    assistant_only = args.assistant_only_loss and source.kind != "input_ids"
+    confining = ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
+    masks = tuple(column for column in confining if column in source.columns)
+    return RowCheck(
+        source.name,
+        source.kind,
+        source.columns,
+        tokenizer,
+        vocab_size,
+        assistant_only,
+        source.is_conversation,
+        masks,
+    )
 
 
 def _own_row(row: dict, kind: str) -> dict:
@@ -192,13 +222,9 @@ def _own_row(row: dict, kind: str) -> dict:
 
 
 def _listed(value):
-    return (
-        value.tolist()
-        if isinstance(value, (np.ndarray, torch.Tensor))
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-    )
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str, prompt_end: bool) -> None:
@@ -265,18 +291,9 @@ def kept_columns(
     return [] if packing else kept
 
 
-ASIDE = "kept "  # before a name: no library then takes the column for one that it knows
-
-
 def _set_aside(row: dict, columns: list[str]) -> dict:
     """Copies of columns, under names that pass through preparation, which changes messages in place."""
     return {ASIDE + column: copy.deepcopy(row.get(column)) for column in columns}
-
-
-DROPPED = (
-    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
-    "`max_length`, `completion_only_loss` or the labels mask the rest"
-)
 
 
 @dataclass
@@ -328,42 +345,6 @@ class _Usable:
         if self.run is not None and not usable:
             logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
         return usable
-
-
-def _check_masks(
-    names: list[str], kind: str, columns: list[str], conversation: bool, tokenizer, args, name: str, packing: bool
-) -> bool:
-    """Whether the loss is confined to completions; refuses options that the data cannot follow."""
-    completion_only = args.completion_only_loss
-    if completion_only is None:
-        completion_only = kind == "prompt" or "completion_mask" in columns
-    if "thought_mask" in names and (packing or kind != "input_ids"):
-        raise ValueError(
-            f"The {name} dataset has a `thought_mask` for each token, which needs `input_ids` beside it and no packing."
-        )
-    if "seq_lengths" in columns and packing:
-        raise ValueError(f"The {name} dataset has `seq_lengths`: it is packed already; set `packing=False`.")
-    if completion_only and kind != "prompt" and not {"completion_mask", "labels"} & set(columns):
-        raise ValueError(
-            f"`completion_only_loss=True` needs 'prompt' and 'completion', or a `completion_mask` or `labels` beside "
-            f"`input_ids`; the {name} dataset has {columns}."
-        )
-    if conversation and tokenizer.chat_template is None:
-        raise ValueError(
-            f"The {name} dataset holds messages, and the tokenizer has no chat template; set `tokenizer.chat_template`."
-        )
-    if args.assistant_only_loss:
-        if not conversation and not {"assistant_masks", "labels"} & set(columns):
-            raise ValueError(
-                f"`assistant_only_loss=True` needs messages, or `assistant_masks` or `labels` beside `input_ids`; the {name} "
-                f"dataset has {columns}."
-            )
-        if conversation and not re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
-            raise ValueError(
-                "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with "
-                "`{% generation %}` and `{% endgeneration %}`; change the template, or set it to False."
-            )
-    return completion_only
 
 
 def _cut(row: dict, keep_end: bool) -> dict:

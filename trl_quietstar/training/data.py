@@ -6,7 +6,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .._compat import left_on_host
 from ..config import QuietStarConfig
-from ..data.prepare import OWN_COLUMNS, RepeatedRows, check_amount, check_longest, longest_text, prepare_texts
+from ..data.batches import OWN_COLUMNS, RepeatedRows
+from ..data.prepare import check_amount, check_longest, longest_text, prepare_texts
 from ..learning.rewards import RewardFunction, column_parameters
 from ..model.adapters import base_of
 from .checkpoints import CheckpointTrainer

@@ -1,0 +1,68 @@
+"""Rows of tokens as padded batches, and the order in which they come."""
+
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl.trainer.utils import RepeatSampler, pad
+
+from .._compat import DataCollatorForLanguageModeling
+
+
+# the columns that batches are made of
+OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
+# those that say something of tokens, and mean nothing to a reward function that is given the tokens already
+TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+
+
+class TextCollator(DataCollatorForLanguageModeling):
+    """
+    TRL's collator, with position ids that restart at each packed document and the optional `thought_mask` column.
+
+    Args:
+        pad_token_id (`int`):
+            Any valid id.
+        with_columns (`bool`):
+            Whether the batch holds the other columns too, under `columns`, as lists of one value for each row.
+    """
+
+    def __init__(self, pad_token_id: int, with_columns: bool = False):
+        super().__init__(pad_token_id, return_position_ids=True)
+        self.with_columns = with_columns
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        if "thought_mask" in examples[0]:
+            batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
+        others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+        if self.with_columns and others:
+            batch["columns"] = {name: [example[name] for example in examples] for name in others}
+        return batch
+
+
+class RepeatedRows(RepeatSampler):
+    """
+    TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again.
+
+    Args:
+        args, kwargs:
+            As for [`~trl.trainer.utils.RepeatSampler`].
+        lengths (`list[int]`, *optional*):
+            Of the rows, so that those of a batch are about as long, in the order of Transformers' `group_by_length`.
+    """
+
+    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lengths = lengths
+        if lengths is not None:  # the parent then counts the places in an order made here
+            self.shuffle, self.order = False, torch.Generator().manual_seed(self.seed or 0)
+
+    def __iter__(self):
+        if self.lengths is None:
+            return super().__iter__()
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=self.order)
+        return (order[place] for place in super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.lengths is not None:
+            self.order.manual_seed((self.seed or 0) + epoch)
+        elif self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
