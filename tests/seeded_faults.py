@@ -181,14 +181,14 @@ FAULTS = (
     # the LM head
     Fault(
         "the gradient of the entropy",
-        "log_p.mul_(minus).sub_(constant)",
-        "log_p.mul_(minus).add_(constant)",
+        "log_p.mul_(minus_e).sub_(constant)",
+        "log_p.mul_(minus_e).add_(constant)",
         "lm_head policy_gradient",
     ),
     Fault(
         "the mixed prediction's gradient ignores the weight",
-        "own_grad.addcmul_(mixed_grad, share)",
-        "own_grad.add_(mixed_grad)",
+        "g_y.addcmul_(g_z, share)",
+        "g_y.add_(g_z)",
         "lm_head",
     ),
     # generation and likelihoods
@@ -267,7 +267,7 @@ FAULTS = (
         "the end of a text keeps the mask of its beginning",
         'row["thought_mask"][-length:] if keep_end else',
         'row["thought_mask"][:length] if keep_end else',
-        "trainer_data columns bad_data",
+        "bad_data trainer_data columns",
     ),
     Fault(
         "notes beside data are the data",

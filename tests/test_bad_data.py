@@ -306,11 +306,13 @@ def test_token_ids_may_stand_beside_their_text(tmp_path):
 
 
 def test_packed_rows_are_cut_with_their_lengths(tmp_path):
-    """`seq_lengths` of a dataset that is packed already follow `max_length`, at either end."""
-    data = Dataset.from_dict({"input_ids": [list(range(1, 11))], "seq_lengths": [[4, 6]]})
-    for mode, lengths in (("keep_start", [4, 2]), ("keep_end", [6])):
+    """`seq_lengths` of a dataset that is packed already follow `max_length`, at either end; and so does a `thought_mask`."""
+    mask = [1, 0, 1, 1, 0, 1, 1, 1, 0, 0]
+    data = Dataset.from_dict({"input_ids": [list(range(1, 11))], "seq_lengths": [[4, 6]], "thought_mask": [mask]})
+    for mode, lengths, kept in (("keep_start", [4, 2], mask[:6]), ("keep_end", [6], mask[4:])):
         trainer = tiny_trainer(tmp_path, data=data, max_length=6, truncation_mode=mode, max_steps=1)
-        assert trainer.train_dataset[0]["seq_lengths"] == lengths
+        row = trainer.train_dataset[0]
+        assert row["seq_lengths"] == lengths and row["thought_mask"] == kept
         trainer.train()
 
 
