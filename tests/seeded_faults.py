@@ -208,8 +208,8 @@ FAULTS = (
     Fault("memory is taken as one row's", "/ max(per_token, 1.0) / size.rows", "/ max(per_token, 1.0)", "memory"),
     Fault(
         "an old experience is kept for the next sampling",
-        "global_step % args.num_iterations == 0 or",
-        "global_step % args.num_iterations == 1 or",
+        "step % args.num_iterations == 0 or",
+        "step % args.num_iterations == 1 or",
         "accumulation trainer",
     ),
     Fault(

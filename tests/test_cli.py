@@ -123,7 +123,7 @@ def test_training_without_evaluation_data(recipe, tmp_path, capsys):
 
 
 def test_a_run_resumes(recipe, tmp_path):
-    """`--resume_from_checkpoint` goes on where a run was left."""
+    """`--resume_from_checkpoint` goes on where a run was left, of a folder or the last one of the output directory."""
     recipe.update(save_strategy="steps", save_steps=2, max_steps=2)
     run(tmp_path, recipe)
     checkpoint = str(tmp_path / "out/checkpoint-2")
@@ -131,6 +131,10 @@ def test_a_run_resumes(recipe, tmp_path):
     run(tmp_path, recipe, "--resume_from_checkpoint", checkpoint)
     state = json.loads((tmp_path / "more/checkpoint-4/trainer_state.json").read_text())
     assert [e["step"] for e in state["log_history"] if "rl/reward" in e] == [1, 2, 3, 4]
+    recipe.update(max_steps=6)
+    run(tmp_path, recipe, "--resume_from_checkpoint", "true")
+    state = json.loads((tmp_path / "more/checkpoint-6/trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "rl/reward" in e] == [1, 2, 3, 4, 5, 6]
 
 
 def test_model_options_reach_the_model(recipe, tmp_path):
