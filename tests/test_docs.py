@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 
 from trl_quietstar import QuietStarConfig
 
+from .layout import ORDER
+
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -88,6 +90,16 @@ def test_fields_and_metrics_are_the_real_ones(page):
         if re.fullmatch(r"[a-z]+(_[a-z]+)+", code):
             name = re.sub(r"^eval_|_(low|high)$", "", code)  # of an evaluation; the bounds of an interval
             assert code in known or re.search(rf"\b({code}|{name})\b", SOURCE), code
+
+
+def test_the_map_names_what_is_there():
+    """Every path on the page of the architecture exists, and its table has every room, in the order of imports."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    paths = {code for code in re.findall(r"`([\w/.]+)`", page) if "/" in code or code.endswith(".py")}
+    missing = {code for code in paths if not any((root / code).exists() for root in (ROOT, ROOT / "trl_quietstar"))}
+    assert missing == {"rl/name", "recipes/NAME.yaml", "recipes/NAME.md"}
+    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, flags=re.MULTILINE)
+    assert tuple(rooms) == ORDER
 
 
 def shown(value) -> str:
