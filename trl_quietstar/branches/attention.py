@@ -1,15 +1,18 @@
 """Attention of branches to the text they hang off, without a dense mask.
 
 A branch sees a run of text indices, `first` to `last`, and its own earlier slots. So two small products with one softmax
-over both replace a `(T + N·S)²` mask: cost grows with what is seen, memory with what is kept. It enters any family that
-dispatches its attention through Transformers' `AttentionInterface`, as an implementation that does what the family's own
-did ([`enable`]) until a forward brings a [`TextReading`] or a [`BranchReading`].
+over both replace a `(T + N·S)²` mask: the cost grows with what is seen, the memory with what is kept.
+
+[`enable`] gives a model an attention that does what the family's own did, until a forward brings a [`TextReading`] or a
+[`BranchReading`]. That works in every family that dispatches its attention through Transformers' `AttentionInterface`.
 """
 
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -25,38 +28,55 @@ EAGER = "eager_attention_forward"  # which each family has of its own
 OWN_MASKS = ("flash", "flex", "paged")  # implementations named so take their masks in forms of their own
 CHUNK_ELEMENTS = 2**20  # attention scores held at once on a CPU, so that they stay in its cache
 CHUNK_BRANCHES = 64  # branches of a chunk there: a shorter one skips more text that none of its branches sees
-GPU_CHUNK_ELEMENTS = 2**26  # the same on any other device, which needs that much to be busy (256 MB in float32)
+GPU_CHUNK_ELEMENTS = 2**26  # scores held at once on any other device, which needs that much to be busy (256 MB)
 CHUNK_SLOTS = 256  # new slots of a branch that attend at once: memory grows with a thought and not with its square
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of an attention layer: `(B, heads, T, D)` of a text, `(B, heads, N, s, D)` of slots; each with its D."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "KeysValues":
+        """Both after a function."""
+        return KeysValues(function(self.keys), function(self.values))
 
 
 @dataclass
 class TextMemory:
     """
-    Keys and values of a text, by attention layer, as one forward left them: `(B, heads, T, D)`.
+    What the attention layers keep of a text, as one forward left it.
 
     Parameters:
         layers (`dict`):
-            By module.
+            The [`KeysValues`] of each attention module, of shape `(B, heads, T, D)`.
         has_windows (`bool`):
             Whether any layer named its sliding window.
     """
 
-    layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    layers: dict[torch.nn.Module, KeysValues] = field(default_factory=dict)
     has_windows: bool = False
+
+    def rows(self, index: torch.Tensor) -> "TextMemory":
+        """That of some texts, by an index of shape `(rows,)`."""
+        layers = {module: kept.map(lambda x: x[index]) for module, kept in self.layers.items()}
+        return TextMemory(layers, self.has_windows)
 
 
 @dataclass(frozen=True)
 class TextReading:
-    """A forward over the text itself, which fills `memory` on its way."""
+    """A forward over the text itself; each layer leaves its keys and values in `memory`."""
 
     memory: TextMemory
 
-    def attend(self, attention, module, query, key, value, attention_mask, **kwargs):
+    def attend(self, attention: Callable, module: torch.nn.Module, query, key, value, attention_mask, **kwargs):
+        """Attends as the family does; arguments after the first are those of Transformers' attention functions."""
         # a checkpointed layer comes by again in the backward; the first keys are those of the graph
         if module not in self.memory.layers:
             # in one piece, or every product on another device than a CPU would copy them again
-            kept = (x if x.device.type == "cpu" else x.contiguous() for x in (key, value))
-            self.memory.layers[module] = tuple(kept)  # type: ignore[assignment]
+            kept = KeysValues(key, value)
+            self.memory.layers[module] = kept if key.device.type == "cpu" else kept.map(torch.Tensor.contiguous)
         self.memory.has_windows |= kwargs.get("sliding_window") is not None
         return attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -70,27 +90,28 @@ class BranchReading:
         memory ([`TextMemory`]):
             Of the text.
         own (`dict`):
-            Keys and values of the branches' earlier slots, by module, `(B, heads, N, s or more, D)`; grows where `keep`.
+            The [`KeysValues`] of the branches' earlier slots, by attention module, of shape `(B, heads, N, s or more, D)`. The
+            forward adds the new slots where `keep` is set.
         first, last (`torch.Tensor` of shape `(B, N)`):
             Text indices that a branch sees.
         spans (`list[tuple[int, int]]`):
-            Least `first` and greatest `last`, over the batch, of each chunk of branches.
+            For each chunk of branches the least `first` and the greatest `last` over the batch.
         chunk (`int`):
             Branches of a chunk.
         slots (`torch.Tensor` of shape `(B, N, Q, s + Q)`, bool):
-            Which of its own slots, new ones included, a new slot sees.
+            Which slots of its branch a new slot sees, new ones included.
         positions (`torch.Tensor` of shape `(B, N, s + Q)`):
-            Position ids of all of them; for sliding windows.
+            Position ids of a branch's slots; sliding windows need them.
         ahead (`torch.Tensor` of shape `(B, N, Q)`):
-            How many positions a new slot is ahead of text index 0; for the same.
+            How many positions a new slot is ahead of text index 0; sliding windows need it.
         keep (`bool`):
             Whether more slots will follow.
         layouts (`dict`):
-            A [`_Layout`] for each sliding window and first new slot, which layers share.
+            A [`_Layout`] for each sliding window and first new slot; layers share them.
     """
 
     memory: TextMemory
-    own: dict[torch.nn.Module, tuple[torch.Tensor, ...]]
+    own: dict[torch.nn.Module, KeysValues]
     first: torch.Tensor
     last: torch.Tensor
     spans: list[tuple[int, int]]
@@ -101,30 +122,46 @@ class BranchReading:
     keep: bool
     layouts: dict[tuple[int | None, int], "_Layout"] = field(default_factory=dict)
 
-    def attend(self, attention, module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    def attend(
+        self,
+        attention: Callable,
+        module: torch.nn.Module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Attends to the text and to the branches' slots in place of `attention`; arguments after it are those of
+        Transformers' attention functions.
+
+        Raises:
+            `ValueError`: if attention weights are dropped, or the layer adds a learned position bias.
+        """
         if dropout:
             raise ValueError(f"Attention dropout of {dropout} is not applied to branches; set `disable_dropout=True`.")
         if kwargs.get("position_bias") is not None:
             raise ValueError("An attention with a learned position bias cannot branch.")
         B, N, Q, _ = self.slots.shape
-        text_key, text_value = self.memory.layers[module]
-        key, value = (x.to(query.dtype).unflatten(2, (N, Q)) for x in (key, value))
+        text = self.memory.layers[module]
+        own = KeysValues(*(x.to(query.dtype).unflatten(2, (N, Q)) for x in (key, value)))
         if module in self.own or self.keep:
-            key, value = self._joined(module, (key, value))
+            own = self._with_earlier(module, own)
         window = kwargs.get("sliding_window")
         query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        query = query.unflatten(2, (N, Q)).unflatten(1, (key.shape[1], -1))  # (B, heads, groups, N, Q, D)
+        query = query.unflatten(2, (N, Q)).unflatten(1, (own.keys.shape[1], -1))  # (B, heads, groups, N, Q, D)
         parts = []
         for start in range(0, Q, CHUNK_SLOTS):
             layout = self._layout(window, start)
             new = slice(start, start + layout.slots.shape[2])
-            own = slice(layout.slots.shape[3])
+            earlier = slice(layout.slots.shape[3])
             out = _Attend.apply(
                 query[..., new, :].transpose(2, 3).flatten(3, 4).contiguous(),
-                text_key.to(query.dtype),
-                text_value.to(query.dtype),
-                key[:, :, :, own],
-                value[:, :, :, own],
+                *text.map(lambda x: x.to(query.dtype)),
+                *own.map(lambda x: x[:, :, :, earlier]),  # noqa: B023  # called at once
                 kwargs.get("s_aux"),
                 layout,
                 kwargs.get("softcap"),
@@ -134,7 +171,7 @@ class BranchReading:
         return out.reshape(B, N * Q, query.shape[1] * query.shape[2], -1), None
 
     def _layout(self, window: int | None, start: int) -> "_Layout":
-        """Of the new slots from `start` on, as many as attend at once, under a sliding window or none."""
+        """The layout of the new slots from `start` on, as many as attend at once, under a sliding window or none."""
         if (window, start) not in self.layouts:
             Q, slots = self.slots.shape[2:]
             new = slice(start, min(start + CHUNK_SLOTS, Q))
@@ -147,24 +184,43 @@ class BranchReading:
             self.layouts[window, start] = _Layout(first, self.last, seen, self.spans, self.chunk)
         return self.layouts[window, start]
 
-    def _joined(self, module: torch.nn.Module, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Keys and values of all slots. Without a graph, room for twice as many is made when it runs out, so that long
-        thoughts are not copied at every token."""
-        Q, length = new[0].shape[3], self.slots.shape[3]
-        kept = self.own.get(module) or tuple(x[:, :, :, :0] for x in new)
+    def _with_earlier(self, module: torch.nn.Module, new: KeysValues) -> KeysValues:
+        """Keys and values of all slots: those that were kept, then the new ones."""
+        Q, length = new.keys.shape[3], self.slots.shape[3]
+        kept = self.own.get(module) or new.map(lambda x: x[:, :, :, :0])
         if torch.is_grad_enabled() or not self.keep:
-            joined = tuple(torch.cat([old[:, :, :, : length - Q], x], dim=3) for old, x in zip(kept, new, strict=True))
+            earlier = kept.map(lambda x: x[:, :, :, : length - Q])
+            joined = KeysValues(*(torch.cat(pair, dim=3) for pair in zip(earlier, new, strict=True)))
             if self.keep:
                 self.own[module] = joined
             return joined
-        if kept[0].shape[3] < length:
-            room = tuple(x.new_empty(*x.shape[:3], max(length, 2 * kept[0].shape[3]), x.shape[4]) for x in new)
+        # without a graph they are written into a buffer, which doubles when it is full: nothing is copied at every token
+        if kept.keys.shape[3] < length:
+            size = max(length, 2 * kept.keys.shape[3])
+            room = new.map(lambda x: x.new_empty(*x.shape[:3], size, x.shape[4]))
             for buffer, old in zip(room, kept, strict=True):
                 buffer[:, :, :, : length - Q] = old[:, :, :, : length - Q]
             self.own[module] = kept = room
         for buffer, x in zip(kept, new, strict=True):
             buffer[:, :, :, length - Q : length] = x
-        return tuple(buffer[:, :, :, :length] for buffer in kept)
+        return kept.map(lambda x: x[:, :, :, :length])
+
+
+class _Chunk(NamedTuple):
+    """
+    A run of n branches that attend together, and what they see.
+
+    Parameters:
+        branches, text (`slice`):
+            Of N, and of T: the K text indices that any of them sees.
+        text_unseen (`torch.Tensor` of shape `(B, 1, n, 1, Q or 1, K)`), own_unseen (of shape `(B, 1, n, 1, Q, s)`):
+            What a new slot does not see of that part of the text, and of its branch's slots.
+    """
+
+    branches: slice
+    text: slice
+    text_unseen: torch.Tensor
+    own_unseen: torch.Tensor
 
 
 class _Layout:
@@ -177,22 +233,22 @@ class _Layout:
             As in [`BranchReading`]; `first` by new slot under a sliding window.
     """
 
-    def __init__(self, first, last, slots, spans: list[tuple[int, int]], chunk: int):
-        self.first, self.last, self.slots, self.chunk = first, last, slots, chunk
-        self.chunks = [
-            (slice(i * chunk, (i + 1) * chunk), slice(least, greatest + 1))
-            for i, (least, greatest) in enumerate(spans)
-        ]
+    def __init__(
+        self, first: torch.Tensor, last: torch.Tensor, slots: torch.Tensor, spans: list[tuple[int, int]], chunk: int
+    ):
+        self.first, self.last, self.slots, self.spans, self.chunk = first, last, slots, spans, chunk
 
     @functools.cached_property
-    def unseen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Masks of each chunk: over the text, `(B, 1, n, 1, Q or 1, K)`, and over own slots, `(B, 1, n, 1, Q, s)`."""
-        index = torch.arange(max(span.stop for _, span in self.chunks), device=self.last.device)
-        first, last, own = self.first[:, None, :, None, :, None], self.last[:, None, :, None, None, None], ~self.slots
-        return [
-            ((index[span] < first[:, :, at]) | (index[span] > last[:, :, at]), own[:, None, at, None])
-            for at, span in self.chunks
-        ]
+    def chunks(self) -> list[_Chunk]:
+        """The chunks, in order."""
+        index = torch.arange(max(greatest for _, greatest in self.spans) + 1, device=self.last.device)
+        first, last = self.first[:, None, :, None, :, None], self.last[:, None, :, None, None, None]
+        own_unseen, chunks = ~self.slots, []
+        for i, (least, greatest) in enumerate(self.spans):
+            at, text = slice(i * self.chunk, (i + 1) * self.chunk), slice(least, greatest + 1)
+            unseen = (index[text] < first[:, :, at]) | (index[text] > last[:, :, at])
+            chunks.append(_Chunk(at, text, unseen, own_unseen[:, None, at, None]))
+        return chunks
 
 
 class _Attend(torch.autograd.Function):
@@ -202,23 +258,34 @@ class _Attend(torch.autograd.Function):
 
     Queries, already scaled, are `(B, heads, N, R, D)` with R = groups·Q rows of a branch that share keys; text keys `(B,
     heads, T, D)`, own keys `(B, heads, N, s, D)`, sinks (one more logit in the softmax) of one number for each query head.
+
+    Of a row with query `q`, with keys `k_j` and values `v_j` of text and own slots together, the soft-cap `c` and the sink `σ`:
+
+        s_j = c(q·k_j)        Z = Σ_j exp(s_j) + exp(σ)        p_j = exp(s_j − log Z)        o = Σ_j p_j v_j
+
+    With the gradient `g` of `o` that comes in, `∂p_j/∂s_i = p_j ([i = j] − p_i)` gives, over what the row sees,
+
+        δ = Σ_j p_j (g·v_j) = g·o               gradient of s_j = p_j (g·v_j − δ)
+        d_j = p_j (g·v_j − δ) c'(q·k_j)         gradient of q = Σ_j d_j k_j
+        gradient of k_j = Σ_rows d_j q          gradient of v_j = Σ_rows p_j g
+        gradient of σ = −Σ_rows exp(σ − log Z) δ
     """
 
     @staticmethod
     def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout, softcap):
-        chunks = _Chunks(query, text_key, own_key, sinks, layout, softcap)
+        scoring = _Scores(query, text_key, own_key, sinks, layout, softcap)
         outs, log_zs = [], []
-        for at, span, unseen in chunks:
-            scores, own_scores = chunks.scores(at, span, unseen)
+        for chunk in layout.chunks:
+            scores, own_scores = scoring.of(chunk)
             top = torch.maximum(scores.amax(-1), own_scores.amax(-1))
             if sinks is not None:
-                top = torch.maximum(top, chunks.sinks.expand_as(top))
+                top = torch.maximum(top, scoring.sinks.expand_as(top))
             weights, own_weights = (x.sub_(top[..., None]).exp_() for x in (scores, own_scores))
             total = weights.sum(-1).add_(own_weights.sum(-1))
             if sinks is not None:
-                total += (chunks.sinks - top).exp()
-            own = _product(own_weights.to(query.dtype), own_value[:, :, at])
-            seen = _product(weights.to(query.dtype).flatten(2, 3), text_value[:, :, span]).view_as(own)
+                total += (scoring.sinks - top).exp()
+            own = _product(own_weights.to(query.dtype), own_value[:, :, chunk.branches])
+            seen = _product(weights.to(query.dtype).flatten(2, 3), text_value[:, :, chunk.text]).view_as(own)
             outs.append((seen.add_(own) / total[..., None]).to(query.dtype))
             log_zs.append(total.log().add_(top))
         out, log_z = _joined(outs), _joined(log_zs)
@@ -229,69 +296,61 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, text_key, text_value, own_key, own_value, sinks, out, log_z = ctx.saved_tensors
-        chunks = _Chunks(query, text_key, own_key, sinks, ctx.layout, ctx.softcap)
+        scoring = _Scores(query, text_key, own_key, sinks, ctx.layout, ctx.softcap)
         grad = grad.contiguous()
-        shared = (grad * out).sum(-1, dtype=chunks.dtype)[..., None]
+        delta = (grad * out).sum(-1, dtype=scoring.dtype)[..., None]
         d_query, d_own_key, d_own_value = [], [], []
-        d_text_key, d_text_value = (torch.zeros_like(x, dtype=chunks.dtype) for x in (text_key, text_value))
-        for at, span, unseen in chunks:
+        d_text_key, d_text_value = (torch.zeros_like(x, dtype=scoring.dtype) for x in (text_key, text_value))
+        for chunk in ctx.layout.chunks:
+            at, text = chunk.branches, chunk.text
             q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
-            scores, own_scores = chunks.scores(at, span, unseen)
-            slopes = [cap_slope(x, chunks.softcap) for x in (scores, own_scores)]
+            scores, own_scores = scoring.of(chunk)
+            slopes = [cap_slope(x, ctx.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
-            d_scores = _product(g, text_value[:, :, span].mT).view_as(weights).to(chunks.dtype)
-            d_own_scores = _product(grad[:, :, at], own_value[:, :, at].mT).to(chunks.dtype)
+            d_scores = _product(g, text_value[:, :, text].mT).view_as(weights).to(scoring.dtype)
+            d_own_scores = _product(grad[:, :, at], own_value[:, :, at].mT).to(scoring.dtype)
             pairs = zip((d_scores, d_own_scores), (weights, own_weights), slopes, strict=True)
             d_scores, d_own_scores = (
-                times_(d.sub_(shared[:, :, at]).mul_(w), factor).to(query.dtype) for d, w, factor in pairs
+                times_(d.sub_(delta[:, :, at]).mul_(p), slope).to(query.dtype) for d, p, slope in pairs
             )
             flat = d_scores.flatten(2, 3)
-            d_text_key[:, :, span] += _product(flat.mT, q)
-            d_text_value[:, :, span] += _product(weights.to(query.dtype).flatten(2, 3).mT, g)
+            d_text_key[:, :, text] += _product(flat.mT, q)
+            d_text_value[:, :, text] += _product(weights.to(query.dtype).flatten(2, 3).mT, g)
             d_own_key.append(_product(d_own_scores.mT, query[:, :, at]))
             d_own_value.append(_product(own_weights.to(query.dtype).mT, grad[:, :, at]))
-            by_text = _product(flat, text_key[:, :, span]).view_as(query[:, :, at])
+            by_text = _product(flat, text_key[:, :, text]).view_as(query[:, :, at])
             d_query.append(by_text.add_(_product(d_own_scores, own_key[:, :, at])))
         d_sinks = None
         if sinks is not None:
-            share = (chunks.sinks - log_z).exp() * -shared[..., 0]  # (B, heads, N, R)
-            d_sinks = share.unflatten(3, (-1, chunks.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
+            of_rows = (scoring.sinks - log_z).exp() * -delta[..., 0]  # (B, heads, N, R)
+            d_sinks = of_rows.unflatten(3, (-1, scoring.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
         d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
         return _joined(d_query), *d_text, _joined(d_own_key), _joined(d_own_value), d_sinks, None, None
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` for the same leading dimensions, without the further operations that `@` dispatches to broadcast them."""
-    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+class _Scores:
+    """
+    Soft-capped, masked scores, in at least float32.
 
+    Args:
+        query (`torch.Tensor` of shape `(B, heads, N, R, D)`), text_key, own_key, sinks, layout, softcap:
+            As in [`_Attend`].
+    """
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """What the chunks gave, `(B, heads, n, ...)`, as one tensor of all branches."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-class _Chunks:
-    """The chunks of branches, each as a slice of N, the slice of T that it sees, and masks; and their masked scores."""
-
-    def __init__(self, query, text_key, own_key, sinks, layout: _Layout, softcap: float | None):
+    def __init__(self, query, text_key, own_key, sinks: torch.Tensor | None, layout: _Layout, softcap: float | None):
         self.query, self.text_key, self.own_key = query, text_key, own_key
-        self.layout, self.softcap, self.Q = layout, softcap, layout.slots.shape[2]
+        self.softcap, self.Q = softcap, layout.slots.shape[2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        if sinks is not None:  # of query heads: (1, heads, 1, R)
+        if sinks is not None:  # of query heads, to (1, heads, 1, R)
             rows = sinks.to(self.dtype).view(query.shape[1], -1, 1).expand(-1, -1, self.Q)
             self.sinks = rows.flatten(1, 2)[None, :, None]
 
-    def __iter__(self):
-        return ((at, span, unseen) for (at, span), unseen in zip(self.layout.chunks, self.layout.unseen, strict=True))
-
-    def scores(
-        self, at: slice, span: slice, unseen: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores over the text, `(B, heads, n, R, K)`, and over a branch's own slots, `(B, heads, n, R, s)`."""
-        q = self.query[:, :, at]
-        over_text = _product(q.flatten(2, 3), self.text_key[:, :, span].mT).view(*q.shape[:-1], -1)
-        over_own = _product(q, self.own_key[:, :, at].mT)
-        return self._masked(over_text, unseen[0]), self._masked(over_own, unseen[1])
+        q = self.query[:, :, chunk.branches]
+        over_text = _product(q.flatten(2, 3), self.text_key[:, :, chunk.text].mT).view(*q.shape[:-1], -1)
+        over_own = _product(q, self.own_key[:, :, chunk.branches].mT)
+        return self._masked(over_text, chunk.text_unseen), self._masked(over_own, chunk.own_unseen)
 
     def _masked(self, scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
         """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `unseen` says so."""
@@ -300,8 +359,18 @@ class _Chunks:
         return scores
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` for equal leading dimensions, without the further operations by which `@` broadcasts them."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the chunks gave, `(B, heads, n, ...)`, as one tensor of all branches."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def chunk_size(rows: int, keys: int, device: torch.device) -> int:
-    """Branches of a chunk, for `rows` rows of scores a branch over so many keys, of the text and its own."""
+    """How many branches make a chunk, if each has `rows` rows of scores over `keys` keys of the text and its own."""
     if device.type != "cpu":
         return max(GPU_CHUNK_ELEMENTS // (rows * keys), 1)
     return max(min(CHUNK_ELEMENTS // (rows * keys), CHUNK_BRANCHES), 1)
@@ -350,7 +419,7 @@ def disable(model: PreTrainedModel) -> None:
         model.set_attn_implementation(vars(model).get("attention_before_branches", current.removeprefix(PREFIX)))
 
 
-def _attention_in_place_of(name: str):
+def _attention_in_place_of(name: str) -> Callable:
     """An attention function that attends as `name` does, unless a reading says otherwise."""
 
     def attention(module, query, key, value, attention_mask, quietstar_reading=None, **kwargs):

@@ -12,7 +12,7 @@ from ..model.routing import Routing, recorded_routing
 from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from . import attention
-from .attention import BranchReading, TextMemory, TextReading
+from .attention import BranchReading, KeysValues, TextMemory, TextReading
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
 from .masks import additive_masks, in_mask_form, local_layer_types, text_attention
 
@@ -50,7 +50,7 @@ class SharedPrefix:
 
 class _AfterText(torch.autograd.Function):
     """
-    The branches' hidden states, whose backward reaches the text's too, with zeros.
+    Hands on the branches' hidden states; the backward sends zeros to the text's.
 
     Sharded layers gather their weights when a gradient comes to their output. Where no loss is on the text itself, its last
     layer would get gradients through keys and values alone, and find its weights away.
@@ -83,7 +83,7 @@ class SharedPrefixCache:
         if not attention.enable(model):
             raise ValueError("The attention of this family cannot branch.")
         self.model, self.text, self.memory = model, text, TextMemory()
-        self.own: dict = {}
+        self.own: dict[torch.nn.Module, KeysValues] = {}
         self.length = 0  # slots that were kept
         mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
         embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
@@ -98,25 +98,31 @@ class SharedPrefixCache:
         fresh.own, fresh.length = {}, 0
         if rows is not None:
             index = to_device(rows, self.text_hidden.device)
-            layers = {module: (key[index], value[index]) for module, (key, value) in self.memory.layers.items()}
-            fresh.memory = TextMemory(layers, self.memory.has_windows)
+            fresh.memory = self.memory.rows(index)
             fresh.text, fresh.text_hidden = self.text.rows(rows), self.text_hidden[index]
         return fresh
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "SharedPrefixCache":
         fresh, places = copy.copy(self), branch_places(rows, columns, self.text_hidden.device)
         if len(rows) < len(self.text.input_ids):
-            kept = {module: tuple(x[places[0][:, 0]] for x in pair) for module, pair in self.memory.layers.items()}
-            fresh.text, fresh.memory = self.text.rows(rows), TextMemory(kept, self.memory.has_windows)  # type: ignore[arg-type]
+            fresh.text, fresh.memory = self.text.rows(rows), self.memory.rows(places[0][:, 0])
         used = slice(self.length)
         fresh.own = {
-            module: tuple(x[:, :, :, used].transpose(1, 2)[places].transpose(1, 2) for x in pair)
+            module: pair.map(lambda x: x[:, :, :, used].transpose(1, 2)[places].transpose(1, 2))
             for module, pair in self.own.items()
         }
         return fresh
 
     def take_back(self, grown: "SharedPrefixCache", places: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Adds the slots that a selection of the branches, at their rows and columns, has grown since; others have zeros."""
+        """
+        Adds the slots that some of the branches have grown in a cache of their own; the other branches get zeros.
+
+        Args:
+            grown ([`SharedPrefixCache`]):
+                What [`select`] gave, after it was extended.
+            places (`tuple`):
+                Rows and columns of its branches, an index into tensors of shape `(B, N, ...)`.
+        """
         for module, pair in self.own.items():
             joined = []
             for old, new in zip(pair, grown.own[module], strict=True):
@@ -124,7 +130,7 @@ class SharedPrefixCache:
                 room = added.new_zeros(*old.transpose(1, 2).shape[:3], *added.shape[3:])
                 room = room.index_put(places, added).transpose(1, 2)
                 joined.append(torch.cat([old[:, :, :, : self.length], room], dim=3))
-            self.own[module] = tuple(joined)
+            self.own[module] = KeysValues(*joined)
         self.length = grown.length
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -164,7 +170,7 @@ class SharedPrefixCache:
     def _branch_reading(
         self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
     ) -> BranchReading:
-        """Of the slots that are not kept yet; mask and position ids, `(B, N, s + Q)`, are those of all."""
+        """How the new slots attend; mask and position ids, `(B, N, s + Q)`, are those of kept and new slots."""
         slots, new = mask.shape[2], positions[:, :, self.length :]
         Q = new.shape[2]
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
@@ -204,7 +210,7 @@ def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[in
     """Least `first` and greatest `last`, `(B, N)`, of each chunk of branches."""
     least, greatest = first.amin(0), torch.maximum(first, last).amax(0)
     pairs = [torch.stack([a.amin(), b.amax()]) for a, b in zip(least.split(chunk), greatest.split(chunk), strict=True)]
-    return [tuple(pair) for pair in torch.stack(pairs).tolist()]
+    return [(start, end) for start, end in torch.stack(pairs).tolist()]
 
 
 def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
