@@ -166,8 +166,8 @@ def test_chunks_fill_the_device():
 def test_masks_are_made_once_for_all_layers(monkeypatch):
     """And once more for layers with a window."""
     made = []
-    unseen = branch_attention._Layout.unseen.func
-    monkeypatch.setattr(branch_attention._Layout, "unseen", property(lambda self: made.append(self) or unseen(self)))
+    chunks = branch_attention._Layout.chunks.func
+    monkeypatch.setattr(branch_attention._Layout, "chunks", property(lambda self: made.append(self) or chunks(self)))
     for name, kinds in (("llama", 1), ("gemma2", 2)):
         model, made[:] = family_model(name), []
         with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, forward_arguments, position_offset
@@ -79,6 +80,7 @@ class MaskedPrefixCache:
         fresh.cache, fresh.text = copy.copy(self.cache), self.text.rows(rows)
         fresh.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in fresh.cache.layers:
+            assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
             layer.keys, layer.values = (x.transpose(1, 2)[places].transpose(1, 2) for x in (layer.keys, layer.values))
         fresh.key_positions = self.key_positions[places]
         return fresh

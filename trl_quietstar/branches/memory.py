@@ -1,14 +1,20 @@
-"""How much memory thoughts need, estimated before it is spent, and what is done with a batch by that."""
+"""How much memory thoughts need, estimated before it is spent, and how many branches run at once by that estimate.
+
+Training, validation, inspection and scoring go by it; there is no other bound. Two estimates stand behind it. With gradient,
+what a token keeps for the backward is counted in a forward ([`kept_per_token`]). Without gradient only keys and values stay, and
+the model's sizes tell the rest ([`branches_without_graph`]).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..model.embeddings import embed_tokens
+from ..model.embeddings import embed_tokens, weight_of
 from ..model.family import max_positions
 from ..model.sharding import own_part
 from .base import BranchPath, backbone
@@ -16,25 +22,29 @@ from .cached_replay import CachedReplay
 from .replay import Replay
 
 
-PROBE_TOKENS = 64  # of the longer of two forwards; the other has half as many
-SHARE = 0.6  # of the free memory that activations may take
-CPU_TOKENS = 4096  # of a forward without graph on a CPU: more are no faster there, and take memory for nothing
-BUSY = 2**36  # parameters of a layer times tokens whose arithmetic takes an accelerator longer than to launch it
-CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # of a container
+PROBE_TOKENS = 64  # in the longer of the two forwards that are counted; the other has half as many
+SHARE = 0.6  # of the free memory, which activations may take
+CPU_TOKENS = 4096  # in a forward without graph on a CPU: more are no faster there, and take memory for nothing
+BUSY = (
+    2**36
+)  # a layer's parameters times tokens: from here on arithmetic takes an accelerator longer than to launch it
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # a container's limit and use
+
+_layer_sizes: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # counted once for a model
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    How the thoughts of a batch are sampled and scored. Of each row so many branches at once; None: all.
+    How the thoughts of a batch are sampled and scored.
 
     Parameters:
         single_pass (`bool`):
             Whether thoughts are sampled in the forward that scores them.
         training (`int`, *optional*):
-            Branches whose activations are kept for the backward at once.
+            How many branches of each row keep their activations for the backward at once; None for all.
         sampling, scoring (`int`, *optional*):
-            Branches that are sampled, and scored, without gradient at once.
+            How many branches of each row are sampled at once, and scored at once, without gradient; None for all.
     """
 
     single_pass: bool
@@ -61,15 +71,16 @@ class Size:
 
 def kept_per_token(model: PreTrainedModel) -> float:
     """
-    Bytes that a forward keeps of each token for the backward: by how much more a longer one keeps than a shorter one, so that
-    what does not grow with the tokens, such as autocast's copies of weights, does not count. It takes the autocast that it is
-    called under.
+    Bytes that a forward keeps of each token for the backward, under the autocast that is on.
+
+    Two forwards are counted, and the longer one's surplus is divided by its further tokens. So what does not grow with the tokens,
+    such as autocast's copies of weights, does not count.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The causal LM, as it will be trained: adapters, frozen weights and checkpointed layers keep less.
     """
-    # once in a run, and again where it is resumed: dropout must not draw from the random numbers of training
+    # dropout must not draw from the random numbers of training: this runs once in a run, and again where it is resumed
     half = min(PROBE_TOKENS, max_positions(model.config) or PROBE_TOKENS) // 2
     kind = model.device.type
     forked = dict(devices=[], device_type="cuda") if kind == "cpu" else dict(devices=[model.device], device_type=kind)
@@ -91,7 +102,7 @@ def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.arange(tokens, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(tokens, device=model.device)[None] % weight_of(model.get_input_embeddings()).shape[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = backbone(model, embed_tokens(model, ids), use_cache=False)
     total = sum(kept.values())
@@ -100,26 +111,26 @@ def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
 
 
 def passing_per_token(model: PreTrainedModel) -> int:
-    """Bytes that a forward without gradient holds of a token where it holds most, in an MLP, by the model's sizes."""
-    config, hidden = model.config.get_text_config(), model.get_output_embeddings().weight.shape[1]
+    """Bytes that a forward without gradient holds of a token at its widest place, in an MLP, by the model's sizes."""
+    config, hidden = model.config.get_text_config(), weight_of(model.get_output_embeddings()).shape[1]
     inner = _number(config, "intermediate_size") or 4 * hidden
     experts = _number(config, "num_experts_per_tok") or 1
     return (8 * hidden + 4 * inner * experts) * max(model.dtype.itemsize, 4)  # norms compute in float32
 
 
 def cached_per_token(model: PreTrainedModel) -> int:
-    """Bytes of a token's keys and values in all layers, by the model's sizes and the autocast that it is called under."""
+    """Bytes of a token's keys and values in all layers, by the model's sizes and the autocast that is on."""
     config, kind = model.config.get_text_config(), model.device.type
     heads = _number(config, "num_key_value_heads") or _number(config, "num_attention_heads") or 1
-    hidden = model.get_output_embeddings().weight.shape[1]
+    hidden = weight_of(model.get_output_embeddings()).shape[1]
     size = _number(config, "head_dim") or hidden // (_number(config, "num_attention_heads") or 1)
     low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if low else model.dtype
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
 
 
-def _number(config, name: str) -> int | None:
-    """A size in a configuration; the largest where layers differ."""
+def _number(config: PreTrainedConfig, name: str) -> int | None:
+    """A size in a configuration, the largest where layers differ; None where it has no such size."""
     layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
     values = [getattr(layer, name, None) for layer in layers]
     values = [x for value in values for x in (value if isinstance(value, (list, tuple)) else [value])]
@@ -142,8 +153,10 @@ def free_bytes(device: torch.device) -> int:
 
 def memory_budget(model: PreTrainedModel) -> int:
     """
-    Bytes that a training run has for activations, by what is free ahead of its first backward: then gradients are still to
-    come, and AdamW's two moments.
+    Bytes that a training run has for activations.
+
+    It is measured ahead of the first backward, when gradients and AdamW's two moments are still to come; their size is taken off
+    what is free.
     """
     to_come = sum(3 * local.nbytes for local in map(own_part, model.parameters()) if local.requires_grad)
     return max(free_bytes(model.device) - to_come, 0)
@@ -170,7 +183,7 @@ def branches_that_fit(per_token: float, size: Size, free: float) -> int:
 
 def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size, new: int, free: float) -> int:
     """
-    How many branches of each row can run at once without gradient, where nothing is kept but their keys and values.
+    How many branches of each row can run at once without gradient, when only their keys and values are kept.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -180,7 +193,7 @@ def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size,
         size ([`Size`]):
             Of the batch.
         new (`int`):
-            Slots that a forward takes of each branch: 1 in sampling.
+            How many slots of each branch a forward takes: 1 in sampling.
         free (`float`):
             Bytes.
 
@@ -188,23 +201,29 @@ def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size,
         `int`: from 1 to N.
     """
     passing, cached = passing_per_token(model), cached_per_token(model)
-    seen = size.slots + (size.text_length if isinstance(path, Replay) else 0)  # that a branch has a copy of
-    per_branch = new_tokens(path, size, new) * passing + 2 * seen * cached  # room for keys grows by doubling
+    own = size.slots + (
+        size.text_length if isinstance(path, Replay) else 0
+    )  # tokens whose keys are the branch's alone
+    per_branch = (
+        new_tokens(path, size, new) * passing + 2 * own * cached
+    )  # twice, since room for keys grows by doubling
     left = SHARE * free / size.rows - size.text_length * (passing + cached)
     return min(max(int(left // per_branch), 1), size.branches)
 
 
 def new_tokens(path: BranchPath, size: Size, new: int) -> int:
-    """Tokens that a forward takes for `new` slots of a branch: with plain replay all that is before them, too."""
+    """How many tokens a forward runs for `new` slots of a branch: plain replay runs the text and earlier slots again."""
     again = isinstance(path, Replay) and not (isinstance(path, CachedReplay) and new == 1)
     return size.text_length + size.slots if again else new
 
 
 def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: float) -> bool:
     """
-    Whether thoughts are short enough to be sampled in the graph of training, which keeps at each slot of a branch the keys and
-    values of all slots before it: no more of these than of all else, and all of it fits. Away from a CPU each forward must
-    also be large enough to pay for its launches, of which sampling in the graph makes about three times as many.
+    Whether thoughts are sampled in the graph of training.
+
+    That graph keeps at each slot of a branch the keys and values of all slots before it. They must take no more than everything
+    else, and all of it must fit. Away from a CPU each forward must also be large enough to pay for its launches: sampling in the
+    graph makes about three times as many.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -223,8 +242,12 @@ def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: f
 
 def _layer_size(model: PreTrainedModel) -> float:
     """Parameters of a layer."""
-    tables = {id(x.weight): x.weight.numel() for x in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return (model.num_parameters() - sum(tables.values())) / model.config.get_text_config().num_hidden_layers
+    if model not in _layer_sizes:
+        weights = (weight_of(model.get_input_embeddings()), weight_of(model.get_output_embeddings()))
+        tables = {id(weight): weight.numel() for weight in weights}  # one where they are tied
+        layers = model.config.get_text_config().num_hidden_layers
+        _layer_sizes[model] = (model.num_parameters() - sum(tables.values())) / layers
+    return _layer_sizes[model]
 
 
 def plan_batch(
@@ -245,16 +268,16 @@ def plan_batch(
         path ([`~branches.base.BranchPath`]):
             How thoughts are run.
         size ([`Size`]):
-            Of the batch; N of the process with most.
+            Of the batch; its N is that of the process with most branches.
         per_token (`float`, *optional*):
-            As [`kept_per_token`] gives it; None where no group is to be chosen for the backward.
+            As [`kept_per_token`] gives it; None if no group needs to be chosen for the backward.
         free (`float`):
             Bytes.
         in_graph (`bool`):
             Whether thoughts may be sampled in the forward that scores them.
         least (`Callable`, *optional*):
-            From a number to the least of all processes, where each must call the layers as often as the others. Defaults to
-            this process's own.
+            From this process's number to the least of all processes, if each must call the layers as often as the others.
+            Defaults to this process's own number.
     """
 
     def group(fitting: int) -> int | None:

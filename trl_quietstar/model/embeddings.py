@@ -4,6 +4,8 @@ Gemma 3n and 4 look up a second embedding of every token, which each layer reads
 first one does not tell. Here it rides behind the first in one vector, so that nothing else needs to know.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +62,11 @@ def mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
         )
     table = model.get_input_embeddings()
     return table(torch.tensor(ids, device=next(table.parameters()).device)).mean(0)
+
+
+def weight_of(table: nn.Module) -> torch.Tensor:
+    """The weight of an embedding table or of an LM head, `(V, width)`."""
+    return cast(torch.Tensor, table.weight)
 
 
 class LookupTape:
@@ -134,7 +141,7 @@ def embedding_inputs(model: PreTrainedModel, embeds: torch.Tensor) -> dict[str, 
     size = _layer_size(model)
     if size == 0:
         return {"inputs_embeds": embeds}
-    width = model.get_input_embeddings().weight.shape[1]
+    width = weight_of(model.get_input_embeddings()).shape[1]
     return {"inputs_embeds": embeds[..., :width], "per_layer_inputs": embeds[..., width:].unflatten(-1, (-1, size))}
 
 

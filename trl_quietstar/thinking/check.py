@@ -1,4 +1,7 @@
-"""The start-up check: is the fast path exact on *this* model? Nobody trains on silently wrong masks."""
+"""The start-up check: which path is exact on *this* model? Nobody trains on silently wrong masks.
+
+It stands above the paths that it judges, since it judges them by what sampling and scoring make of them.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from ..branches.masked_prefix import MaskedPrefix
 from ..branches.replay import Replay
 from ..branches.shared_prefix import SharedPrefix
 from ..model.concurrency import eval_mode
-from ..model.embeddings import embed_tokens, embed_vector
+from ..model.embeddings import embed_tokens, embed_vector, weight_of
 from ..model.heads import ThinkingModel
 from ..model.lm_head import token_statistics
 from ..model.sharding import check_one_device
@@ -27,12 +30,12 @@ from .scoring import ScoreRequest, score
 
 logger = logging.getLogger(__name__)
 
-# Largest difference in nats, relative to the largest magnitude, that rounding explains
+# Largest difference, relative to the largest magnitude, that rounding explains
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of a quantized model, whose rows round otherwise in another batch: SmolLM2-135M differs by up to 0.15 in 8 bits, and by
-# 0.30 or more where a mask is wrong
+# For a quantized model, whose rows round otherwise in another batch: SmolLM2-135M differs by up to 0.15 in 8 bits, and by
+# 0.30 or more if a mask is wrong
 QUANTIZED_TOLERANCE = 2e-1
-TEXT_LENGTH = 24
+TEXT_LENGTH = 24  # tokens of the random texts
 # Fastest first
 PATHS_OF: dict[str, tuple[BranchPath, ...]] = {
     "shared_prefix": (SharedPrefix(), MaskedPrefix()),
@@ -46,9 +49,9 @@ def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> fl
     """
     Largest difference, relative to the largest magnitude, between a path and the model run in the ordinary way.
 
-    Thoughts are sampled with `path`, then scored with it, with the forwards that sample, and with replay, on random
-    texts with padding and two packed documents; the text's log-probabilities are also held against the model's own
-    forward, LM head included.
+    Thoughts are sampled with `path` on random texts, with padding and with two packed documents. Then they are scored in three
+    ways: with `path`, with the forwards that sample, and with replay. The text's log-probabilities are also held against the
+    model's own forward, LM head included.
 
     Args:
         model ([`ThinkingModel`]):
@@ -74,7 +77,8 @@ def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> fl
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
     fields = ("thought_logps", "talk_logps", "text_logps", "thought_values")
     pairs = [(getattr(ours, name), getattr(oracle, name)) for name in fields]
-    if ours.router_loss is not None and oracle.router_loss is not None:
+    if oracle.router_loss is not None:
+        assert ours.router_loss is not None  # a path that records no routing is wrong
         pairs.append((ours.router_loss, oracle.router_loss))
     pairs.append((_stepwise_logps(model, path.read(model, text), thoughts), oracle.thought_logps))
     pairs += [(mine[: len(own)], own) for mine, own in zip(ours.text_logps.unbind(), ordinary, strict=True)]
@@ -107,7 +111,7 @@ def _random_text(model: ThinkingModel, seed: int) -> Text:
         (model.get_input_embeddings(), model.get_output_embeddings()),
         model.quietstar.start_embedding.device,
     )
-    V = min(int(table.weight.shape[0]) for table in tables)  # either may have rows that no token of a text has
+    V = min(len(weight_of(table)) for table in tables)  # either may have rows that no token of a text has
     ids = torch.randint(V, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(seed))
     padding = model.config.get_text_config().pad_token_id
     ids[ids == padding] = 0 if padding else 1  # some families take a position from a token that is padding
@@ -150,7 +154,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
         paths = tuple(path for path in paths if not isinstance(path, SharedPrefix))
-    # in the model's own precision, wherever it is asked for
+    # in the model's own precision, even where the check is asked for under autocast
     with eval_mode(model), torch.autocast(model.device.type, enabled=False):
         path, problems = _first_exact(model, paths)
     if path is None and wanted == "shared_prefix":
@@ -188,7 +192,7 @@ def _first_exact(model: ThinkingModel, paths: Sequence[BranchPath]) -> tuple[Bra
 
 
 def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
-    """What is wrong with a path on this model; None if nothing is."""
+    """What is wrong with a path on this model, in words that follow its name; None if nothing is."""
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
