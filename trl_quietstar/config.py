@@ -64,8 +64,8 @@ class QuietStarConfig(BaseConfig):
     # Model
     model_init_kwargs: dict | str | None = _option(
         None,
-        "Keyword arguments for `from_pretrained`, where the model is given as an id or a path. `dtype` is float32 unless they "
-        "name one; with `bf16`, that of a base which stays frozen under LoRA is bfloat16.",
+        "Keyword arguments for `from_pretrained`, where the model is given as an id or a path. Without a `dtype` "
+        "among them, weights are float32; with `bf16`, a base that stays frozen under LoRA is bfloat16.",
     )
     trust_remote_code: bool = _option(False, "Whether to run code that comes with a model on the Hub.")
     disable_dropout: bool = _option(
@@ -76,8 +76,8 @@ class QuietStarConfig(BaseConfig):
     dataset_text_field: str = _option("text", "Name of the column that holds the text.")
     max_length: Annotated[int | None, Limits(2)] = _option(
         256,
-        "Most tokens of a text (T), which is cut after them; with `packing`, the length of a row. Quiet-STaR trains on 256 "
-        "tokens. None: texts are not cut.",
+        "Largest number of tokens in a text (T); longer texts are cut. With `packing`, the number of tokens in a row. "
+        "Quiet-STaR trains on 256. None: no text is cut.",
     )
     truncation_mode: Annotated[str, Choices("keep_start", "keep_end")] = _option(
         "keep_start", "Which end of a text longer than `max_length` is kept: `keep_start` or `keep_end`."
@@ -103,25 +103,25 @@ class QuietStarConfig(BaseConfig):
     )
     min_thought_length: Annotated[int | None, Limits(1)] = _option(
         SAVED.min_thought_length,
-        "Number of tokens after which a thought may end early: at the EOS token, or where it has written "
-        "`thought_stop_string`. None: thoughts do not end early; with a `thought_stop_string`, 1.",
+        "Least number of tokens in a thought that may end early: at the EOS token, or once it has written "
+        "`thought_stop_string`. None: thoughts do not end early, unless `thought_stop_string` is set, which makes "
+        "this 1.",
     )
     thought_stop_string: str | None = _option(
         SAVED.thought_stop_string, "String that ends a thought early. None: there is no such string."
     )
-    talk_length: Annotated[str, Limits(1), Staged()] = (
-        _option(  # a string to the parser, which reads "8" and "completion"
-            SAVED.talk_length,
-            "Number of true text tokens after a thought that are predicted with it, and that it is rewarded for (M); or "
-            "`completion`: all up to the last label, such as the whole answer.",
-        )
+    talk_length: Annotated[str, Limits(1), Staged()] = _option(  # also a whole number, which `__post_init__` reads
+        SAVED.talk_length,
+        "Number of true text tokens after a thought that are predicted with it, and that it is rewarded for (M); or "
+        "`completion`: all tokens up to the last label, such as a whole answer.",
     )
     num_thoughts: Annotated[int, Limits(1), Staged()] = _option(2, "Number of thoughts sampled at each position (G).")
-    thought_positions: Annotated[str, Staged()] = _option(
+    thought_positions: Annotated[str, Staged()] = _option(  # also a number, which `__post_init__` reads
         SAVED.thought_positions,
-        "Where to think: at `all` positions; at a number of random positions in each sequence, or a fraction of them; by "
-        "`difficulty`, where the next token is uncertain; at `prompt_end`, once before each completion; or `none`: plain "
-        "training, as a control. Data with `input_ids` may narrow this down by a column `thought_mask`.",
+        "Where to think: `all` positions; a number of random positions in each sequence, or a fraction of its "
+        "positions; `difficulty`: positions whose next token is uncertain; `prompt_end`: once, before each "
+        "completion; or `none`: plain training, as a control. Data with `input_ids` may rule out positions by a "
+        "column `thought_mask`.",
     )
     difficulty_threshold: Annotated[float, Limits(0, 1)] = _option(
         SAVED.difficulty_threshold,
@@ -134,86 +134,91 @@ class QuietStarConfig(BaseConfig):
     thought_end_text: str = _option("—", "Text whose embedding is the initial value of the end embedding.")
     temperature: Annotated[float, Limits(1e-3), Staged()] = _option(
         SAVED.temperature,
-        "Temperature at which thoughts are sampled, and at which the policy's log-probabilities are taken.",
+        "Temperature at which thoughts are sampled, and the policy's log-probabilities taken unless "
+        "`policy_temperature` is set.",
     )
     policy_temperature: Annotated[float | None, Limits(1e-3)] = _option(
         None,
-        "Temperature of the log-probabilities in the policy term, where it differs from that of sampling: 3 in Quiet-STaR's "
-        "code. None: `temperature`.",
+        "Temperature of the log-probabilities in the policy term; 3 in Quiet-STaR's code. None: `temperature`.",
     )
     top_p: Annotated[float, Limits(1e-6, 1)] = _option(
-        SAVED.top_p, "Probability that nucleus sampling of thoughts keeps; 1.0 is off."
+        SAVED.top_p, "Probability mass that nucleus sampling of thoughts keeps; 1.0 is off."
     )
     top_k: Annotated[int, Limits(0)] = _option(
         SAVED.top_k, "Number of most likely tokens that top-k sampling of thoughts keeps; 0 is off."
     )
     min_p: Annotated[float | None, Limits(0, 1)] = _option(
         SAVED.min_p,
-        "Least probability, as a part of the most likely token's, that min-p sampling of thoughts keeps; None is off.",
+        "Least probability of a thought token, as a share of the most likely token's probability (min-p sampling); "
+        "None is off.",
     )
     eval_do_sample: bool = _option(
-        True, "Whether evaluation samples its thoughts, with a fixed seed; otherwise it takes the most likely tokens."
+        True, "Whether evaluation samples its thoughts, with a fixed seed. Otherwise it takes the most likely tokens."
     )
     thought_path: Annotated[str, Choices("auto", "shared_prefix", "replay")] = _option(
         "auto",
-        "How thoughts branch off the text: `shared_prefix` (fast), `replay` (any architecture), or `auto`: the fast way where "
-        "the check at the start finds it exact.",
+        "How thoughts branch off the text: `shared_prefix` is fast, `replay` works for any architecture, and `auto` "
+        "takes the fastest way that a check at the start finds exact.",
     )
 
     # Memory
     gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]  # None is its default in Transformers
         None,
-        "Whether layers keep nothing but their inputs for the backward, which computes the rest again. Off, unlike in "
-        "TRL: `single_pass` and `branch_batch_size` bound what thoughts take of memory.",
+        "Whether layers keep only their inputs for the backward pass, which computes the rest again. Off by default, "
+        "unlike in TRL: `single_pass` and `branch_batch_size` bound the memory of thoughts.",
     )
     single_pass: bool | None = _option(
         None,
-        "Whether thoughts are sampled in the very forward that is trained, so that each token is processed once; "
-        "otherwise they are sampled without gradient and scored in a second pass. None: in one pass where memory allows, by "
-        "an estimate.",
+        "Whether thoughts are sampled in the forward pass that is trained, so that each token is processed once. "
+        "Otherwise they are sampled without gradient, and scored in a second pass. None: one pass if an estimate says "
+        "that memory allows it.",
     )
     branch_batch_size: Annotated[int | None, Limits(1)] = _option(
         None,
-        "Number of a text's thoughts that are scored at once, in two passes. Gradients do not depend on it, and memory holds "
-        "the activations of so many thoughts. None: as many as memory allows, by an estimate.",
+        "Number of thoughts of a text that are scored at once, where sampling and scoring are two passes. Gradients "
+        "do not depend on it; memory holds the activations of that many thoughts. None: as many as an estimate says "
+        "that memory allows.",
     )
 
     # Reward and advantage
     reward_type: Annotated[str, Choices(*REWARD_TYPES)] = _option(
         "probability",
-        "What a thought adds to the prediction of the M true tokens after it: `probability`, `log_likelihood`, `accuracy`, or "
-        "`binary`, which is 1 where accuracy grows.",
+        "Measure of what a thought adds to the prediction of the M true tokens after it: `probability`, "
+        "`log_likelihood`, `accuracy`, or `binary`, which is 1 where accuracy rises and 0 elsewhere.",
     )
     reward_prediction: Annotated[str, Choices("mixed", "thought")] = _option(
         SAVED.prediction,
         "Prediction that is rewarded and trained after a thought: `mixed` by the mixing head, or the `thought`'s alone.",
     )
     no_thought_model: Annotated[str, Choices("policy", "reference")] = _option(
-        "policy", "Whose no-thought prediction a thought must beat: the current `policy`'s or the `reference`'s."
+        "policy",
+        "Model whose prediction without thoughts a thought must beat: the current `policy` or the `reference`.",
     )
     reward_clip_range: list[float] | None = _option(
-        None, "Least and greatest reward, to which others are clipped. None: no reward is clipped."
+        None, "Least and greatest reward, to which rewards outside are clipped. None: no clipping."
     )
     unfinished_thought_penalty: Annotated[float, Limits(0)] = _option(
         0.0,
-        "Number that is taken from the reward of a thought which was cut at `thought_length`, where thoughts may end early.",
+        "Amount subtracted from the reward of a thought that was cut at `thought_length`, where thoughts may end "
+        "early.",
     )
     advantage_baseline: Annotated[str, Choices(*BASELINES)] = _option(
         "value",
-        "What a thought's reward is compared with: the `value` head's prediction, the `leave_one_out` mean of the other "
-        "thoughts at the position, `both` of them, the `mean` of all thoughts there, or `none`.",
+        "What is subtracted from a thought's reward: the `value` head's prediction; `leave_one_out`: the mean reward "
+        "of the other thoughts at the position; `both`: first that mean, then the value head's prediction of the "
+        "rest; `mean`: the mean reward of all thoughts at the position; or `none`.",
     )
     use_gae: bool = _option(
         True,
-        "Whether advantages with a value head are multi-step GAE over a thought's tokens; otherwise they are reward minus "
-        "value.",
+        "Whether advantages are computed by multi-step GAE over a thought's tokens, where there is a value head. "
+        "Otherwise they are reward minus value.",
     )
-    gamma: Annotated[float, Limits(0, 1)] = _option(0.99, "Discount of GAE, per thought token.")
-    gae_lambda: Annotated[float, Limits(0, 1)] = _option(0.95, "Trace decay of GAE, per thought token.")
+    gamma: Annotated[float, Limits(0, 1)] = _option(0.99, "Discount of GAE, for each thought token.")
+    gae_lambda: Annotated[float, Limits(0, 1)] = _option(0.95, "Trace decay of GAE, for each thought token.")
     normalize_advantages: bool = _option(
         False,
-        "Whether to normalise the advantages over the batch of an optimizer step. With gradient accumulation all its "
-        "thoughts are then sampled and judged first, which costs one more forward.",
+        "Whether to normalise advantages over the batch of an optimizer step. With gradient accumulation, all "
+        "thoughts of a step are then sampled and judged first, which costs one more forward pass.",
     )
     positive_advantages_only: bool = _option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
@@ -222,67 +227,73 @@ class QuietStarConfig(BaseConfig):
     # Schedule
     curriculum: dict | str | None = _option(
         None,
-        "Stages: from the optimizer step at which each begins to the fields that it changes, which then hold until the next "
-        'change, e.g. `{"0": {"thought_length": 16}, "500": {"thought_length": 8}}`. Heads and optimizer go on.',
+        "Stages of training: from the optimizer step at which a stage begins to the options that it changes. A change"
+        ' holds until the next one, e.g. `{"0": {"thought_length": 16}, "500": {"thought_length": 8}}`. Heads and '
+        "optimizer carry over.",
     )
 
     # Objective
-    policy_coefficient: Annotated[float, Limits(0), Staged()] = _option(3.0, "Weight of the policy term.")
+    policy_coefficient: Annotated[float, Limits(0), Staged()] = _option(3.0, "Weight of the policy term in the loss.")
     num_iterations: Annotated[int, Limits(1)] = _option(
         1,
-        "Number of updates on each sampled batch. Beyond the first, thoughts and advantages are reused, with PPO's clipped "
-        "surrogate.",
+        "Number of updates on each sampled batch. Updates after the first reuse its thoughts and advantages, with "
+        "PPO's clipped surrogate.",
     )
     epsilon: Annotated[float, Limits(0, 1)] = _option(
-        0.2, "How far below 1 PPO's surrogate lets the probability ratio fall, where `num_iterations` is above 1."
+        0.2, "How far the probability ratio may fall below 1 before PPO's surrogate clips it."
     )
     epsilon_high: Annotated[float | None, Limits(0)] = _option(
-        None, "How far above 1 PPO's surrogate lets the probability ratio rise. None: as far as `epsilon`."
+        None,
+        "How far the probability ratio may rise above 1 before PPO's surrogate clips it. None: as far as `epsilon`.",
     )
-    value_loss_coefficient: Annotated[float, Limits(0)] = _option(0.5, "Weight of the value head's squared error.")
+    value_loss_coefficient: Annotated[float, Limits(0)] = _option(
+        0.5, "Weight of the value head's squared error in the loss."
+    )
     value_head_type: Annotated[str, Choices(*VALUE_HEAD_TYPES)] = _option(
         SAVED.value_head_type, "Kind of the value head: `linear`, `mlp` or `transformer`."
     )
     value_head_hidden_size: Annotated[int, Limits(1, 65_536)] = _option(
         SAVED.value_head_hidden_size, "Width of the `mlp` and `transformer` value heads."
     )
-    entropy_coefficient: Annotated[float, Limits(0)] = _option(0.01, "Initial weight of the entropy bonus.")
+    entropy_coefficient: Annotated[float, Limits(0)] = _option(
+        0.01, "Initial weight of the entropy bonus in the loss."
+    )
     entropy_decay: Annotated[float, Limits(0, 1)] = _option(
-        0.9995, "Factor on the weight of the entropy bonus at each optimizer step."
+        0.9995, "Factor by which the weight of the entropy bonus is multiplied at each optimizer step."
     )
     min_entropy_coefficient: Annotated[float, Limits(0)] = _option(
-        0.001, "Weight that the entropy bonus keeps, however far it has decayed."
+        0.001, "Least weight of the entropy bonus, at which its decay ends."
     )
     beta: Annotated[float, Limits(0)] = _option(
         0.0,
-        "Weight of the KL from the reference, on thought tokens (k3 estimate). Above 0 a reference is kept; under PEFT that is "
-        "the model with its adapter disabled.",
+        "Weight of the KL divergence from the reference, on thought tokens (k3 estimate). Above 0, a reference is "
+        "kept; under PEFT it is the model with its adapter disabled.",
     )
     nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0, "Weight of the text's negative log-likelihood after a thought."
     )
     reader_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0,
-        "Weight of the text's negative log-likelihood by the prediction of a thought alone, which goes on teaching the model "
-        "to read thoughts while the mixing head is nearly closed. With `reward_prediction='thought'` it adds to "
-        "`nll_coefficient`.",
+        "Weight of the text's negative log-likelihood by the prediction after a thought alone, without mixing. It "
+        "goes on teaching the model to read thoughts while the mixing head is nearly closed. With "
+        "`reward_prediction='thought'` it adds to `nll_coefficient`.",
     )
     distillation_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         0.0,
-        "Weight of a REINFORCE term on the prediction without thoughts, whose action is the true token and whose reward is "
-        "how much likelier thinking made it, where it did: the thinking model teaches the plain one.",
+        "Weight of a REINFORCE term by which the thinking model teaches the plain one. Its action is the true token, "
+        "predicted without thoughts; its reward is how much likelier thinking made that token, or 0 where it did not.",
     )
     base_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0, "Weight of the text's negative log-likelihood without thoughts."
     )
     router_aux_loss_coef: Annotated[float | None, Limits(0)] = _option(
         None,
-        "Weight of the load-balancing loss of a mixture of experts; an error for a model that has no such loss. None: the "
-        "model's own weight; 0: off.",
+        "Weight of the load-balancing loss of a mixture of experts. None: the model's own weight; 0: off. Must stay "
+        "None for a model without such a loss.",
     )
-    sync_ref_model: bool = _option(False, "Whether the reference follows the policy as a moving average.")
+    sync_ref_model: bool = _option(False, "Whether the reference is a moving average of the policy.")
     ref_model_mixup_alpha: Annotated[float, Limits(0, 1)] = _option(
-        0.6, "Weight of the policy in the reference, each time the two are synchronised."
+        0.6, "Weight of the policy in the moving average that is the reference, at each synchronisation."
     )
     ref_model_sync_steps: Annotated[int, Limits(1)] = _option(
         512, "Number of optimizer steps between two synchronisations of the reference."
@@ -295,22 +306,22 @@ class QuietStarConfig(BaseConfig):
     )
     max_skipped_steps: Annotated[int | None, Limits(1)] = _option(
         10,
-        "Number of optimizer steps in a row that may be skipped for a non-finite reward, loss or gradient: at so many, training "
-        "saves a checkpoint and stops with a `FloatingPointError`. None: it never stops for them.",
+        "Number of optimizer steps in a row that may be skipped for a non-finite reward, loss or gradient. At that "
+        "number, training saves a checkpoint and stops with a `FloatingPointError`. None: it never stops for them.",
     )
     muon_learning_rate: Annotated[float | None, Limits(0)] = _option(
         None,
-        "Peak learning rate of Muon, which trains the hidden weight matrices, or an adapter's, while AdamW trains the rest at "
-        "`learning_rate` and `heads_learning_rate`. An update is as large as AdamW's at an equal rate. Needs PyTorch 2.9. "
-        "None: AdamW alone.",
+        "Peak learning rate of Muon. It trains the hidden weight matrices, or those of an adapter, and AdamW trains "
+        "the rest at `learning_rate` and `heads_learning_rate`. An update of Muon is as large as AdamW's at an equal "
+        "rate. Needs PyTorch 2.9. None: AdamW trains everything.",
     )
     grokfast_lambda: Annotated[float, Limits(0)] = _option(
         0.0,
-        "Weight at which Grokfast adds the moving average of the gradient to it, after clipping. Needs "
+        "Weight of the gradient's moving average that Grokfast adds to the gradient, after clipping. Needs "
         "pytorch-optimizer. 0: off.",
     )
     grokfast_alpha: Annotated[float, Limits(0, 1)] = _option(
-        0.98, "Decay of Grokfast's moving average of the gradient, per optimizer step."
+        0.98, "Decay of Grokfast's moving average of the gradient, at each optimizer step."
     )
     early_stopping_patience: Annotated[int | None, Limits(1)] = _option(
         None, "Number of evaluations without improvement after which training stops. None: it does not stop early."
@@ -322,8 +333,8 @@ class QuietStarConfig(BaseConfig):
     # Validation of the thoughts
     anti_theater_steps: Annotated[int | None, Limits(1)] = _option(
         None,
-        "Number of optimizer steps between anti-theater validations on the evaluation data; one more follows at the end. "
-        "None: off.",
+        "Number of optimizer steps between two anti-theater validations on the evaluation data; one more follows at "
+        "the end. None: off.",
     )
     anti_theater_action: Annotated[str, Choices("warn", "stop", "rollback")] = _option(
         "warn",
@@ -333,15 +344,15 @@ class QuietStarConfig(BaseConfig):
 
     # Logging
     log_thoughts: bool = _option(
-        False, "Whether to print a few thoughts at each log and to send them to W&B or trackio as a table."
+        False, "Whether to print a few thoughts at each log, and to send them to W&B or trackio as a table."
     )
     num_thoughts_to_print: Annotated[int, Limits(1)] = _option(
-        5, "Number of thoughts that are printed at a log, and sent as a table."
+        5, "Number of thoughts that are printed at a log, or sent as a table."
     )
     report_thoughts: bool = _option(
         False,
-        "Whether each evaluation writes `reports/step-N.html` in the output directory, with the thoughts on its first "
-        "batch and plots of the run so far, and sends a few of them to W&B or trackio as a table.",
+        "Whether each evaluation writes a page `reports/step-N.html` in the output directory, with the thoughts on "
+        "its first batch and plots of the run so far, and sends a few of the thoughts to W&B or trackio as a table.",
     )
 
     packing_strategy = "bfd"  # not an option: the strategy that keeps document boundaries

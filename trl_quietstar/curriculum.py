@@ -6,7 +6,7 @@ from typing import Any
 
 class Curriculum:
     """
-    What the options of a run are at each optimizer step.
+    The options of a run at each optimizer step.
 
     Args:
         stages (`dict`, *optional*):

@@ -9,22 +9,26 @@ class QuietStarSettings:
     """
     What a saved model needs to think again; stored under `quietstar` in `config.json`.
 
+    Each setting remembers an option of [`QuietStarConfig`], under the option's name but for `prediction`, which is
+    `reward_prediction` there. The defaults are the options' defaults.
+
     Parameters:
         thought_length (`int`):
-            L, thought tokens.
+            L, tokens in a thought.
         talk_length (`int` or `str`):
-            M, text tokens a thought is read for; `"completion"`: all that follow.
+            M, text tokens that a thought is read for; `"completion"`: all that follow.
         prediction (`str`):
-            `"mixed"` (mixing head weighs the predictions with and without the thought) or `"thought"`.
+            `"mixed"` (the mixing head weighs the predictions with and without the thought) or `"thought"` (with it alone).
         value_head_type (`str`):
             `"linear"`, `"mlp"` or `"transformer"`.
         value_head_hidden_size (`int`):
-            Width of the last two.
-        temperature, top_k, top_p, min_p, min_thought_length, thought_stop_string:
-            How thoughts are drawn and end, as in [`QuietStarConfig`].
+            Width of an `"mlp"` or `"transformer"` value head.
+        temperature (`float`), top_k (`int`), top_p (`float`), min_p (`float`, *optional*):
+            How the tokens of a thought are drawn.
+        min_thought_length (`int`, *optional*), thought_stop_string (`str`, *optional*):
+            When a thought may end early.
         thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
-            Where the model learned to think, as in [`QuietStarConfig`]; [`~thinking.when.Thinking.of`] says what generation and
-            scoring make of it.
+            Where the model learned to think; [`~thinking.when.Thinking.of`] says what generation and scoring make of it.
     """
 
     thought_length: int = 8
@@ -43,6 +47,7 @@ class QuietStarSettings:
     min_thought_interval: int = 3
 
     def to_dict(self) -> dict:
+        """The settings as they are saved."""
         return asdict(self)
 
     @classmethod
@@ -70,12 +75,15 @@ class QuietStarSettings:
                 "Upgrade trl-quietstar."
             )
         for name, value in saved.items():
-            kinds = (*get_args(hints[name]), hints[name])
-            if isinstance(value, bool) or not isinstance(value, tuple(x for x in kinds if isinstance(x, type))):
-                if not (isinstance(value, int) and float in kinds):
-                    raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
+            if not _is_of(get_args(hints[name]) or (hints[name],), value):
+                raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
         return cls(**saved)
 
 
-# of each setting, the option of `QuietStarConfig` that it remembers
+def _is_of(kinds: tuple[type, ...], value) -> bool:
+    """Whether a value from JSON is of one of the kinds. JSON may write 1.0 as 1; Python takes a switch for a number."""
+    return not isinstance(value, bool) and isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+# The option of `QuietStarConfig` that each setting remembers.
 OPTIONS = {field.name: field.name for field in fields(QuietStarSettings)} | {"prediction": "reward_prediction"}

@@ -7,21 +7,24 @@ from trl.trainer.utils import RepeatSampler, pad
 from .._compat import DataCollatorForLanguageModeling
 
 
-# the columns that batches are made of
+# The columns that batches are made of.
 OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
-# those that say something of tokens, and mean nothing to a reward function that is given the tokens already
+# All columns with a value for each token. No reward function takes them, since it is given the batch made of them.
 TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 
 
 class TextCollator(DataCollatorForLanguageModeling):
     """
-    TRL's collator, with position ids that restart at each packed document and the optional `thought_mask` column.
+    Pads rows to a batch as TRL's collator does, with position ids that restart at each packed document.
+
+    A batch has `input_ids`, `labels`, `attention_mask` and `position_ids` of shape `(B, T)`, and `thought_mask` of that shape
+    where rows have one.
 
     Args:
         pad_token_id (`int`):
             Any valid id.
         with_columns (`bool`):
-            Whether the batch holds the other columns too, under `columns`, as lists of one value for each row.
+            Whether the batch also holds the other columns of the rows, under `columns`: by its name, a list of B values.
     """
 
     def __init__(self, pad_token_id: int, with_columns: bool = False):
@@ -40,19 +43,20 @@ class TextCollator(DataCollatorForLanguageModeling):
 
 class RepeatedRows(RepeatSampler):
     """
-    TRL's sampler, in an order that depends on the epoch alone, so that a resumed run finds it again.
+    Repeats rows as TRL's sampler does, in an order that depends on the seed and the epoch alone: a resumed run finds it again.
 
     Args:
         args, kwargs:
             As for [`~trl.trainer.utils.RepeatSampler`].
         lengths (`list[int]`, *optional*):
-            Of the rows, so that those of a batch are about as long, in the order of Transformers' `group_by_length`.
+            Number of tokens of each row. If given, the rows of a batch are about equally long, in the order of Transformers'
+            `group_by_length`.
     """
 
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lengths = lengths
-        if lengths is not None:  # the parent then counts the places in an order made here
+        if lengths is not None:  # the parent then yields places 0, 1, 2, ... in an order that is made here
             self.shuffle, self.order = False, torch.Generator().manual_seed(self.seed or 0)
 
     def __iter__(self):

@@ -1,8 +1,8 @@
-"""Data files: which endings are read, how, and what is said of a broken one.
+"""Data files: which endings are read and how, and what an error says of a broken file.
 
-`datasets` reads JSON, Parquet and text. CSV is read here, since every value of a text is a string: pandas would make numbers
-of "007", nothing of "None", and shift the columns of rows that have one too many. A file that cannot be read is looked at
-once more, by lines, to name the first that is at fault.
+The library `datasets` reads JSON, Parquet and text. CSV is read here, since its values are texts: pandas would read "007" as a
+number and "None" as nothing, and would shift the columns of a row that has one field too many. A file that cannot be read is
+read again line by line, so that the error names the first line at fault.
 """
 
 import csv
@@ -26,6 +26,7 @@ from .rows import has_half_pair, shown
 
 logger = logging.get_logger(__name__)
 
+# By a file's ending, what reads it.
 READERS = {
     "json": "json",
     "jsonl": "json",
@@ -41,7 +42,7 @@ csv.field_size_limit(sys.maxsize)  # a field may be a book
 
 
 def ending_of(path: Path) -> str:
-    """The ending of a file, in small letters and without that of a compression."""
+    """The ending of a file in small letters; of a compressed file, the ending before that of the compression."""
     endings = path.name.lower().split(".")[1:]
     if endings and endings[-1] in COMPRESSIONS:
         endings.pop()
@@ -49,7 +50,7 @@ def ending_of(path: Path) -> str:
 
 
 def reader_of(path: Path) -> str | None:
-    """What reads a file, by its ending; None for endings that are not read."""
+    """What reads a file, by its ending; None if files with this ending are not read."""
     return READERS.get(ending_of(path))
 
 
@@ -60,15 +61,15 @@ def load_folder(path: Path, streaming: bool = False) -> dict[str, Dataset | Iter
 
     Args:
         path (`Path`):
-            Of the folder.
+            The folder.
         streaming (`bool`):
             Whether to stream.
 
     Returns:
-        `dict`: Datasets by the names of their splits; empty if no file is of a kind that is read.
+        `dict`: Datasets by the names of their splits; empty if the folder has no file of a kind that is read.
 
     Raises:
-        `ValueError`: naming the file, the line and the fault, if one cannot be read; or if a split has as many files of one
+        `ValueError`: if a file cannot be read, naming the file, the line and the fault; or if a split has as many files of one
             kind as of another.
     """
     base = glob.escape(str(path.absolute()))  # a name and no pattern, which may match others
@@ -85,7 +86,10 @@ def load_folder(path: Path, streaming: bool = False) -> dict[str, Dataset | Iter
 
 
 def _of_one_kind(files: list[Path], split: str) -> list[Path]:
-    """Most of a split's files are of its kind. Texts beside others are notes, and a warning names the others."""
+    """
+    The files of a split that are of its kind, which is the kind of most of them. Text files beside data files are taken for
+    notes and left out; a warning names what else is left out.
+    """
     counts = Counter(map(reader_of, files)).most_common()
     counts = [pair for pair in counts if pair[0] != "text"] or counts
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
@@ -99,16 +103,16 @@ def _of_one_kind(files: list[Path], split: str) -> list[Path]:
 
 def load_files(paths: list[Path], streaming: bool = False) -> Dataset | IterableDataset:
     """
-    The rows of data files of one kind, one after the other.
+    The rows of data files of one kind, one file after the other.
 
     Args:
         paths (`list[Path]`):
-            Of files with endings of `READERS`.
+            The files, with endings of `READERS`.
         streaming (`bool`):
             Whether to stream.
 
     Raises:
-        `ValueError`: naming the file, the line and the fault, if one cannot be read; of a stream, when the line comes.
+        `ValueError`: if a file cannot be read, naming the file, the line and the fault. A stream raises it at that line.
     """
     if streaming:
         return IterableDataset.from_generator(_rows, gen_kwargs={"paths": list(paths)})
@@ -122,7 +126,7 @@ def load_files(paths: list[Path], streaming: bool = False) -> Dataset | Iterable
         if reader == "parquet":
             rows.data.validate(full=True)
         return rows
-    except Exception as error:  # of any of the libraries that read
+    except Exception as error:  # each of the libraries that read has errors of its own
         faults = filter(None, map(fault_in, paths))
         raise next(faults, None) or _unreadable(paths[0], error) from None
 
@@ -141,13 +145,14 @@ def _load_csv(paths: list[Path]) -> Dataset:
                 f"The data file {str(path)!r} has the columns {', '.join(other)}, and {paths[0].name!r} has {', '.join(header)}; "
                 "give them the same."
             )
-    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]  # so that a change is read anew
+    # the cache of `datasets` goes by these arguments: with the stamps, a file that has changed is read again
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
     features = Features({name: Value("string") for name in header})
     return Dataset.from_generator(_rows, features, gen_kwargs={"paths": list(paths), "stamps": stamps})
 
 
 def _rows(paths: list[Path], stamps: list[tuple] | None = None) -> Iterator[dict]:
-    """Rows of files, whose faults are named when they come."""
+    """Yields the rows of files; raises an error that names the fault where one cannot be read."""
     for path in paths:
         row = None
         try:
@@ -169,7 +174,7 @@ def _csv_rows(path: Path) -> Iterator[dict]:
 
 
 def _csv_lines(path: Path) -> Iterator[list[str]]:
-    """The header of a CSV file and its rows, of as many fields."""
+    """Yields the header of a CSV file and then its rows, and refuses rows with more or fewer fields than the header."""
     delimiter = "\t" if ending_of(path) == "tsv" else ","
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter=delimiter, strict=True)
@@ -194,7 +199,7 @@ def _csv_lines(path: Path) -> Iterator[list[str]]:
 
 
 def fault_in(path: Path) -> ValueError | None:
-    """What [`check_file`] says of a path, if it is a data file and has a fault."""
+    """The error that [`check_file`] raises for a path; None if there is no such file or it has no fault."""
     try:
         if path.is_file() and reader_of(path) is not None:
             check_file(path)
@@ -204,7 +209,7 @@ def fault_in(path: Path) -> ValueError | None:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    """What is said of a file in which no fault was found."""
+    """The error for a file that a library could not read, though [`check_file`] finds no fault in it."""
     if isinstance(error, ValueError) and error.__traceback__ is not None and str(path) in str(error):
         return error
     reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
@@ -213,14 +218,14 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def check_file(path: Path) -> None:
     """
-    Looks for a fault in a data file.
+    Reads a data file line by line to find a fault.
 
     Args:
         path (`Path`):
-            Of the file.
+            The file.
 
     Raises:
-        `ValueError`: naming the file, the line and the fault.
+        `ValueError`: if there is a fault, naming the file, the line and the fault.
     """
     reader = reader_of(path)
     if path.stat().st_size == 0:
@@ -239,24 +244,25 @@ def check_file(path: Path) -> None:
 
 
 def _has_rows_by_lines(path: Path) -> bool:
-    """Whether a JSON file is not a list of objects, nor one object over several lines."""
+    """Whether each line of a JSON file is a row. Others hold a list of objects, or one object over several lines."""
     with fsspec.open(str(path), "rb", compression="infer") as file:
         first = next((line.strip() for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     return not _is_whole(first.decode("utf-8-sig", "replace"))
 
 
 def _is_whole(first_line: str) -> bool:
+    """Whether a JSON file is one value, by its first line: a list, or an object that goes on in the next line."""
     return first_line[:1] == "[" or first_line == "{"
 
 
 def _check_lines(path: Path, is_json: bool) -> None:
-    """Whether all lines are UTF-8, and JSON objects where they should be."""
+    """Refuses a file with a line that is not UTF-8, or not a JSON object where each line should be one; and an empty file."""
     number, first, is_whole = 0, "", False
     try:
         with fsspec.open(str(path), "rb", compression="infer") as file:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text and not first:  # a list of objects, or one object over several lines
+                if text and not first:
                     first, is_whole = text, _is_whole(text)
                 if is_json and text and not is_whole:
                     _check_json(path, number, text)
@@ -278,7 +284,7 @@ def _check_lines(path: Path, is_json: bool) -> None:
 
 
 def _check_json(path: Path, line: int, text: str) -> None:
-    """Whether a text that begins at a line is JSON, of objects that name each column once, in Unicode."""
+    """Refuses text, which begins at a line, unless it is JSON: one or more objects that name each column once, in Unicode."""
 
     def refuse(number: int, fault: str):
         raise ValueError(f"Line {number} of the data file {str(path)!r} {fault}.") from None

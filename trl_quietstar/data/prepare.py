@@ -21,10 +21,10 @@ from .rows import RowCheck, columns_read, has_position, has_prediction
 
 logger = logging.get_logger(__name__)
 
-# columns that are checked, and of no use after that
+# Columns that are checked and then left out.
 CHECKED_ALONE = ("attention_mask", "position_ids")
-ASIDE = "kept "  # before a name: no library then takes the column for one that it knows
-# rows of a stream, one after the other, without anything to train on: more of them are taken for all there is
+ASIDE = "kept "  # put before a column's name, so that no library takes the column for one that it knows
+# A stream with more rows than this, one after the other, that cannot be trained on is refused: it might be read for ever.
 MOST_UNUSABLE = 5_000
 DROPPED = (
     "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
@@ -44,7 +44,7 @@ def prepare_texts(
     """
     Checks each row, then tokenizes, cuts and masks as `SFTTrainer` does, and drops texts with no token to predict.
 
-    What each kind of bad row comes to stands in docs/bad_input.md.
+    What happens with each kind of bad row stands in docs/bad_input.md.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -52,18 +52,19 @@ def prepare_texts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The processing class.
         args ([`QuietStarConfig`]):
-            Lengths and masks.
+            Configuration of the trainer.
         name (`str`):
-            For messages: "train" or "eval".
+            Name of the dataset for messages, "train" or "eval".
         vocab_size (`int`):
-            Of the model: ids lie below it.
+            V of the model; ids lie below it.
         packing (`bool`):
-            Whether to pack.
+            Whether to pack several texts into a row.
         reward_function (`Callable`, *optional*):
-            The columns it takes are kept.
+            The user's reward; the columns that it takes are kept.
 
     Returns:
-        The dataset with `input_ids`, `labels` and, when packed, `seq_lengths`; and the columns that [`kept_columns`] names.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns `input_ids` and `labels`; `seq_lengths` when
+            packed; and those that [`kept_columns`] names.
 
     Raises:
         `TypeError`: if it is not a dataset.
@@ -103,7 +104,7 @@ def prepare_texts(
 
 @dataclass
 class _Source:
-    """What a dataset holds: its columns, those that are read and the kind of data they are; whether rows are messages."""
+    """What a dataset holds: all its columns (`names`), the `kind` of data and its `columns` that are read."""
 
     name: str  # for messages: "train" or "eval"
     is_stream: bool
@@ -114,7 +115,7 @@ class _Source:
 
 
 def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | IterableDataset, _Source]:
-    """A dataset that gives lists, not tensors, and what it holds by the names of its columns and its first row."""
+    """The dataset, whose rows are now lists and not tensors, and what it holds by its columns and its first row."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
     is_stream = isinstance(dataset, IterableDataset)
@@ -125,7 +126,7 @@ def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | Iterab
     dataset = dataset.with_format(None)
     if is_stream:
         first = next(iter(dataset), None)
-    else:  # of the column alone that says what kind it is: others may be costly to decode, or not decode at all
+    else:  # only of the column that is looked at below: others may be costly to decode, or not decode at all
         prompt = [column for column in dataset.column_names if column == "prompt"]
         first = None if len(dataset) == 0 else dict(dataset.select_columns(prompt)[0]) if prompt else {}
     if first is None:
@@ -183,7 +184,7 @@ def _check_options(
 def _rows_of_our_own(
     dataset: Dataset | IterableDataset, source: _Source, kept: list[str]
 ) -> Dataset | IterableDataset:
-    """Rows that may be changed, with the columns that are read or kept; others are not even decoded."""
+    """The dataset with rows that may be changed. Columns of a map-style dataset that nobody reads are not even decoded."""
     if source.is_stream:
         return dataset.map(_own_row, fn_kwargs={"kind": source.kind})
     return dataset.select_columns(list(dict.fromkeys([*source.columns, *kept])))
@@ -213,7 +214,10 @@ def _row_check(
 
 
 def _own_row(row: dict, kind: str) -> dict:
-    """A stream may give the same objects again, and TRL changes rows in place; its ids may be arrays, tensors or tuples."""
+    """
+    A copy of a stream's row, since TRL changes rows in place and a stream may yield the same objects again; with lists in place
+    of arrays, tensors and tuples of ids.
+    """
     if kind == "conversations":
         return copy.deepcopy(row)
     if kind != "input_ids":
@@ -228,7 +232,7 @@ def _listed(value):
 
 
 def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: str, prompt_end: bool) -> None:
-    """Whether there is a place for a thought; warns of the rows, of so many `given`, that are left out."""
+    """Refuses a dataset without a position for a thought; warns if fewer rows are left than the `given` ones."""
     most = MOST_UNUSABLE if given is None else None
     if not any(has_position(row, prompt_end) for row in islice(dataset, most)):
         if prompt_end and any(has_position(row) for row in islice(dataset, most)):
@@ -248,20 +252,20 @@ def kept_columns(
     columns: list[str], reward_function: RewardFunction | None, args: QuietStarConfig, name: str, packing: bool
 ) -> list[str]:
     """
-    Columns that stay beside what is made of them: those that a reward function names, and all with
-    `remove_unused_columns=False`.
+    The columns that stay in the dataset beside its tokens: those that a reward function names, and with
+    `remove_unused_columns=False` all.
 
     Args:
         columns (`list[str]`):
-            Those there are.
+            All columns of the dataset.
         reward_function (`Callable`, *optional*):
-            Of the trainer.
+            The user's reward.
         args ([`QuietStarConfig`]):
-            Of the trainer.
+            Configuration of the trainer.
         name (`str`):
-            Of the dataset, for messages.
+            Name of the dataset, for messages.
         packing (`bool`):
-            Whether rows are joined, which leaves columns without a row.
+            Whether several texts are packed into a row, which then has no value of its own in other columns.
 
     Raises:
         `ValueError`: if a column that is needed is missing, has a name that means something else, or is lost in packing.
@@ -292,13 +296,13 @@ def kept_columns(
 
 
 def _set_aside(row: dict, columns: list[str]) -> dict:
-    """Copies of columns, under names that pass through preparation, which changes messages in place."""
+    """Copies of columns, under names that TRL's preparation leaves alone; it changes messages in place."""
     return {ASIDE + column: copy.deepcopy(row.get(column)) for column in columns}
 
 
 @dataclass
 class _Run:
-    """Rows of a stream since the last one that can be trained on."""
+    """Counts the rows of a stream since the last one that can be trained on, and stops a stream without such rows."""
 
     name: str
     length: int = 0
@@ -314,7 +318,7 @@ class _Run:
 
 @dataclass
 class _Counted:
-    """A check of rows, which of a stream are counted."""
+    """Checks a row, and counts it if it is a stream's."""
 
     check: RowCheck
     run: _Run | None
@@ -327,7 +331,7 @@ class _Counted:
 
 @dataclass
 class _Usable:
-    """Lets a tokenized row pass that has something to predict; of a stream, warns at the first that has not."""
+    """Whether a tokenized row has a token to predict; of a stream, warns at the first row without one."""
 
     name: str
     vocab_size: int
@@ -348,7 +352,7 @@ class _Usable:
 
 
 def _cut(row: dict, keep_end: bool) -> dict:
-    """Cuts the mask and the lengths as the text was cut."""
+    """Cuts `thought_mask` and `seq_lengths` to the tokens that are left of their text."""
     length, cut = len(row["input_ids"]), {}
     if "thought_mask" in row:
         cut["thought_mask"] = row["thought_mask"][-length:] if keep_end else row["thought_mask"][:length]
@@ -364,15 +368,17 @@ def _cut(row: dict, keep_end: bool) -> dict:
 
 def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, is_stream: bool = False) -> None:
     """
-    [`check_length`] of the longest text to train on, in the words of the options that the user gave.
+    Refuses texts that do not fit the model with a thought, in the words of the options that the user gave.
 
     Args:
         longest (`int`):
-            Its tokens.
-        args ([`QuietStarConfig`]), config ([`~transformers.PreTrainedConfig`]):
-            Of the trainer, and of the model.
+            Tokens of the longest text to train on.
+        args ([`QuietStarConfig`]):
+            Configuration of the trainer.
+        config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the model.
         is_stream (`bool`):
-            Whether `longest` is `args.max_length`, since no text has been seen.
+            Whether the texts are a stream's, which none has been read of: `longest` is then `args.max_length`.
 
     Raises:
         `ValueError`: if it does not fit.
@@ -389,10 +395,10 @@ def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig,
 
 def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> None:
     """
-    Whether there is anything to train on, and an end to it.
+    Refuses data without an end, or without a batch.
 
     Raises:
-        `ValueError`: for a stream without `max_steps`, or fewer rows than a batch that must be full.
+        `ValueError`: for a stream without `max_steps`, or fewer rows than a batch has where batches must be full.
     """
     if isinstance(dataset, IterableDataset):
         if args.max_steps < 1:
@@ -409,7 +415,7 @@ def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> N
 
 
 def longest_text(dataset: Dataset | IterableDataset, max_length: int | None) -> int | None:
-    """Tokens of the longest document; for a stream `max_length`, which may be None."""
+    """Number of tokens of the longest document; for a stream `max_length`, which may be None."""
     if isinstance(dataset, IterableDataset):
         return max_length
     if "seq_lengths" in dataset.column_names:

@@ -1,7 +1,7 @@
 """What a row of data may hold.
 
-A bad row is refused by its number, with the value and the fix, before a library meets it: at once in a dataset, and when
-it comes in a stream.
+A bad row is refused before a library reads it; the error names the row's number, the value and the fix. The rows of a dataset
+are checked at once, those of a stream as they come.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-# what each kind of data needs, by the column it is named after; text has a column of the user's choice
+# The columns that each kind of data needs; it is named after the first. A fifth kind, text, has a column of the user's choice.
 KINDS = {
     "input_ids": ("input_ids",),
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
     "conversations": ("conversations",),
 }
-# what it may hold beside; any other column is left alone
+# The columns that each kind of data may have besides. Columns with other names are not read.
 EXTRAS = {
     "input_ids": (
         "labels",
@@ -36,30 +36,30 @@ EXTRAS = {
     "conversations": ("tools", "chat_template_kwargs"),
 }
 MASKS = ("completion_mask", "assistant_masks", "thought_mask", "attention_mask")
-# what preparation says itself when it calls a chat template
+# Arguments of a chat template that are the preparation's, and that a row must not give.
 OF_PREPARATION = {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
-# what a text refers to and a causal LM cannot see: without it, the text would be another one
+# Columns that a text may refer to and a causal LM cannot see, so that the text alone would mean something else.
 PICTURES = ("image", "images", "pixel_values", "video", "videos")
 
 
 def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, list[str]]:
     """
-    Which kind of data a dataset holds, and which of its columns are read.
+    The kind of data that a dataset holds, and its columns that are read.
 
     Args:
         columns (`list[str]`):
-            Those there are.
+            All columns of the dataset.
         text_field (`str`):
-            Column of plain text.
+            Name of the column of plain text.
         name (`str`):
-            Of the dataset, for messages.
+            Name of the dataset, for messages.
 
     Returns:
-        `tuple[str, list[str]]`: A key of `KINDS` or `"text"`, and the columns.
+        `tuple[str, list[str]]`: A key of `KINDS` or `"text"`, and the columns that are read.
 
     Raises:
-        `ValueError`: if there is no kind of data, or more than one (token ids alone may stand beside their text), or if
-            there are images or videos.
+        `ValueError`: if the dataset holds no kind of data, or more than one (only token ids may stand beside their text), or
+            has images or videos.
     """
     for column in PICTURES:
         if column in columns:
@@ -93,26 +93,26 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
 @dataclass
 class RowCheck:
     """
-    Lets a good row pass, as the function of `dataset.filter(..., with_indices=True)`, and refuses any other.
+    Returns `True` for a good row and raises an error for any other: a function for `dataset.filter(..., with_indices=True)`.
 
     Args:
         name (`str`):
-            Of the dataset, for messages.
+            Name of the dataset, for messages.
         kind (`str`), columns (`list[str]`):
             As [`columns_read`] gives them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its chat template must take the messages.
+            The tokenizer, whose chat template must take the messages.
         vocab_size (`int`):
-            Of the model: ids lie below it.
+            V of the model; ids lie below it.
         assistant_only (`bool`):
             Whether each conversation needs tokens of the assistant.
         is_conversation (`bool`):
-            Whether the first row holds messages, so that all rows must.
+            Whether rows hold messages, as the first one does.
         loss_masks (`tuple[str, ...]`):
-            Columns that confine the loss; labels beside them must keep to them.
+            Columns of masks that confine the loss. A label where such a mask is 0 is refused.
 
     Raises:
-        `ValueError`: naming the row, the column, the value and the fix.
+        `ValueError`: for a bad row, naming the row, the column, the value and the fix.
     """
 
     name: str
@@ -126,7 +126,8 @@ class RowCheck:
 
     def __call__(self, row: dict, index: int) -> bool:
         for column in (*EXTRAS.get(self.kind, ()), *PICTURES):
-            if column not in self.columns and row.get(column) is not None:  # of a stream, which goes by its first row
+            # the columns of a stream are known by its first row alone
+            if column not in self.columns and row.get(column) is not None:
                 self._refuse(index, f"{column!r}, which the first row has not", "give it to each row, or to none")
         for column in self.columns:
             if column not in row or (row[column] is None and column != "tools"):
@@ -246,7 +247,10 @@ class RowCheck:
             return None
 
     def _messages(self, index: int, column: str, messages) -> list[dict]:
-        """A column's messages, with `role` and, but for a tool call, `content`."""
+        """
+        The messages of a column, under the keys `role` and `content`; refuses what is no list of messages. A message may lack
+        content if it has tool calls.
+        """
         if not isinstance(messages, list) or not messages:
             fix = "give a list of at least one message" + (
                 ", read from JSON with `json.loads`" if isinstance(messages, str) else ""
@@ -285,18 +289,21 @@ def has_half_pair(text: str) -> bool:
 
 
 def shown(value) -> str:
-    """A value, cut, and its type."""
+    """A value, cut to 60 characters, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} (`{type(value).__name__}`)"
 
 
 def has_prediction(row: dict) -> bool:
-    """Whether a token is to be predicted from one before it."""
+    """Whether a tokenized row has something to predict: a label at its second token or later."""
     return any(label != -100 for label in row["labels"][1:])
 
 
 def has_position(row: dict, prompt_end: bool = False) -> bool:
-    """Whether a thought may stand before such a token; or before one that no label stands before."""
+    """
+    Whether a tokenized row has a position for a thought: a token whose next one has a label. With `prompt_end` the token
+    itself has no label.
+    """
     allowed, labels = row.get("thought_mask") or [1] * len(row["labels"]), row["labels"]
     return any(
         label != -100 and mask and not (prompt_end and before != -100)
