@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -13,7 +13,14 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ._compat import checkpoint_exactly, noted_commit
 from .config import QuietStarConfig
-from .model.adapters import base_of, check_adapter_model, check_method, heads_aside, trains_added_weights_only
+from .model.adapters import (
+    base_of,
+    check_adapter_model,
+    check_method,
+    check_trainable,
+    heads_aside,
+    trains_added_weights_only,
+)
 from .model.heads import ThinkingModel
 from .model.saved import HUB_KWARGS, has_file, warn_of_lost_heads
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
@@ -105,7 +112,11 @@ def check_adapter(model, peft_config) -> None:
 
 
 def build_model(
-    model, args: QuietStarConfig, tokenizer: PreTrainedTokenizerBase | None, quantization_config, peft_config
+    model,
+    args: QuietStarConfig,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    quantization_config,
+    peft_config,
 ):
     """
     Makes the model that is trained, inside a `PeftModel` where there is an adapter, and finds its tokenizer.
@@ -146,8 +157,8 @@ def build_model(
         _attach(base, settings)
     if tokenizer is None:
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
-    elif isinstance(tokenizer, ProcessorMixin):
-        tokenizer = tokenizer.tokenizer
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = cast(PreTrainedTokenizerBase, tokenizer.tokenizer)
     base.adopt_settings(settings)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:
@@ -268,6 +279,42 @@ def warn_of_untrained_heads(source: str) -> None:
         "or let it not think.",
         source,
     )
+
+
+def default_args(model) -> QuietStarConfig:
+    """The default configuration, with an output directory named after the model that a user passes."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
+
+
+def prepare_to_train(model, args: QuietStarConfig, needs_weights: bool) -> ThinkingModel:
+    """
+    Freezes the heads that the options do not train, and switches dropout off where they say so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The thinking model; changed in place.
+        args ([`QuietStarConfig`]):
+            The options.
+        needs_weights (`bool`):
+            Whether something beside the heads must be left to train.
+
+    Returns:
+        [`ThinkingModel`]: The causal LM itself, inside a `PeftModel` or not.
+
+    Raises:
+        `ValueError`: if nothing is.
+    """
+    base = base_of(model)
+    if needs_weights:
+        check_trainable(model)
+    if args.disable_dropout:
+        disable_dropout(model)
+    if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay
+        base.quietstar.value_head.requires_grad_(False)
+    if args.reward_prediction == "thought":
+        base.quietstar.mixing_head.requires_grad_(False)
+    return base
 
 
 def disable_dropout(model) -> None:

@@ -4,17 +4,14 @@ No maths here, and no state: positions, sampling, scoring, rewards, advantages a
 objects hold what a run keeps. `_compute_loss` reads as the data flows through them.
 """
 
-import functools
 import itertools
-import os
 import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,
@@ -24,31 +21,19 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SyncRefModelCallback
-from trl.trainer.utils import get_config_model_id
 
 from .branches.base import BranchPath
 from .config import QuietStarConfig
-from .data.batches import TextCollator
-from .evaluation.report import card_name, card_section
 from .learning.metrics import BatchResult
 from .learning.objective import Coefficients, LossInputs, quietstar_loss
 from .learning.rewards import RewardFunction
-from .loading import build_model, check_kinds, disable_dropout, pad_token_id
-from .model.adapters import base_of, check_trainable
+from .loading import build_model, check_kinds, default_args, prepare_to_train
 from .model.routing import use_router_loss
-from .model.saved import save_settings
 from .thinking.drawing import SamplingSettings
-from .training.callbacks import (
-    AntiTheaterCallback,
-    CurriculumCallback,
-    EmptyEpochCallback,
-    LastWindowCallback,
-    check_callbacks,
-)
-from .training.checks import check_engine_options, check_inputs, check_streams, refuse_unknown
-from .training.data import prepared
+from .training.callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback, LastWindowCallback
+from .training.checks import check_callbacks, check_engine_options, check_inputs, check_streams, refuse_unknown
+from .training.data import collator, prepared, prepared_evaluation
 from .training.evaluation import EvaluationTrainer
 from .training.faults import FaultGuard
 from .training.optimizers import combine, hold_all, set_heads_apart
@@ -123,7 +108,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
             train or that is frozen, or an optimizer without all that is trained.
     """
 
-    loss_is_scaled_for_ga = True  # by the counts of the whole step
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL has None; here it is scaled by the counts of the whole step
 
     _tag_names = ["trl", "quietstar"]
     _name = "Quiet-STaR"
@@ -155,68 +140,49 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         **unknown,
     ):
         refuse_unknown(unknown)
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
+        args = default_args(model) if args is None else args
         check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
         check_kinds(model, args, processing_class, reward_function)
-
         set_seed(args.seed)  # adapters and heads start at random
-        model, processing_class = build_model(model, args, processing_class, quantization_config, peft_config)
-        base = base_of(model)
+        thinking, tokenizer = build_model(model, args, processing_class, quantization_config, peft_config)
+        base = prepare_to_train(thinking, args, needs_weights=train_dataset is not None)
         base.add_model_tags(self._tag_names)
-        if train_dataset is not None:
-            check_trainable(model)
-        if args.disable_dropout:
-            disable_dropout(model)
-        if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay
-            base.quietstar.value_head.requires_grad_(False)
-        if args.reward_prediction == "thought":
-            base.quietstar.mixing_head.requires_grad_(False)
-        pad_id = pad_token_id(processing_class)  # which may have been added to the tokenizer alone
         self.reward_function = reward_function
-        rest = (args, processing_class, base.config, reward_function)
-        evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        evaluation = {name: prepared(dataset, name, *rest) for name, dataset in evaluation.items()}
+        how = (args, tokenizer, base.config, reward_function)
         super().__init__(
-            model=model,
+            model=thinking,
             args=args,
-            data_collator=TextCollator(
-                pad_id if pad_id < base.config.get_text_config().vocab_size else 0, reward_function is not None
-            ),
-            train_dataset=prepared(train_dataset, "train", *rest, trains=True),
-            eval_dataset=evaluation if isinstance(eval_dataset, dict) else evaluation["eval"],
-            processing_class=processing_class,
+            data_collator=collator(tokenizer, base.config, reward_function),
+            train_dataset=prepared(train_dataset, "train", *how, trains=True),
+            eval_dataset=prepared_evaluation(eval_dataset, *how),
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         check_engine_options(args, self.accelerator, optimizers)
-        if optimizers[0] is not None:
-            hold_all(*optimizers, self.model, args.heads_learning_rate)
-        check_streams(args, self.accelerator, [self.train_dataset, *evaluation.values()], reward_function)
+        hold_all(optimizers, self.model, args.heads_learning_rate)
+        check_streams(args, self.accelerator, self.train_dataset, self.eval_dataset, reward_function)
         if train_dataset is not None:
             self._check_output()
         if (args.fp16_full_eval or args.bf16_full_eval) and not self.is_model_parallel:
             self.move_model()  # until `train` or `evaluate`, Transformers leaves it where it was
         self.router_coefficient = use_router_loss(base.config, args.router_aux_loss_coef)
-        self.thinker = Thinker(args, self.model, self.accelerator, processing_class)
+        self.thinker = Thinker(args, self.model, self.accelerator, tokenizer)
         self.reference = Reference(args, self.model, self.accelerator)
+        self.ref_model = self.reference.model
         self.step = OptimizerStep(args, self.accelerator, self.thinker, self.reference, reward_function)
         self.runlog = RunLog(args, self.accelerator, self.thinker)
-        self.guard = FaultGuard(args, self.model, self.accelerator, processing_class, self.save_checkpoint)
+        self.guard = FaultGuard(args, self.model, self.accelerator, tokenizer, self.save_checkpoint)
         self.anti_theater = AntiTheaterCallback(self)
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
         args, callbacks = self.args, self.callback_handler.callbacks
-        if args.sync_ref_model:
+        if args.sync_ref_model and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         if args.anti_theater_steps is not None:
             callbacks.insert(0, self.anti_theater)  # ahead of the loggers, which close at the end of training
         callbacks.insert(0, self.guard)  # drops gradients before others see them
-        for callback in callbacks:
-            if isinstance(callback, JITCheckpointCallback):  # in mid-step it would save a part of the step's metrics
-                callback.on_pre_optimizer_step = callback.on_substep_end
         self.add_callback(EmptyEpochCallback())
         self.add_callback(LastWindowCallback())
         if args.early_stopping_patience is not None:
@@ -241,11 +207,6 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         return self.thinker.sampling
 
     @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference model, where there is one of its own."""
-        return self.reference.model
-
-    @property
     def entropy_coefficient(self) -> float:
         """Weight of the entropy bonus at the current optimizer step."""
         return self.coefficients().entropy
@@ -260,7 +221,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         """As the Trainer does, with the heads in parameter groups that have `heads_learning_rate`; then Muon and Grokfast."""
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
-            set_heads_apart(optimizer, base_of(self.model).quietstar, self.args.heads_learning_rate)
+            set_heads_apart(optimizer, self.thinker.base.quietstar, self.args.heads_learning_rate)
             self.optimizer = combine(optimizer, self.model, self.args)
         return self.optimizer
 
@@ -283,9 +244,8 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         request = self.thinker.request(text, part)
         scores = model(**request.inputs)
         experience, counts = self.step.judge(part, request, scores, inputs.get("columns"))
-        distills, reuses = args.distillation_coefficient != 0, args.num_iterations > 1
-        terms_of = LossInputs.of(text, scores, experience, distills, reuses)
-        loss, terms = quietstar_loss(terms_of, self.coefficients(), args.clip_range, counts, part.share)
+        numbers = LossInputs.of(text, scores, experience, args)
+        loss, terms = quietstar_loss(numbers, self.coefficients(), args.clip_range, counts, part.share)
         batch = BatchResult(text, scores, experience, loss, terms, part.share)
         finite = self.guard.check(batch, part)
         if finite is not None:
@@ -307,34 +267,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         if not ends_window:  # a callback that logs takes away no window that is due
             self.control.should_log = is_due
 
-    # Saving and loading
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if is_peft_model(self.model) and self.args.should_save:
-            base, directory = base_of(self.model), output_dir or self.args.output_dir
-            save_settings(base, directory)
-            base.save_heads(directory, state_dict)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """TRL's model card, with how to load the heads and what the last evaluation measured."""
-        if model_name is None:
-            model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
-        model_name, dataset_name = card_name(model_name), dataset_name and card_name(dataset_name)
-        super().create_model_card(model_name, dataset_name, tags)
-        if not self.is_world_process_zero():
-            return
-        evaluations = [entry for entry in self.state.log_history if "eval_nll_without" in entry]
-        samples = self.runlog.samples.get("eval") or self.runlog.samples.get("train")
-        name, evaluation = self.args.hub_model_id or model_name, evaluations[-1] if evaluations else None
-        section = card_section(name, is_peft_model(self.model), evaluation, samples)
-        with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8", errors="replace") as card:
-            card.write(section)
+    # Checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
         with self.runlog.untimed():
@@ -343,22 +276,16 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # which each process has of its own, as it has experience
-        if self.state.global_step % self.args.num_iterations:
-            save_file(self.step.state(), self._experience_file(output_dir))
+        self.step.save(output_dir, self.state.global_step)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._experience_file(checkpoint)):
-            self.step.load(load_file(self._experience_file(checkpoint), device=str(self.accelerator.device)))
-
-    def _experience_file(self, folder: str) -> str:
-        process, count = self.accelerator.process_index, self.accelerator.num_processes
-        return os.path.join(folder, f"quietstar_experience-{process}-of-{count}.safetensors")
+        if checkpoint is not None:
+            self.step.restore(checkpoint)
 
     def _checkpoint_state(self) -> dict:
         own = {"entropy_coefficient": self.entropy_coefficient, "optimizer": optimizer_fields(self.args)}
-        parts = (self.runlog, self.thinker, self.guard, self.anti_theater)
-        return functools.reduce(lambda state, part: state | part.state(), parts, own)
+        return own | self.runlog.state() | self.thinker.state() | self.guard.state() | self.anti_theater.state()
 
     def _restore_checkpoint_state(self, state: dict) -> None:
         for part in (self.runlog, self.thinker, self.guard, self.anti_theater):

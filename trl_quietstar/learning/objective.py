@@ -142,20 +142,18 @@ class LossInputs:
     sampled_logps: torch.Tensor | None = None
 
     @classmethod
-    def of(
-        cls, text: Text, scores: Scores, experience: "Experience", distills: bool = False, reuses: bool = False
-    ) -> "LossInputs":
+    def of(cls, text: Text, scores: Scores, experience: "Experience", args: "QuietStarConfig") -> "LossInputs":
         """
         Collects the numbers of a batch.
 
         Args:
             text ([`Text`]), scores ([`Scores`]), experience ([`Experience`]):
                 The batch, its scores under the current policy, and what its thoughts are worth.
-            distills (`bool`):
-                Whether thinking teaches the prediction without thoughts.
-            reuses (`bool`):
-                Whether the thoughts may have been written by an earlier policy, which calls for the clipped surrogate.
+            args ([`QuietStarConfig`]):
+                Tells whether thinking teaches the prediction without thoughts, and whether thoughts are reused in further
+                updates, which calls for the clipped surrogate.
         """
+        distills, reuses = args.distillation_coefficient != 0, args.num_iterations > 1
         talk_length = scores.talk_logps.shape[-1]
         return cls(
             scores.thought_logps,

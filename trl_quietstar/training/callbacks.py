@@ -4,10 +4,8 @@ of the last steps, and an end to epochs without a step."""
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import IntervalStrategy, TrainerCallback
 from transformers.utils import logging
-from trl import BEMACallback
 
 from ..evaluation.anti_theater import THRESHOLDS, AntiTheaterReport
 from .folders import remove_folder, whole_folder
@@ -140,28 +138,6 @@ def _complaint(report: AntiTheaterReport, step: int) -> str:
         else:
             parts.append(f"{name} {estimate.value:.3f} (above {THRESHOLDS[name]} wanted)")
     return f"The thoughts failed anti-theater validation at step {step}: {', '.join(parts)}."
-
-
-def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
-    """
-    Refuses a callback that would fail in the middle of training.
-
-    Args:
-        callbacks (`list` of [`~transformers.TrainerCallback`]):
-            All of a run.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model to be trained.
-
-    Raises:
-        `ValueError`: for TRL's `BEMACallback` if a part of the model is frozen.
-    """
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen and any(isinstance(callback, BEMACallback) for callback in callbacks):
-        raise ValueError(
-            f"`BEMACallback` averages whole models, and {len(frozen)} parameters of this one are frozen (as {frozen[0]!r}). "
-            "Leave it out, or train everything: without an adapter, with `advantage_baseline='value'` and "
-            "`reward_prediction='mixed'`."
-        )
 
 
 class LastWindowCallback(TrainerCallback):

@@ -16,11 +16,13 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .._compat import BaseTrainer
 from ..config import QuietStarConfig
 from ..model.adapters import base_of
+from ..model.saved import save_settings
 from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
 from ..rules import ADAMW
 from .distributed import check_optimizer_file, is_sharded, load_optimizer, save_optimizer
@@ -117,6 +119,9 @@ class CheckpointTrainer(BaseTrainer):
         """Sets back what belongs to a run: patience, and where `auto_find_batch_size` may begin it again also what it trains."""
         for callback in self._early_stopping():
             callback.early_stopping_patience_counter = 0
+        for jit in self.callback_handler.callbacks:
+            if isinstance(jit, JITCheckpointCallback):  # within a step it would save a part of the step's metrics
+                jit.on_pre_optimizer_step = jit.on_substep_end  # type: ignore[method-assign]
         if not self.args.auto_find_batch_size or is_sharded(self.accelerator) or self.is_deepspeed_enabled:
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -222,6 +227,13 @@ class CheckpointTrainer(BaseTrainer):
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if is_peft_model(self.model) and self.args.should_save:  # which saves the adapter alone
+            base, directory = base_of(self.model), output_dir or str(self.args.output_dir)
+            save_settings(base, directory)
+            base.save_heads(directory, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if (

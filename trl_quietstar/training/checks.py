@@ -2,7 +2,9 @@
 
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from transformers import IntervalStrategy
+from torch import nn
+from transformers import IntervalStrategy, TrainerCallback
+from trl import BEMACallback
 
 from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
@@ -131,7 +133,7 @@ def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimi
 
 
 def check_streams(
-    args: QuietStarConfig, accelerator: Accelerator, datasets: list, function: RewardFunction | None
+    args: QuietStarConfig, accelerator: Accelerator, train_dataset, eval_dataset, function: RewardFunction | None
 ) -> None:
     """
     Refuses columns of a stream that one process reads for all: it is dealt out as tensors, and columns are none.
@@ -139,19 +141,42 @@ def check_streams(
     Args:
         args ([`QuietStarConfig`]), accelerator ([`~accelerate.Accelerator`]):
             Options and processes of the run.
-        datasets (`list`):
-            All data, None where there is none.
+        train_dataset, eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            All data of the run.
         function (`Callable`, *optional*):
             The user's reward function.
 
     Raises:
         `ValueError`: if the reward function takes columns of such a stream.
     """
-    streams = [dataset for dataset in datasets if isinstance(dataset, IterableDataset)]
+    evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    streams = [dataset for dataset in (train_dataset, *evaluation) if isinstance(dataset, IterableDataset)]
     if accelerator.num_processes == 1 or accelerator.dispatch_batches is False or not streams:
         return
     if function is not None and has_columns(function, args):
         raise ValueError(
             "`reward_function` takes columns of a stream, which one process reads for all; set "
             "`accelerator_config={'dispatch_batches': False}`, or load the data whole."
+        )
+
+
+def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
+    """
+    Refuses a callback that would fail in the middle of training.
+
+    Args:
+        callbacks (`list` of [`~transformers.TrainerCallback`]):
+            All of a run.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model to be trained.
+
+    Raises:
+        `ValueError`: for TRL's `BEMACallback` if a part of the model is frozen.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen and any(isinstance(callback, BEMACallback) for callback in callbacks):
+        raise ValueError(
+            f"`BEMACallback` averages whole models, and {len(frozen)} parameters of this one are frozen (as {frozen[0]!r}). "
+            "Leave it out, or train everything: without an adapter, with `advantage_baseline='value'` and "
+            "`reward_prediction='mixed'`."
         )

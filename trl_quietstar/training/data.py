@@ -6,9 +6,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .._compat import left_on_host
 from ..config import QuietStarConfig
-from ..data.batches import OWN_COLUMNS, RepeatedRows
+from ..data.batches import OWN_COLUMNS, RepeatedRows, TextCollator
 from ..data.prepare import check_amount, check_longest, longest_text, prepare_texts
 from ..learning.rewards import RewardFunction, column_parameters
+from ..loading import pad_token_id
 from ..model.adapters import base_of
 from .checkpoints import CheckpointTrainer
 
@@ -52,6 +53,21 @@ def prepared(
     if longest is not None:
         check_longest(longest, args, config, is_stream=isinstance(dataset, IterableDataset))
     return dataset
+
+
+def prepared_evaluation(eval_dataset, *how):
+    """Evaluation data as [`prepared`] gives it, by the same arguments: a dataset, a `dict` of them, or None."""
+    if isinstance(eval_dataset, dict):
+        return {name: prepared(dataset, name, *how) for name, dataset in eval_dataset.items()}
+    return prepared(eval_dataset, "eval", *how)
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, reward_function: RewardFunction | None
+) -> TextCollator:
+    """The collator of a run; the columns of the data are kept where a reward function may want them."""
+    pad_id = pad_token_id(tokenizer)  # which may have been added to the tokenizer alone
+    return TextCollator(pad_id if pad_id < config.get_text_config().vocab_size else 0, reward_function is not None)
 
 
 class DataTrainer(CheckpointTrainer):

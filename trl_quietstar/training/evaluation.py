@@ -1,14 +1,17 @@
 """`EvaluationTrainer`: what a run measures on data that it does not train on."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .._compat import fingerprint
 from ..evaluation.anti_theater import AntiTheaterReport, judge, text_sums
+from ..evaluation.report import card_name, card_section
 from .checkpoints import kept_weights
 from .checks import NO_LOGITS
 from .data import DataTrainer
@@ -19,8 +22,8 @@ from .thinker import Thinker
 
 
 class EvaluationTrainer(DataTrainer):
-    """The Trainer with evaluations that score thoughts, hold no logits and take any data that training takes; and with the
-    validation of thoughts."""
+    """The Trainer with evaluations that score thoughts, hold no logits and take any data that training takes; with the validation
+    of thoughts; and with a model card that tells what was measured."""
 
     thinker: Thinker
     step: OptimizerStep
@@ -174,3 +177,23 @@ class EvaluationTrainer(DataTrainer):
     def sampled_thoughts(self) -> dict[str, list]:
         """A few thoughts of the last evaluation, in the columns of [`evaluation.report.thought_table`]; empty before the first."""
         return self.runlog.samples.get("eval", {})
+
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """TRL's model card, with how to load the heads and what the last evaluation measured."""
+        if model_name is None:
+            model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+        model_name, dataset_name = card_name(model_name), dataset_name and card_name(dataset_name)
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_nll_without" in entry]
+        samples = self.runlog.samples.get("eval") or self.runlog.samples.get("train")
+        name, evaluation = self.args.hub_model_id or model_name, evaluations[-1] if evaluations else None
+        section = card_section(name, is_peft_model(self.model), evaluation, samples)
+        with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8", errors="replace") as card:
+            card.write(section)

@@ -182,16 +182,15 @@ def set_heads_apart(optimizer: torch.optim.Optimizer, heads: nn.Module, learning
             optimizer.add_param_group({**options, "params": own, "lr": learning_rate})
 
 
-def hold_all(optimizer: torch.optim.Optimizer, scheduler, model: nn.Module, heads_learning_rate: float) -> None:
+def hold_all(optimizers: tuple, model: nn.Module, heads_learning_rate: float) -> None:
     """
     Sees to it that an optimizer of the user's holds all that is trained. Heads that were not there when it was made become a
     group of their own.
 
     Args:
-        optimizer ([`~torch.optim.Optimizer`]):
-            Changed in place.
-        scheduler ([`~torch.optim.lr_scheduler.LRScheduler`], *optional*):
-            That was made for its groups, to which then none can be added.
+        optimizers (`tuple`):
+            The user's optimizer, if any, which is changed in place; and the scheduler, if any, that was made for its groups, to
+            which then none can be added.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The thinking model.
         heads_learning_rate (`float`):
@@ -200,6 +199,9 @@ def hold_all(optimizer: torch.optim.Optimizer, scheduler, model: nn.Module, head
     Raises:
         `ValueError`: if parameters that are trained are in none of its groups.
     """
+    optimizer, scheduler = optimizers
+    if optimizer is None:
+        return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}
     heads = [name for name in missing if "quietstar." in name] if scheduler is None else []

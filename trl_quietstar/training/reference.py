@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import QuietStarConfig
 from ..model.adapters import AdapterReference
@@ -35,7 +37,7 @@ class Reference:
 
     def __init__(self, args: QuietStarConfig, model: nn.Module, accelerator: Accelerator):
         self.args, self.policy, self.accelerator = args, model, accelerator
-        self.model: nn.Module | None = None  # the copy
+        self.model: PreTrainedModel | None = None  # the copy
         self._adapter: AdapterReference | None = None
         if not args.uses_reference:
             return
@@ -47,7 +49,8 @@ class Reference:
                 )
             self._adapter = AdapterReference(model, is_sharded(accelerator))
             return
-        self.model = prepare_reference(copy.deepcopy(model).requires_grad_(False).eval(), accelerator)
+        copied = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = cast(PreTrainedModel, prepare_reference(copied, accelerator))
 
     @contextmanager
     def in_place(self) -> Iterator[nn.Module]:

@@ -1,9 +1,11 @@
 """`OptimizerStep`: the batches of an optimizer step, what each adds to it, and what their thoughts are worth."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import QuietStarConfig
@@ -179,6 +181,20 @@ class OptimizerStep:
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Takes back what [`OptimizerStep.state`] gave."""
         self._experiences = unflat(state)
+
+    def save(self, folder: str, step: int) -> None:
+        """Writes the state beside a checkpoint's, where the next update after so many steps reuses it; each process its own."""
+        if step % self.args.num_iterations:
+            save_file(self.state(), self._file(folder))
+
+    def restore(self, folder: str) -> None:
+        """Reads what [`OptimizerStep.save`] wrote, if anything. With another number of processes a step samples anew."""
+        if self._file(folder).is_file():
+            self.load(load_file(self._file(folder), device=str(self.accelerator.device)))
+
+    def _file(self, folder: str) -> Path:
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        return Path(folder, f"quietstar_experience-{process}-of-{count}.safetensors")
 
 
 def _alone(values: torch.Tensor) -> torch.Tensor:
