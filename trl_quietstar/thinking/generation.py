@@ -21,15 +21,16 @@ from ..branches.base import backbone
 from ..branches.cached_replay import CachedReplay, CachedReplayDecoder
 from ..branches.masks import additive_masks
 from ..branches.replay import Replay
-from ..model.embeddings import embed_tokens, embed_vector
+from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, check_length, forward_arguments, max_positions, position_offset
 from ..model.heads import ThinkingModel
 from ..model.lm_head import logits_of, uncertainty
 from ..text.batch import Branches, Text
 from ..text.positions import is_difficult
 from ..text.transfer import exact_dtype, to_device, to_host
-from .drawing import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
+from .drawing import SamplingSettings, fixed_draws, thought_sampling
 from .when import ENDLESS, Thinking
+from .writing import Writer, end_slots, start_slots
 
 
 @dataclass
@@ -258,6 +259,7 @@ class Mind:
         streamer: BaseStreamer | None = None,
     ):
         self.model, self.thinking, self.sampling = model, thinking, sampling
+        self.writer = Writer.of(model, sampling)
         self.fixed, self.streamer = fixed, streamer
         self.thoughts: list[list[GeneratedThought]] = []
         # what the device has not told yet: of each row a thought, if any, with its tokens and their mask, or with a weight
@@ -311,30 +313,14 @@ class Mind:
 
     def _think(self, rows: torch.Tensor) -> torch.Tensor:
         """Writes a thought in the rows of a mask `(B,)`; returns what it ends with, `(B, H)`."""
-        model, sampling, B = self.model, self.sampling, len(rows)
-        start, end = (
-            embed_vector(model, vector).expand(B, 1, -1)
-            for vector in (model.quietstar.start_embedding, model.quietstar.end_embedding)
-        )
-        draws = self._draws(start.device)
         self.decoder.fork(rows)
-        tokens: list[torch.Tensor] = []
-        masks: list[torch.Tensor] = []
-        running = rows
-        hidden = self.decoder.extend(start, rows[:, None])
-        for step in range(sampling.thought_length):
-            if step > 0:
-                hidden = self.decoder.extend(embed_tokens(model, tokens[-1][:, None]), masks[-1][:, None])
-            tokens.append(draw_tokens(model, hidden, draws[:, step : step + 1], sampling)[:, 0])
-            masks.append(running)
-            if sampling.stop is not None and step + 1 >= sampling.min_thought_length:
-                running = running & ~sampling.stop(torch.stack(tokens, dim=1)).cpu()
-                if not bool(running.any()):
-                    break
-        last = torch.cat([embed_tokens(model, tokens[-1][:, None]), end], dim=1)
-        ended = self.decoder.extend(last, torch.stack([masks[-1], rows], dim=1))[:, -1]
-        self._note(rows, torch.stack(tokens, 1), torch.stack(masks, 1))
-        return ended
+        alive = rows[:, None]
+        hidden = self.decoder.extend(start_slots(self.model, len(rows), 1), alive)
+        token_ids, mask, _ = self.writer.write(self.decoder, hidden, alive, self._draws(hidden.device)[:, None])
+        self._note(rows, token_ids[:, 0], mask[:, 0])
+        # the last token and the end share a forward
+        last = torch.cat([embed_tokens(self.model, token_ids[:, 0, -1:]), end_slots(self.model, len(rows), 1)], dim=1)
+        return self.decoder.extend(last, torch.cat([mask[:, :, -1], alive], dim=1))[:, -1]
 
     def _draws(self, device: torch.device) -> torch.Tensor:
         """Uniform numbers of shape `(B, L)`."""

@@ -12,7 +12,7 @@ import torch
 
 from ..branches.base import BranchCache, BranchPath, Encoded
 from ..branches.shared_prefix import SharedPrefixCache
-from ..model.embeddings import LookupTape, embed_tokens, embed_vector
+from ..model.embeddings import LookupTape, embed_tokens
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, prediction_statistics, token_statistics
 from ..model.routing import Routing, has_router_loss, router_loss
@@ -20,6 +20,7 @@ from ..model.sharding import model_is_sharded
 from ..text.batch import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
 from ..text.transfer import to_device
 from .sampling import ThoughtSampler
+from .writing import end_slots, start_slots
 
 
 LEAST_SAVED = 4096  # tokens: an accelerator runs fewer in the time that it takes to launch a forward of their own
@@ -304,7 +305,7 @@ def score_thoughts(
     embeds = embed_tokens(model, thoughts.token_ids[..., :-1])
     mask = thoughts.mask[..., :-1]
     if start:
-        embeds = torch.cat([_edge(model, model.quietstar.start_embedding, thoughts), embeds], dim=3)
+        embeds = torch.cat([start_slots(model, B, J, G, 1), embeds], dim=3)
         mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
     branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
@@ -339,11 +340,6 @@ def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch
     return values.gather(1, flat).view(index.shape)[:, :, None]
 
 
-def _edge(model: ThinkingModel, embedding: torch.Tensor, thoughts: Thoughts) -> torch.Tensor:
-    """A learned embedding as one slot of every branch: shape `(B, J, G, 1, E)`."""
-    return embed_vector(model, embedding).expand(*thoughts.mask.shape[:3], 1, -1)
-
-
 def _full_branches(
     model: ThinkingModel, thoughts: Thoughts, talk: Talk, embed: Callable[[torch.Tensor], torch.Tensor], seen: int = 0
 ) -> Branches:
@@ -356,8 +352,8 @@ def _full_branches(
     )
     tokens = embed(torch.cat([thoughts.token_ids[..., left:], spoken_ids], dim=3))  # one gradient of the table for all
     thought, spoken = tokens.split([L - left, spoken_ids.shape[3]], dim=3)
-    start = _edge(model, model.quietstar.start_embedding, thoughts)
-    end = _edge(model, model.quietstar.end_embedding, thoughts)
+    one_each = (*thoughts.mask.shape[:3], 1)
+    start, end = start_slots(model, *one_each), end_slots(model, *one_each)
     if thoughts.filler:
         thought = start.expand_as(thought)
     exists = thoughts.mask[..., :1]
