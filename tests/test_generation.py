@@ -179,16 +179,16 @@ def test_thoughts_end_early(name, tmp_path):
 
 def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
     """A thought is dropped after use: the cache holds the text alone, however much was thought."""
-    from trl_quietstar.thinking import generation
+    from trl_quietstar.branches import decoders as module
 
     decoders = []
 
-    class Watched(generation.CachedDecoder):
+    class Watched(module.CachedDecoder):
         def __init__(self, *args):
             super().__init__(*args)
             decoders.append(self)
 
-    monkeypatch.setattr(generation, "CachedDecoder", Watched)
+    monkeypatch.setattr(module, "CachedDecoder", Watched)
     model, (prompt,) = thinking_model(), prompts(5)
     generated(model, padded([prompt]), new=9)
     assert decoders[0].cache.get_seq_length() == 5 + 8 == decoders[0].positions.shape[1]

@@ -3,12 +3,12 @@
 They are one submodule, `model.quietstar`, kept in a file of their own, so that the base checkpoint stays what it was.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import QuietStarSettings
 
@@ -146,6 +146,7 @@ class ThinkingModel(PreTrainedModel, GenerationMixin):
 
     quietstar: QuietStarHeads
     quietstar_settings: QuietStarSettings
+    thought_tokenizer: Callable[[PreTrainedTokenizerBase | None], PreTrainedTokenizerBase | None]
     _plain_class: type[PreTrainedModel]  # the family's own
     _loaded_by: Mapping[str, Any]  # `revision` and the like that it was loaded with
 

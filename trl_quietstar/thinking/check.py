@@ -16,7 +16,7 @@ from ..branches.masked_prefix import MaskedPrefix
 from ..branches.replay import Replay
 from ..branches.shared_prefix import SharedPrefix
 from ..model.concurrency import eval_mode
-from ..model.embeddings import embed_tokens, embed_vector, weight_of
+from ..model.embeddings import embed_tokens, weight_of
 from ..model.heads import ThinkingModel
 from ..model.lm_head import token_statistics
 from ..model.sharding import check_one_device
@@ -26,6 +26,7 @@ from ..text.transfer import exact_dtype
 from .drawing import SamplingSettings, uniforms
 from .sampling import sample_thoughts
 from .scoring import ScoreRequest, score
+from .writing import start_slots
 
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ def _stepwise_logps(model: ThinkingModel, cache: BranchCache, thoughts: Thoughts
     """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
-    start = embed_vector(model, model.quietstar.start_embedding).expand(B, J * G, 1, -1)
-    slots = torch.cat([start, embeds[:, :, :-1]], dim=2)
+    slots = torch.cat([start_slots(model, B, J * G, 1), embeds[:, :, :-1]], dim=2)
     hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
     return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask).logps
 

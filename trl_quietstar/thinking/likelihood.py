@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..branches.base import BranchCache, BranchPath
 from ..branches.memory import CPU_TOKENS, Size, branches_without_graph, free_bytes, new_tokens
@@ -161,7 +162,7 @@ def log_likelihoods(
     attention_mask: torch.Tensor | None = None,
     score_mask: torch.Tensor | None = None,
     thinking: Thinking | None = None,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-likelihoods of given text, thinking before its tokens as greedy generation would.
@@ -189,20 +190,27 @@ def log_likelihoods(
     wanted = text.host.predicted()
     if score_mask is not None:
         wanted &= score_mask[:, 1:].bool().cpu()
-    path: BranchPath = model.thought_path  # type: ignore[assignment]
+    path: BranchPath = model.thought_path  # type: ignore[assignment]  # declared where branches are not known
     cache = path.read(model, text)
     plain = token_statistics(model, cache.text_hidden[:, :-1], input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct
     positions = _positions(model, cache.text_hidden[:, :-1], wanted, thinking)
     if not bool(positions.mask.any()):
         return logps, correct
-    settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))  # type: ignore[arg-type]
+    settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))
     draws = fixed_draws(text.host.position_ids.gather(1, positions.index), settings)
-    prediction: str = model.quietstar_settings.prediction  # type: ignore[union-attr,assignment]
     ends = _ends(wanted, positions)
     reach = min(thinking.span, int((ends - positions.index).max()))
     _, scores = think_in_chunks(
-        model, path, text, positions.to(input_ids.device), settings, draws, reach, prediction, cache
+        model,
+        path,
+        text,
+        positions.to(input_ids.device),
+        settings,
+        draws,
+        reach,
+        model.quietstar_settings.prediction,
+        cache,
     )
     served = positions.index[..., None] + torch.arange(reach)  # (B, J, M): the places that each thought is read for
     valid = positions.mask[..., None] & (served < ends[..., None])

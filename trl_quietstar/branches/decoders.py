@@ -1,0 +1,263 @@
+"""Texts that grow token by token, with a branch after each: what generation asks for hidden states.
+
+- [`CachedDecoder`]: text and branches share one KV cache, from which a branch is dropped as soon as it was used; for models
+  that tell them apart by a mask.
+- [`CachedReplayDecoder`]: the text's cache is copied for each branch, and the copy dropped; recurrent models above all.
+- [`ReplayDecoder`]: everything is run again at each call; for models whose cache is not exact.
+"""
+
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..model.embeddings import embed_tokens
+from ..model.family import cache_name, forward_arguments, position_offset
+from ..model.heads import ThinkingModel
+from ..text.batch import Branches, Text
+from ..text.transfer import to_device
+from .base import backbone
+from .cached_replay import CachedReplay, States
+from .masks import additive_masks
+from .replay import Replay
+
+
+class Decoder(Protocol):
+    """A batch of texts that grow, and one branch after each of them. Masks are in the host's memory, which so knows what is
+    kept; token ids and embeddings are on the device."""
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Appends tokens, `(B, Q)` with their mask, to the texts; hidden states `(B, H)` of the last ones."""
+        ...
+
+    def fork(self, rows: torch.Tensor) -> None:
+        """Begins a branch after the present text in the rows of a mask `(B,)`; an older one there is gone."""
+        ...
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Appends slots, `(B, Q, E)` with their mask, to the branches; their hidden states `(B, Q, H)`."""
+        ...
+
+    def drop(self, rows: torch.Tensor) -> None:
+        """Ends the branches of the rows of a mask `(B,)`."""
+        ...
+
+
+class CachedDecoder:
+    """
+    Texts and branches in one KV cache. Each slot has an owner, 0 for the text, and is seen by position: a text sees text,
+    a branch the text up to where it was forked and its own slots.
+
+    Args:
+        model ([`~model.heads.ThinkingModel`]):
+            The model.
+        rows (`int`):
+            B.
+    """
+
+    def __init__(self, model: ThinkingModel, rows: int):
+        self.model = model
+        self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
+        nothing = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        self.positions, self.owner, self.valid = nothing, nothing, nothing.bool()  # of each slot
+        self.host_owner = torch.zeros(rows, 0, dtype=torch.long)  # what the host knows of owners and branches
+        self.host_branch = torch.zeros(rows, dtype=torch.long)
+        zeros = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.length = zeros  # of each row's text
+        self.branch, self.anchor, self.tip = (
+            zeros,
+            zeros,
+            zeros,
+        )  # its owner, and the positions where it begins and ends
+        self.forks = 0
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = to_device(mask, token_ids.device)
+        steps = mask.long().cumsum(1)
+        positions = (self.length[:, None] + steps - 1).clamp(min=0)
+        self.length = self.length + steps[:, -1]
+        text = torch.zeros_like(self.branch)
+        self._own(torch.zeros_like(self.host_branch), token_ids.shape[1])
+        return self._forward(embed_tokens(self.model, token_ids), positions, mask, text, positions.amax(1))[:, -1]
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.forks += 1
+        self.host_branch = torch.where(rows, self.forks, self.host_branch)
+        rows = to_device(rows, self.branch.device)
+        self.branch = torch.where(rows, self.forks, self.branch)
+        self.anchor = torch.where(rows, self.length - 1, self.anchor)
+        self.tip = torch.where(rows, self.length - 1, self.tip)
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = to_device(mask, embeds.device)
+        steps = mask.long().cumsum(1)
+        positions = self.tip[:, None] + steps
+        self.tip = self.tip + steps[:, -1]
+        self._own(self.host_branch, embeds.shape[1])
+        return self._forward(embeds, positions, mask, self.branch, self.anchor)
+
+    def drop(self, rows: torch.Tensor) -> None:
+        self.host_branch = self.host_branch.masked_fill(rows, 0)
+        self.branch = self.branch.masked_fill(to_device(rows, self.branch.device), 0)
+        keep = ((self.host_owner == 0) | (self.host_owner == self.host_branch[:, None])).any(0)
+        kept = keep.nonzero().flatten()
+        if len(kept) == len(keep):
+            return
+        index = to_device(kept, self.branch.device)
+        if bool(keep[: len(kept)].all()):
+            self.cache.crop(len(kept) - len(keep))
+        else:
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
+        self.positions, self.owner, self.valid = (
+            x.index_select(1, index) for x in (self.positions, self.owner, self.valid)
+        )
+        self.host_owner = self.host_owner[:, kept]
+
+    def _own(self, owner: torch.Tensor, slots: int) -> None:
+        """Notes new slots of the owners `(B,)` on the host."""
+        self.host_owner = torch.cat([self.host_owner, owner[:, None].expand(-1, slots)], dim=1)
+
+    def _forward(self, embeds, positions, mask, owner, anchor) -> torch.Tensor:
+        """One pass of new slots `(B, Q, E)` of the owners `(B,)`, which see text up to the positions `anchor`, `(B,)`."""
+        Q = embeds.shape[1]
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.owner = torch.cat([self.owner, owner[:, None].expand(-1, Q)], dim=1)
+        self.valid = torch.cat([self.valid, mask.bool()], dim=1)
+        seen = ((self.owner == 0) & (self.positions <= anchor[:, None])) | (self.owner == owner[:, None])
+        earlier = self.positions[:, None] <= positions[..., None]
+        own = torch.eye(Q, dtype=torch.bool, device=embeds.device)
+        allowed = (seen & self.valid)[:, None] & earlier
+        allowed[:, :, -Q:] |= own  # so that no row is empty
+        config = self.model.config
+        return backbone(
+            self.model,
+            embeds,
+            attention_mask=additive_masks(config, allowed, positions, self.positions, embeds.dtype),
+            position_ids=positions + position_offset(config),
+            use_cache=True,
+            **{cache_name(forward_arguments(self.model)): self.cache},
+        )
+
+
+class CachedReplayDecoder:
+    """
+    Texts in one batch of states, branches in another; see [`Decoder`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        rows (`int`):
+            B.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int):
+        self.model, self.rows = model, rows
+        self.text: States | None = None
+        self.branches: States | None = None
+        self.owners = torch.zeros(0, dtype=torch.long)  # the text of each branch, in the host's memory
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.text is None:
+            return self._read_prompts(token_ids, mask)
+        return self.text.step(embed_tokens(self.model, token_ids[:, -1]))
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.drop(rows)
+        assert self.text is not None
+        owners = rows.nonzero().flatten()
+        fresh = self.text.select(owners)
+        self.branches = fresh if self.branches is None else States.join([self.branches, fresh])
+        self.owners = torch.cat([self.owners, owners])
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._step(*slot) for slot in zip(embeds.unbind(1), mask.unbind(1), strict=True)], dim=1)
+
+    def drop(self, rows: torch.Tensor) -> None:
+        keep = ~rows[self.owners]
+        if bool(keep.all()):
+            return
+        assert self.branches is not None
+        self.branches = self.branches.select(keep.nonzero().flatten()) if bool(keep.any()) else None
+        self.owners = self.owners[keep]
+
+    def _read_prompts(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Prompts of the same length in one forward, none of them padded; hidden states `(B, H)` of their last tokens."""
+        lengths = mask.sum(1)
+        parts, order, hidden = [], [], []
+        for length in lengths.unique().tolist():
+            order.append((lengths == length).nonzero().flatten())
+            parts.append(States(self.model))
+            rows, places = mask[order[-1]].bool().nonzero().unbind(1)
+            places = to_device(torch.stack([order[-1][rows], places]), token_ids.device)
+            prompts = token_ids[tuple(places)].view(-1, length)
+            hidden.append(parts[-1].read(embed_tokens(self.model, prompts))[:, -1])
+        back = torch.cat(order).argsort()
+        self.text = States.join(parts).select(back)
+        return torch.cat(hidden).index_select(0, to_device(back, token_ids.device))
+
+    def _step(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One slot, `(B, E)`, in the branches of the rows of a mask `(B,)`; hidden states `(B, H)`, 0 in other rows."""
+        assert self.branches is not None
+        moves = mask[self.owners].bool()
+        moving, waiting = moves.nonzero().flatten(), (~moves).nonzero().flatten()
+        states = self.branches if len(waiting) == 0 else self.branches.select(moving)
+        hidden = states.step(embeds.index_select(0, to_device(self.owners[moving], embeds.device)))
+        if len(waiting) > 0:
+            self.branches = States.join([states, self.branches.select(waiting)])
+        rows, self.owners = self.owners[moving], self.owners[torch.cat([moving, waiting])]
+        rows = to_device(rows, hidden.device)
+        return hidden.new_zeros(self.rows, hidden.shape[1]).index_copy_(0, rows, hidden)
+
+
+class ReplayDecoder:
+    """
+    Runs texts and branches again at each call, for models that keep no cache to go on from.
+
+    Args:
+        model ([`~model.heads.ThinkingModel`]):
+            The model.
+        rows (`int`):
+            B.
+    """
+
+    def __init__(self, model: ThinkingModel, rows: int):
+        self.model, self.path = model, Replay()
+        self.token_ids = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
+        self.mask = self.slot_mask = torch.zeros(rows, 0, dtype=torch.bool)
+        self.slots = embed_tokens(model, self.token_ids)
+        self.anchors = torch.zeros(rows, dtype=torch.long)
+
+    def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+        self.mask = torch.cat([self.mask, mask.bool()], dim=1)
+        return self.path.text_hidden(self.model, self._text())[:, -1]
+
+    def fork(self, rows: torch.Tensor) -> None:
+        self.anchors = torch.where(rows, self.mask.shape[1] - 1, self.anchors)
+        self.drop(rows)
+
+    def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.slots = torch.cat([self.slots, embeds], dim=1)
+        self.slot_mask = torch.cat([self.slot_mask, mask.bool()], dim=1)
+        mask = to_device(self.slot_mask, self.slots.device)
+        branches = Branches(self.anchors[:, None], self.slots[:, None], mask[:, None])
+        return self.path.branch_hidden(self.model, self._text(), branches)[:, 0, -embeds.shape[1] :]
+
+    def drop(self, rows: torch.Tensor) -> None:
+        mask = self.slot_mask & ~rows[:, None]
+        used = mask.any(0).nonzero().flatten()
+        self.slots = self.slots.index_select(1, to_device(used, self.slots.device))
+        self.slot_mask = mask[:, used]
+
+    def _text(self) -> Text:
+        return Text.from_batch(self.token_ids, to_device(self.mask, self.token_ids.device))
+
+
+def decoder_of(model: ThinkingModel, rows: int) -> Decoder:
+    """The decoder for B `rows` that is exact on this model, by the start-up check."""
+    if model.branches_in_cache:
+        return CachedDecoder(model, rows)
+    if isinstance(model.thought_path, CachedReplay):
+        return CachedReplayDecoder(model, rows)
+    return ReplayDecoder(model, rows)
