@@ -33,14 +33,15 @@ from .controls import CONTROLS, controlled
 
 
 CONDITIONS = ("none", *CONTROLS)
+# a test passes above its threshold; that of the content gain is for the lower bound of its interval
 THRESHOLDS = {"divergence": 0.30, "ablation": 0.02, "correlation": 0.5, "content_gain": 0.0}
 # columns of [`text_sums`]: first sums over a text's thoughts, then over its talk tokens in each condition
 SUMS = (
     *("thoughts", "distance", "coherence", "correctness", "coherence_squared", "correctness_squared", "product"),
     *("tokens", *(f"nll_{name}" for name in CONDITIONS), *(f"correct_{name}" for name in CONDITIONS)),
 )
-RESAMPLES = 2_000
-LEAST_TEXTS = 2
+RESAMPLES = 2_000  # of the bootstrap
+LEAST_TEXTS = 2  # a bootstrap over one text would draw the same one each time
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,13 @@ class AntiTheaterReport:
         flat: dict[str, float | None] = {"passed": float(self.passed)}
         for name, estimate in self.estimates.items():
             flat[name] = _defined(estimate.value)
-            if not name.startswith(("accuracy", "nll")):
+            if not name.startswith(("accuracy", "nll")):  # those of single conditions are left out of the log
                 flat[f"{name}_low"], flat[f"{name}_high"] = _defined(estimate.low), _defined(estimate.high)
         return flat
 
 
 def _defined(value: float) -> float | None:
+    """None in place of NaN, which JSON cannot hold."""
     return None if math.isnan(value) else value
 
 
@@ -142,7 +144,7 @@ def text_sums(
         `torch.Tensor` of shape `(B, len(SUMS))`, in float64 where the device has it.
     """
     exact, plan = exact_dtype(text.input_ids.device), plan or Plan(False)
-    cache = path.read(model, text)
+    cache = path.read(model, text)  # once, for all that follows
     request = ScoreRequest(
         text, thoughts, talk_length, path, prediction=prediction, branch_batch_size=plan.scoring, cache=cache
     )
@@ -153,6 +155,7 @@ def text_sums(
     logps["none"] = at_talk(real.text_logps, thoughts, talk_length)
     correct["none"] = at_talk(real.text_correct, thoughts, talk_length)
 
+    # without a start the thought is judged as ordinary text, which coherence asks for
     plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, cache=cache)
     continuation = _continuation(model, cache, thoughts, plan.sampling)
     talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
@@ -165,8 +168,8 @@ def text_sums(
         **{"coherence": x, "correctness": y},
         **{"coherence_squared": x.square(), "correctness_squared": y.square(), "product": x * y},
     }
-    exists = thoughts.positions.mask[..., None].expand_as(y)
-    counted = talk_mask.expand_as(real.talk_logps)
+    exists = thoughts.positions.mask[..., None].expand_as(y)  # rows have unequally many positions
+    counted = talk_mask.expand_as(real.talk_logps)  # once for each thought: the conditions are paired by thought
     sums = {name: (values * exists).sum((1, 2)) for name, values in per_thought.items()}
     sums["tokens"] = counted.sum((1, 2, 3))
     for name in CONDITIONS:
@@ -199,6 +202,7 @@ def _continuation(
     """The model's greedy continuation of the text at each position, `(B, J, L)`; `batch_size` positions of a row at once."""
     positions, length, device = thoughts.positions.host, thoughts.mask.shape[-1], thoughts.mask.device
     size = positions.index.shape[1] if batch_size is None else batch_size
+    # each group goes on from a fresh copy of the cache, which a continuation grows
     groups = zip(positions.index.split(size, dim=1), positions.mask.split(size, dim=1), strict=True)
     continuations = [
         greedy_continuation(model, cache.again(), Positions(*group).to(device), length) for group in groups
@@ -212,7 +216,7 @@ def _edit_distances(thoughts: Thoughts, continuation: torch.Tensor) -> torch.Ten
     token_ids, mask, plain = thoughts.token_ids.tolist(), thoughts.mask.tolist(), continuation.tolist()
     for b, j in thoughts.positions.mask.nonzero().tolist():
         for g, (thought, kept) in enumerate(zip(token_ids[b][j], mask[b][j], strict=True)):
-            length = sum(kept)
+            length = sum(kept)  # a thought that ended early is compared with a beginning of the continuation
             distances[b, j, g] = Levenshtein.normalized_distance(thought[:length], plain[b][j][:length])
     return to_device(distances, thoughts.mask.device)
 
@@ -239,11 +243,11 @@ def judge(sums: torch.Tensor, seed: int = 0) -> AntiTheaterReport:
     total = rows.sum(0, keepdims=True)
     # a draw of texts with replacement is a count for each text, so all resamples are one product of matrices
     draws = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # undefined statistics are NaN
         values, resampled = _statistics(total), _statistics(draws @ rows)
     estimates = {}
     for name, value in values.items():
-        defined = resampled[name][~np.isnan(resampled[name])]
+        defined = resampled[name][~np.isnan(resampled[name])]  # a draw may lack what a statistic needs to vary
         low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (math.nan, math.nan)
         estimates[name] = Estimate(float(value[0]), float(low), float(high))
     return AntiTheaterReport(len(rows), int(total[0, SUMS.index("thoughts")]), estimates)

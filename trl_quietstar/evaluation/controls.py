@@ -40,12 +40,13 @@ def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: tor
     if control == "real":
         return thoughts
     if control == "filler":
-        return replace(thoughts, filler=True)
+        return replace(thoughts, filler=True)  # scoring puts the embedding in place, which is no token
     if control == "random":
         drawn = torch.randint(vocab_size, thoughts.token_ids.shape, generator=generator)
         return replace(thoughts, token_ids=drawn.to(thoughts.token_ids.device))
     if control == "truncated":
         kept = (thoughts.mask.sum(-1, keepdim=True) + 1) // 2
+        # the mask alone becomes shorter, so that shapes stay the same in all conditions
         return replace(thoughts, mask=thoughts.mask & (thoughts.mask.long().cumsum(-1) <= kept))
     if control == "shuffled":
         return _shuffled(thoughts)

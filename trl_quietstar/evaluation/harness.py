@@ -154,12 +154,13 @@ class QuietStarLM(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         if self.thinking.mode == "never":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        # longest first: what does not fit into memory fails at once, and rows of a batch have similar lengths
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         results: dict[int, tuple[float, bool]] = {}
         progress = tqdm(total=len(order), disable=disable_tqdm, desc="Scoring with thoughts")
 
         def score(size: int, indices: list[int]) -> None:
-            left = [i for i in indices if i not in results]
+            left = [i for i in indices if i not in results]  # called again, with a smaller size, when memory ran out
             for batch in (left[start : start + size] for start in range(0, len(left), size)):
                 for index, result in zip(batch, self._score([requests[i] for i in batch]), strict=True):
                     results[index] = result
@@ -183,6 +184,7 @@ class QuietStarLM(HFLM):
                 f"A continuation has {longest} tokens, and with a thought the model scores {self.max_length} at most; shorten "
                 "it, or use `think='never'`."
             )
+        # a context that is too long loses its beginning, as with lm-eval's own model
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         width = max(map(len, rows))
         ids, mask, wanted = (torch.zeros(len(rows), width, dtype=torch.long, device=self.device) for _ in range(3))
@@ -263,6 +265,7 @@ def evaluate_tasks(
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, _, name = key.partition(",")
+            # lm-eval's keys are "metric,filter", and "metric_stderr,filter" for its error; others are names and versions
             if not name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{name}")
@@ -273,7 +276,7 @@ def evaluate_tasks(
             }
             samples = {i: float(x) for i, x in found.items() if isinstance(x, (bool, int, float))}
             stderr = float(stderr) if isinstance(stderr, (int, float)) else float("nan")
-            if metric in PER_UNIT and found and not samples:
+            if metric in PER_UNIT and found and not samples:  # samples are pairs of log-likelihood and length there
                 pairs = np.array(list(found.values()))
                 samples, stderr = dict(zip(found, pairs[:, 0].tolist(), strict=True)), ratio_error(metric, pairs)
             label = metric if name == "none" else f"{metric} ({name})"
@@ -330,5 +333,5 @@ def paired_test(first: Outcome, second: Outcome, seed: int = 0) -> float:
         return float("nan")
     differences = np.array([first.samples[i] - second.samples[i] for i in documents])
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(FLIPS, len(differences)))
-    extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9
-    return float((extreme.sum() + 1) / (FLIPS + 1))
+    extreme = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9  # rounding must not break ties
+    return float((extreme.sum() + 1) / (FLIPS + 1))  # the outcome itself counts as one flip, so that p is never 0

@@ -39,7 +39,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
     pieces, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
         before, after = decoded(tokenizer, ids[start:read]), decoded(tokenizer, ids[start:end])
-        if after.endswith(UNFINISHED) and end < len(ids):
+        if after.endswith(UNFINISHED) and end < len(ids):  # bytes that the last token leaves unfinished are shown
             pieces.append("")
         else:
             pieces.append(after[len(before) :])
@@ -123,7 +123,7 @@ def _written(
     nlls = (-scores.talk_logps).masked_fill(~counted, torch.nan)
     written: dict[tuple[int, int], list[dict]] = {}
     for b, j in thoughts.positions.mask.nonzero().tolist():
-        length = int(talk.input_mask[b, j].sum())
+        length = int(talk.input_mask[b, j].sum())  # of the talk, which ends with its document
         written[b, int(thoughts.positions.index[b, j])] = [
             {
                 "text": decoded(tokenizer, thoughts.token_ids[b, j, g][thoughts.mask[b, j, g]].tolist()),
@@ -149,7 +149,7 @@ def _document(
     predicted = text.predicted()[b].tolist()
     tokens = []
     for piece, at in zip(pieces, places, strict=True):
-        known = at > 0 and predicted[at - 1]
+        known = at > 0 and predicted[at - 1]  # the token before predicts this one
         before = written.get((b, at - 1))
         tokens.append(
             {
@@ -197,6 +197,7 @@ def summarize(texts: list[dict]) -> dict:
         if nll_with is not None
     ]
     excerpts = [_excerpts(texts, t, i) for t, i in places]
+    # one thought of a position, since its alternatives mostly say the same
     best = [max(x, key=_gain) for x in excerpts if x]
     worst = [min(x, key=_gain) for x in excerpts if x]
     return {

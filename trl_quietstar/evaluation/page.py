@@ -83,6 +83,7 @@ def render_page(title: str, texts: list[dict], notes: Sequence[str] = (), histor
     """
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     summary = summarize(texts)
+    # the page's script puts thoughts and texts in place; title, notes and numbers are put in place here
     data = {"texts": texts, "helped": summary.pop("helped"), "hurt": summary.pop("hurt")}
     return PAGE.format(
         title=escape(title),
@@ -170,7 +171,7 @@ def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
     for label, kind, points in series:
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
         parts.append(f'<polyline class="{kind}" points="{path}"/>')
-        for step, value in points:
+        for step, value in points:  # a mark each, whose title is read by pointing at it
             x, y = place(step, value)
             tip = f"<title>{label}, step {step}: {value:.4g}</title>"
             parts.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5">{tip}</circle>')
@@ -186,13 +187,13 @@ def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
 def _grid(first: float, last: float, low: float, high: float, place) -> str:
     """Grid lines and labels of the axes; `place` maps a step and a value to x and y."""
     parts = []
-    for value in sorted({low, (low + high) / 2, high}):
+    for value in sorted({low, (low + high) / 2, high}):  # one line if all values are equal
         _, y = place(first, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
     for step in sorted({first, last}):
         x, _ = place(step, low)
-        anchor = "end" if step == last and last > first else "start"
+        anchor = "end" if step == last and last > first else "start"  # labels stay within the plot
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{step:g}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     return "".join(parts)

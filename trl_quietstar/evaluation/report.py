@@ -61,6 +61,7 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
     thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
     p_with = masked_mean(talk_logps.exp(), experience.talk_mask.expand_as(talk_logps), dim=-1)
     p_without = masked_mean(experience.logps_without.exp(), experience.talk_mask, dim=-1)
+    # one copy from the device, since what follows reads single numbers
     token_ids, mask, p_with, p_without, rewards = to_host(
         [thoughts.token_ids, thoughts.mask, p_with, p_without, experience.rewards]
     )
@@ -70,6 +71,7 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
     table: dict[str, list] = {name: [] for name in ("context", "thought", "next", "with", "without", "reward")}
     for b, j in places:
         at = int(thoughts.positions.host.index[b, j])
+        # a packed row has other documents, which a thought cannot see
         document = text.document_ids[b] == text.document_ids[b, at]
         ids = text.input_ids[b]
         before = ids[: at + 1][document[: at + 1]][-CONTEXT_TOKENS:]
@@ -120,6 +122,7 @@ class TerminalStreamer(BaseStreamer):
             self._print(RichText(f"⟨{text}⟩", style="dim italic"))
             return
         self.token_ids += value.flatten().tolist()
+        # all of it again, because what a token adds can depend on the tokens before it
         text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
         if not text.endswith("�"):  # otherwise the rest of a character comes with the next token
             self._print(RichText(printable(text[self.shown :])))
@@ -132,6 +135,7 @@ class TerminalStreamer(BaseStreamer):
         self.console.print(text, end="", soft_wrap=True)
 
 
+# rows of the tables of an evaluation, with the metric of each
 EVALUATION_ROWS = {
     "reward (gain of thoughts)": "eval_reward",
     "NLL without thoughts, nats": "eval_nll_without",
