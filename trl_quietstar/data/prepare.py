@@ -222,10 +222,11 @@ def _own_row(row: dict, kind: str) -> dict:
         return copy.deepcopy(row)
     if kind != "input_ids":
         return dict(row)
-    return {name: _listed(value) if name in TOKEN_COLUMNS else value for name, value in row.items()}
+    return {name: _as_list(value) if name in TOKEN_COLUMNS else value for name, value in row.items()}
 
 
-def _listed(value):
+def _as_list(value):
+    """Lists in place of arrays, tensors and tuples; anything else as it is."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.tolist()
     return list(value) if isinstance(value, tuple) else value

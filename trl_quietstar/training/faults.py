@@ -144,7 +144,7 @@ class FaultGuard(TrainerCallback):
         if isinstance(check.what, BatchResult):
             return f"{' and '.join(bad_values(check.what))} {self._where(check.what, check.rows, check.mode)}"
         names = [name for name, gradient in check.what.items() if not bool(torch.isfinite(gradient).all())]
-        return f"the gradient of {_listed(names)}" if names else "the norm of all gradients together"
+        return f"the gradient of {listed(names)}" if names else "the norm of all gradients together"
 
     def take_evaluation_faults(self, step: int) -> list[str]:
         """What was not finite in the evaluation that ends, after so many optimizer steps; said in a warning."""
@@ -209,7 +209,7 @@ class FaultGuard(TrainerCallback):
         bad, tokenizer = bad_rows(batch), self.tokenizer
         if not bad:
             return f"in one of the rows {rows[0]} to {rows[-1]} of {whole}"
-        return f"in {_listed([f'row {rows[b]} ({excerpt(batch, b, tokenizer)!r})' for b in bad])} of {whole}"
+        return f"in {listed([f'row {rows[b]} ({excerpt(batch, b, tokenizer)!r})' for b in bad])} of {whole}"
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,7 @@ def excerpt(batch: BatchResult, row: int, tokenizer: PreTrainedTokenizerBase | N
     return textwrap.shorten(text, EXCERPT, placeholder=" ...")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first three names, and the number of the others."""
     rest = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -17,6 +17,7 @@ from ..config import VALUE_BASELINES, QuietStarConfig
 from ..model.adapters import base_of
 from ..model.saved import read_heads, saved_settings
 from ..rules import ADAMW
+from .faults import listed
 from .folders import SHARDS, STATE_NAME
 
 
@@ -96,7 +97,7 @@ def _check_adapter(folder: Path, model) -> None:
     wrong = sorted(name for name in ours | saved if ours.get(name) != saved.get(name))
     if wrong:
         raise ValueError(
-            f"The adapter in the checkpoint {str(folder)!r} is not that of the model to be trained: {_listed(wrong)} differ in "
+            f"The adapter in the checkpoint {str(folder)!r} is not that of the model to be trained: {listed(wrong)} differ in "
             "name or shape. Resume with the `peft_config` of the run that wrote it."
         )
 
@@ -167,10 +168,6 @@ def check_groups(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
     Reads the weights of a checkpoint into a thinking model, in place. They pass through the conversions that
@@ -194,7 +191,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     wrong = sorted({*found["missing_keys"], *found["unexpected_keys"], *mismatched})
     if wrong:
         raise ValueError(
-            f"The weights in {folder!r} are of another model: {_listed(wrong)} differ in name or shape. Pass as `model` the one "
+            f"The weights in {folder!r} are of another model: {listed(wrong)} differ in name or shape. Pass as `model` the one "
             "that the checkpoint's run started from."
         )
     model.load_state_dict(saved.state_dict(), strict=False)  # the heads are a file of their own
