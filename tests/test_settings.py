@@ -1,22 +1,25 @@
 """Settings beyond the defaults: thoughts before a completion that read it whole, rewards of one's own, stages."""
 
+import dataclasses
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
 from datasets import Dataset
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.learning.advantages import thought_advantages
 from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.learning.rewards import thought_rewards
+from trl_quietstar.settings import OPTIONS
 from trl_quietstar.text.batch import Text
 from trl_quietstar.text.positions import choose_positions, talk_span
 from trl_quietstar.thinking.sampling import unfinished
 
 from .tiny import byte_tokenizer, generators, sampling, think, tiny_model
-from .training import log_of, logged, saved_model, text_data, tiny_args, tiny_trainer
+from .training import DEFAULTS, log_of, logged, saved_model, text_data, tiny_args, tiny_trainer
 
 
 PROBLEMS = Dataset.from_dict(
@@ -364,3 +367,24 @@ def test_a_curriculum_stays_as_it_was_given(tmp_path):
     args = tiny_args(tmp_path, curriculum=stages)
     assert args.enter_stage(2) and (args.talk_length, args.thought_positions) == (1, 0.5)
     assert stages == {"2": {"talk_length": "1", "thought_positions": "0.5"}}
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["now", "before the stages were an object"])
+def test_pickled_arguments_keep_their_stages(is_old, tmp_path):
+    """A `training_args.bin` that the Trainer wrote is the configuration, and enters its stages."""
+    args = tiny_args(tmp_path, curriculum=STAGES)
+    assert args.enter_stage(2)
+    if is_old:
+        vars(args)["_before_stages"] = vars(args).pop("stages").before
+    again = pickle.loads(pickle.dumps(args))
+    assert (again.thought_length, again.longest_thought) == (2, 4)
+    assert again.enter_stage(0) and (again.thought_length, again.talk_length) == (4, DEFAULTS["talk_length"])
+    assert again.to_dict() == tiny_args(tmp_path, curriculum=STAGES).to_dict()
+
+
+def test_a_saved_model_remembers_options_by_their_names(tmp_path):
+    """Every setting is an option, with its default and its value."""
+    defaults = {field.name: field.default for field in dataclasses.fields(QuietStarConfig)}
+    assert {name: defaults[option] for name, option in OPTIONS.items()} == QuietStarSettings().to_dict()
+    settings = tiny_args(tmp_path, reward_prediction="thought", min_p=0.1).settings()
+    assert (settings.prediction, settings.min_p, settings.thought_length) == ("thought", 0.1, 3)
