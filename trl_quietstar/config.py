@@ -11,7 +11,7 @@ from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
 from .learning.advantages import BASELINES
 from .learning.rewards import REWARD_TYPES
-from .model.heads import VALUE_HEAD_TYPES
+from .model.heads import VALUE_HEADS
 from .rules import (
     READERS,
     TRAINER_LIMITS,
@@ -249,7 +249,7 @@ class QuietStarConfig(BaseConfig):
     value_loss_coefficient: Annotated[float, Limits(0)] = _option(
         0.5, "Weight of the value head's squared error in the loss."
     )
-    value_head_type: Annotated[str, Choices(*VALUE_HEAD_TYPES)] = _option(
+    value_head_type: Annotated[str, Choices(*VALUE_HEADS)] = _option(
         SAVED.value_head_type, "Kind of the value head: `linear`, `mlp` or `transformer`."
     )
     value_head_hidden_size: Annotated[int, Limits(1, 65_536)] = _option(

@@ -1,11 +1,11 @@
 """Replay that runs no token twice: texts and thoughts go on from what the family's own cache keeps of them.
 
-A recurrent state cannot be masked, but it can be copied. So texts are read from one thought position to the next, the
-cache is copied at each, and the copies of all branches, stacked into one batch, take one token a forward: ordinary cached
-decoding. Keys and values of unequal lengths are padded on the left, as `generate` pads prompts. Whether that is exact is
-for the start-up check to say; where it is not, [`~branches.replay.Replay`] runs everything again.
+A recurrent state cannot be masked, but it can be copied. So a text is read from one thought position to the next, and the cache
+is copied at each. The copies of all branches are stacked into one batch and take one token a forward: ordinary cached decoding.
+Keys and values of unequal lengths are padded on the left, as `generate` pads prompts. The start-up check says whether that is
+exact; if it is not, [`~branches.replay.Replay`] runs everything again.
 
-R is the number of rows of a batch of such states, W the slots of its keys.
+R is the number of rows of such a batch, W the width of its keys.
 """
 
 import copy
@@ -27,7 +27,7 @@ from .replay import Replay
 
 class States:
     """
-    Rows that a model has read, each up to its own length, and can go on from.
+    A batch of rows that a model has read, each up to its own length, and what its cache keeps of them to go on from.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -43,13 +43,13 @@ class States:
 
     def read(self, embeds: torch.Tensor, by_token: bool = False) -> torch.Tensor:
         """
-        Goes on by several tokens, in rows of one length.
+        Goes on by several tokens; the rows must be of one length.
 
         Args:
             embeds (`torch.Tensor` of shape `(R, Q, E)`):
-                Their embeddings.
+                Embeddings of the tokens.
             by_token (`bool`):
-                Whether a cache that holds something takes one token a forward.
+                Whether a cache that holds something takes one token a forward, not all.
 
         Returns:
             Hidden states of shape `(R, Q, H)`.
@@ -60,11 +60,11 @@ class States:
         return torch.cat([self._forward(piece) for piece in pieces], dim=1)
 
     def step(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Goes on by one token of shape `(R, E)` in each row, however long; hidden states of shape `(R, H)`."""
+        """Goes on by one token in each row, of embeddings `(R, E)`; rows may differ in length. Returns hidden states `(R, H)`."""
         return self._forward(embeds[:, None])[:, 0]
 
     def select(self, rows: torch.Tensor) -> "States":
-        """A copy of some rows, `(rows,)`, which may repeat; given in the host's memory."""
+        """Copies some rows, by an index of shape `(rows,)` in the host's memory; a row may be copied several times."""
         rows, taken = to_device(rows, self.lengths.device), copy.copy(self)
         taken.cache = map_tensors(lambda parts: parts[0].index_select(0, rows), self.cache)
         taken.lengths = self.lengths[rows]
@@ -72,7 +72,7 @@ class States:
 
     @staticmethod
     def join(parts: Sequence["States"]) -> "States":
-        """The rows of all parts, in order, in one batch."""
+        """Stacks the rows of all parts, in order."""
         joined = copy.copy(parts[0])
         joined.padded = any(part.padded for part in parts)
 
@@ -103,13 +103,13 @@ class States:
 
 def map_tensors(function: Callable[[Sequence[torch.Tensor]], torch.Tensor], *values: Any) -> Any:
     """
-    A new cache from caches of the same structure; none of them is changed by what happens to it.
+    Makes a cache from several of one structure. It shares nothing with them that a forward would change.
 
     Args:
         function (`Callable`):
-            From the tensors at one place in all of them, rows first, to the new one's.
+            From the tensors at one place in all caches, rows first, to the tensor at this place in the new cache.
         values:
-            The caches. Of numbers in them, such as lengths, the largest is taken.
+            The caches. A number in the new cache, such as a length, is the largest of theirs.
     """
     first = values[0]
     if isinstance(first, torch.Tensor):
@@ -135,12 +135,13 @@ def _pad_left(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
 
 class CachedReplay(Replay):
     """
-    Replay, but sampling goes on from copies of the cache. Scoring, which needs gradient, stays as it is: families update
+    Replay whose sampling goes on from copies of the cache. Scoring still replays, since it needs gradient and families update
     their states in place.
 
     Args:
         by_token (`bool`):
-            Whether a text is read on by one token a forward, for families that cannot continue a state by several.
+            Whether a text that was begun is read on by one token a forward, for families that cannot continue a state by
+            several.
     """
 
     def __init__(self, by_token: bool = False):
@@ -151,7 +152,7 @@ class CachedReplay(Replay):
 
 
 class ForkedStates:
-    """Reads each text once, up to its last anchor, and copies what is kept of it at the anchors."""
+    """Reads each text once, up to its last anchor, and copies the states at the anchors."""
 
     def __init__(self, model: PreTrainedModel, text: Text, by_token: bool):
         self.model, self.text, self.by_token = model, text, by_token
@@ -182,7 +183,8 @@ class ForkedStates:
         return torch.empty_like(hidden).index_copy_(0, order, hidden).unflatten(0, anchors.shape)
 
     def _read_text(self, anchors: torch.Tensor) -> tuple[States, torch.Tensor]:
-        """From anchor to anchor, all documents beside each other: at the same place of each, nothing is padded."""
+        """States of all branches at their anchors, and which of `B·N` each row is. All documents are read side by side from one
+        anchor to the next; they stand at one place, so that nothing is padded."""
         text = self.text.host
         documents, rows = _documents(text, anchors.cpu())
         ends = text.position_ids.gather(1, anchors.cpu()).flatten() + 1
@@ -196,8 +198,8 @@ class ForkedStates:
 
 
 def _documents(text: Text, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of the documents that hold an anchor, from their first token on, with anything after their last; and which
-    of them each of the `B·N` anchors is in. Of texts and anchors in the host's memory."""
+    """Token ids of the documents that hold an anchor, each from its first token on, with any tokens after its last; and which of
+    these documents each of the `B·N` anchors is in. Text and anchors are in the host's memory."""
     numbers = text.document_ids.gather(1, anchors).clamp(min=1).flatten()  # anchors on padding count for nothing
     sequence = torch.arange(len(anchors)).repeat_interleave(anchors.shape[1])
     (sequence, numbers), rows = torch.stack([sequence, numbers]).unique(dim=1, return_inverse=True)

@@ -113,10 +113,10 @@ class MaskedPrefixCache:
 
 def _check_slots(config: PreTrainedConfig, slots: int) -> None:
     """
-    Llama 4 scales its queries by where they stand in a forward, and not by their position, once that is far enough.
+    Llama 4 scales its queries from a certain place on, and goes by their place in a forward, not by their position.
 
     Raises:
-        `ValueError`: if it is.
+        `ValueError`: if a forward of so many slots reaches that place.
     """
     config = config.get_text_config()
     limit = config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None

@@ -15,7 +15,7 @@ from .base import BranchCache, Encoded, backbone, branch_places, run_group
 
 
 class Replay:
-    """Every branch, and every document, as an ordinary right-padded sequence; nothing is shared, nothing is masked by
+    """Runs every branch, and every document, as an ordinary right-padded sequence: nothing is shared, and no mask is made by
     hand."""
 
     def read(self, model: PreTrainedModel, text: Text) -> BranchCache:

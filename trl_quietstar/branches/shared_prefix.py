@@ -18,7 +18,7 @@ from .masks import additive_masks, in_mask_form, local_layer_types, text_attenti
 
 
 class SharedPrefix:
-    """The text once, and all branches attending to it."""
+    """Runs the text once, and all branches attending to it."""
 
     def read(self, model: PreTrainedModel, text: Text) -> BranchCache:
         return SharedPrefixCache(model, text)
@@ -207,14 +207,19 @@ class SharedPrefixCache:
 
 
 def _spans(first: torch.Tensor, last: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
-    """Least `first` and greatest `last`, `(B, N)`, of each chunk of branches."""
+    """For each chunk of branches the least `first` and the greatest `last`, both of shape `(B, N)`."""
     least, greatest = first.amin(0), torch.maximum(first, last).amax(0)
     pairs = [torch.stack([a.amin(), b.amax()]) for a, b in zip(least.split(chunk), greatest.split(chunk), strict=True)]
     return [(start, end) for start, end in torch.stack(pairs).tolist()]
 
 
 def _check_windows(config: PreTrainedConfig, memory: TextMemory) -> None:
-    """A window that the layers do not name would be seen past, and only in texts longer than it."""
+    """
+    Branches would see past a window that the layers do not name, and a text shorter than the window would not show it.
+
+    Raises:
+        `ValueError`: if the model has such a window.
+    """
     kinds = local_layer_types(config)
     if "chunked_attention" in kinds or (kinds and not memory.has_windows):
         raise ValueError("The attention layers of this family do not name the window that they see.")

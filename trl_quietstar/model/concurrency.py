@@ -1,7 +1,7 @@
-"""What calls on one model share, kept so that calls in several threads leave each other alone.
+"""What calls in several threads share on one model.
 
-A server calls `generate` of one model from many threads. Two things that such a call needs stand on the model itself: its
-mode, and what its LM head does. Both are set by the first of the calls that overlap and put back by the last.
+A server calls `generate` of one model from many threads. Such a call changes two things on the model itself: its mode, and what
+its LM head does. The first of the calls that overlap sets them, and the last puts them back.
 """
 
 import threading
@@ -20,7 +20,7 @@ LOCK = threading.RLock()  # around what is done once for a model, such as the st
 
 @dataclass
 class _Shared:
-    """Something that calls under way use: how many do, and what was there before."""
+    """How many calls under way use a change of the model, and what was there before it."""
 
     users: int
     before: Any

@@ -1,7 +1,7 @@
 """Input embeddings: of tokens, and of the learned vectors that are no tokens.
 
-Gemma 3n and 4 look up a second embedding of every token, which each layer reads beside the hidden states, and which the
-first one does not tell. Here it rides behind the first in one vector, so that nothing else needs to know.
+Gemma 3n and 4 look up a second embedding of every token, which each layer reads beside the hidden states. The first embedding
+does not determine the second. Here both stand in one vector, one behind the other, so that no other module needs to know.
 """
 
 from typing import cast
@@ -15,7 +15,7 @@ from .sharding import module_is_sharded
 
 def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
     """
-    What a path runs through the model for tokens.
+    Embeddings of tokens, as [`embedding_inputs`] takes them.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -24,7 +24,7 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
             Token ids.
 
     Returns:
-        `torch.Tensor` of shape `(..., E)`: E is the embedding size, and more where the family embeds by layer.
+        `torch.Tensor` of shape `(..., E)`: E is the embedding size, or larger if the family embeds by layer.
     """
     embeds = model.get_input_embeddings()(token_ids)
     if _layer_size(model) == 0:
@@ -71,8 +71,10 @@ def weight_of(table: nn.Module) -> torch.Tensor:
 
 class LookupTape:
     """
-    Embeds tokens that become known one after another in one graph, with a single gradient of the table for all: each
-    lookup of its own would cost another of the table's size.
+    Embeds tokens that become known one after another in one graph.
+
+    The backward of a lookup makes a gradient of the table's size. Here the lookups of a graph note their gradients, and the first
+    of them, whose backward comes last, makes the table's gradient once for all.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -83,7 +85,7 @@ class LookupTape:
         self.model = model
         table = model.get_input_embeddings()
         self.weights = [p for p in table.parameters() if p.requires_grad and not module_is_sharded(table)]
-        self.first: torch.Tensor | None = None  # ties later lookups to the first, whose backward then comes last
+        self.first: torch.Tensor | None = None  # later lookups depend on it, so that its backward comes last
         self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids, and the gradient of their embeddings
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ class LookupTape:
         return embeds
 
     def gradients(self) -> tuple[torch.Tensor, ...]:
-        """Of the weights, from all that was noted."""
+        """Gradients of the table's weights, from all that was noted."""
         ids, grads = zip(*((ids.flatten(), grad.flatten(0, -2)) for ids, grad in self.noted), strict=True)
         self.noted.clear()
         with torch.enable_grad():
@@ -107,6 +109,8 @@ class LookupTape:
 
 
 class _FirstLookup(torch.autograd.Function):
+    """Embeddings, and a zero that later lookups take as an input."""
+
     @staticmethod
     def forward(ctx, tape, token_ids, embeds, *weights):
         ctx.tape, ctx.token_ids = tape, token_ids
@@ -119,6 +123,8 @@ class _FirstLookup(torch.autograd.Function):
 
 
 class _LaterLookup(torch.autograd.Function):
+    """Embeddings; the backward only notes their gradient."""
+
     @staticmethod
     def forward(ctx, tape, token_ids, embeds, first):
         ctx.tape, ctx.token_ids = tape, token_ids
@@ -131,7 +137,7 @@ class _LaterLookup(torch.autograd.Function):
 
 
 def embed_vector(model: PreTrainedModel, vector: torch.Tensor) -> torch.Tensor:
-    """The same for a learned vector of the embedding size, which has nothing for single layers: shape `(E,)`."""
+    """A learned vector of the embedding size in the form of [`embed_tokens`], `(E,)`, with zeros for single layers."""
     layers = model.config.get_text_config().num_hidden_layers
     return nn.functional.pad(vector.to(model.dtype), (0, layers * _layer_size(model)))
 

@@ -1,6 +1,6 @@
 """The heads a thinking model has beyond its base: thought embeddings, mixing head and value head.
 
-They are one submodule, `model.quietstar`, kept in a file of their own, so that the base checkpoint stays what it was.
+They are one submodule, `model.quietstar`. They are saved in a file of their own, so that the base's files stay what they were.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +13,14 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from ..settings import QuietStarSettings
 
 
-VALUE_HEAD_TYPES = ("linear", "mlp", "transformer")
-
-
 class MixingHead(nn.Module):
     """
     Weight of the thought in the prediction, from the hidden states without and with it (Quiet-STaR, section 4.2).
 
-    Starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does.
-    A gate that saturates passes no gradient and never opens again, and it would: reading thoughts is hard at first, and
-    the likelihood closes the gate meanwhile. So the inputs are normalised and the output is divided by the square root
-    of the width, which keeps the gate's pace the same for every model size, and `MIN_WEIGHT` always remains.
+    The gate starts nearly closed, at `INITIAL_WEIGHT` whatever the input, so that an untrained model predicts as its base does.
+    Reading thoughts is hard at first, and meanwhile the likelihood closes the gate further. A gate that saturates passes no
+    gradient and never opens again. So the inputs are normalised, the output is divided by the square root of the width, by which
+    the gate moves equally fast in models of every size, and `MIN_WEIGHT` always remains.
     """
 
     INITIAL_WEIGHT = 0.05
@@ -91,6 +88,9 @@ class TransformerValueHead(nn.Module):
         return values.view(hidden.shape[:-1])
 
 
+VALUE_HEADS = {"linear": LinearValueHead, "mlp": MLPValueHead, "transformer": TransformerValueHead}
+
+
 class QuietStarHeads(nn.Module):
     """
     Start and end embeddings, mixing head and value head.
@@ -109,17 +109,16 @@ class QuietStarHeads(nn.Module):
 
     def __init__(self, hidden_size: int, embedding_size: int, settings: QuietStarSettings):
         super().__init__()
-        heads = {"linear": LinearValueHead, "mlp": MLPValueHead, "transformer": TransformerValueHead}
-        if settings.value_head_type not in heads:
+        if settings.value_head_type not in VALUE_HEADS:
             raise ValueError(
-                f"`value_head_type` is {settings.value_head_type!r}; choose one of {', '.join(VALUE_HEAD_TYPES)}."
+                f"`value_head_type` is {settings.value_head_type!r}; choose one of {', '.join(VALUE_HEADS)}."
             )
         self.start_embedding = nn.Parameter(torch.zeros(embedding_size))
         self.end_embedding = nn.Parameter(torch.zeros(embedding_size))
         # mean input embedding of shape (E,) that both embeddings begin as, until a tokenizer, a file or hand sets them
         self.fresh_embedding: torch.Tensor | None = None
         self.mixing_head = MixingHead(hidden_size)
-        self.value_head = heads[settings.value_head_type](hidden_size, settings.value_head_hidden_size)
+        self.value_head = VALUE_HEADS[settings.value_head_type](hidden_size, settings.value_head_hidden_size)
 
     def is_fresh(self, embedding: torch.Tensor) -> bool:
         """Whether a thought embedding is as [`give_heads`] left it, but for a change of its dtype."""

@@ -1,7 +1,7 @@
-"""Load balancing of mixtures of experts: the router loss of the tokens that a thinking step really has.
+"""Load balancing of mixtures of experts: the router loss over the tokens of a thinking step.
 
-The family's own forward counts padding by a 2D mask, which a packed pass does not have, so the router's logits are taken
-from the backbone and given to Transformers' own loss.
+The family's own forward leaves out padding by a 2D mask, which a forward over branches does not have. So the router's logits are
+taken from the backbone and given to Transformers' own loss, with a mask of the tokens that count.
 """
 
 import threading
@@ -67,7 +67,12 @@ def use_router_loss(config: PreTrainedConfig, coefficient: float | None) -> floa
 
 @contextmanager
 def recorded_routing(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """The router logits of every forward in the block, one tuple of layers each; none without a router loss."""
+    """
+    Records the router logits of this thread's forwards.
+
+    Yields:
+        `list`: for each forward in the block the logits of each layer, `(tokens, experts)`; empty without a router loss.
+    """
     calls: list[tuple[torch.Tensor, ...]] = []
     if not has_router_loss(model.config):
         yield calls
@@ -79,9 +84,8 @@ def recorded_routing(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor
         return args, {**kwargs, "output_router_logits": True} if threading.get_ident() == thread else kwargs
 
     def take(module, args, output):
-        if (
-            threading.get_ident() == thread and output.router_logits
-        ):  # a family of experts may be configured without any
+        # a family of experts may be configured without any
+        if threading.get_ident() == thread and output.router_logits:
             calls.append(output.router_logits)
 
     handles = [
@@ -103,7 +107,7 @@ def router_loss(config: PreTrainedConfig, routings: list[Routing]) -> torch.Tens
         config ([`~transformers.PreTrainedConfig`]):
             The model's configuration.
         routings (`list` of [`Routing`]):
-            Of the forwards; empty without a router loss.
+            What [`recorded_routing`] gave of each forward; empty without a router loss.
 
     Returns:
         `torch.Tensor`: a scalar, or None without a router loss.
