@@ -77,7 +77,7 @@ class QuietStarMixin(FamilyModel):
         return QuietStarForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
-    def quietstar_settings(self) -> QuietStarSettings:  # type: ignore[override]  # which annotations call an attribute
+    def quietstar_settings(self) -> QuietStarSettings:
         """The settings saved in the config."""
         return QuietStarSettings.from_dict(self.config.quietstar, str(self.config.name_or_path))
 

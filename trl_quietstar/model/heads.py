@@ -3,14 +3,19 @@
 They are one submodule, `model.quietstar`. They are saved in a file of their own, so that the base's files stay what they were.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import QuietStarSettings
+
+
+if TYPE_CHECKING:
+    from ..branches.base import BranchPath
 
 
 class MixingHead(nn.Module):
@@ -141,13 +146,40 @@ class QuietStarHeads(nn.Module):
 
 
 class ThinkingModel(PreTrainedModel, GenerationMixin):
-    """A causal LM with heads, for annotations; the real classes are made by `modeling.quietstar_class`."""
+    """A causal LM with heads, for annotations. [`~modeling.QuietStarMixin`] has what is declared here, and
+    `modeling.quietstar_class` makes the real classes."""
 
     quietstar: QuietStarHeads
-    quietstar_settings: QuietStarSettings
-    thought_tokenizer: Callable[[PreTrainedTokenizerBase | None], PreTrainedTokenizerBase | None]
     _plain_class: type[PreTrainedModel]  # the family's own
     _loaded_by: Mapping[str, Any]  # `revision` and the like that it was loaded with
+
+    if TYPE_CHECKING:
+
+        @property
+        def quietstar_settings(self) -> QuietStarSettings: ...
+
+        @property
+        def thought_path(self) -> "BranchPath": ...
+
+        @thought_path.setter
+        def thought_path(self, path: "BranchPath") -> None: ...
+
+        @property
+        def branches_in_cache(self) -> bool: ...
+
+        def thought_tokenizer(
+            self, tokenizer: PreTrainedTokenizerBase | None = None
+        ) -> PreTrainedTokenizerBase | None: ...
+
+        def log_likelihoods(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+        def initialize_thought_embeddings(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def adopt_settings(self, settings: QuietStarSettings) -> None: ...
+
+        def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None: ...
+
+        def load_heads(self, path: str | Path) -> None: ...
 
 
 def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
