@@ -84,7 +84,7 @@ def kept_per_token(model: PreTrainedModel) -> float:
     half = min(PROBE_TOKENS, max_positions(model.config) or PROBE_TOKENS) // 2
     kind = model.device.type
     forked = dict(devices=[], device_type="cuda") if kind == "cpu" else dict(devices=[model.device], device_type=kind)
-    with torch.random.fork_rng(**forked), torch.enable_grad():  # type: ignore[arg-type]
+    with torch.random.fork_rng(**forked), torch.enable_grad():
         less, more = (kept_by_forward(model, tokens) for tokens in (half, 2 * half))
     return max(more - less, 0) / half
 

@@ -85,7 +85,7 @@ class QuietStarLM(HFLM):
             check_source(pretrained)
         kwargs["device"] = kwargs.get("device") or str(torch.accelerator.current_accelerator() or "cpu")
         super().__init__(pretrained, backend="causal", **kwargs)
-        self.thinking = Thinking.of(self.thinker.quietstar_settings, think, think_every, thinking_threshold)  # type: ignore[arg-type]
+        self.thinking = Thinking.of(self.thinker.quietstar_settings, think, think_every, thinking_threshold)
         if self.thinker.fresh_thought_embeddings and self.thinking.mode != "never":
             warn_of_untrained_heads(str(self.thinker.config.name_or_path))
         if self.softmax_dtype not in (None, torch.float32) and self.thinking.mode != "never":
@@ -132,7 +132,7 @@ class QuietStarLM(HFLM):
     @property
     def thinker(self) -> ThinkingModel:
         """The thinking model itself, without the adapter around it."""
-        return base_of(self.model)  # type: ignore[return-value]
+        return base_of(self.model)
 
     @property
     def max_length(self) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import QuietStarSettings
+from .embeddings import weight_of
 
 
 if TYPE_CHECKING:
@@ -192,8 +193,7 @@ def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
         settings ([`QuietStarSettings`]):
             What the heads are; they become the model's.
     """
-    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # any module may hold it
-    lm_head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    table, lm_head = weight_of(model.get_input_embeddings()), weight_of(model.get_output_embeddings())
     with torch.inference_mode(False), torch.no_grad():  # heads made in inference could never be trained
         heads = QuietStarHeads(lm_head.shape[1], table.shape[1], settings)
         mean = table.mean(0)  # overwritten as soon as a tokenizer is at hand

@@ -239,7 +239,7 @@ class _TopP(TopPLogitsWarper):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
-            return super().__call__(input_ids, scores)  # type: ignore[arg-type]
+            return super().__call__(input_ids, scores)
         ascending, index = scores.sort(-1)
         below = _whole(ascending.softmax(-1)).cumsum(-1) <= int((1 - self.top_p) * 2**40)
         below[:, -1] = False  # the likeliest token stays

@@ -317,4 +317,4 @@ def _check_positions(model: ThinkingModel, config: GenerationConfig, prompt_leng
         if config.max_new_tokens is not None:
             text = f"A prompt of {prompt_length} tokens and `max_new_tokens` {config.max_new_tokens}"
             advice, before = "lower `max_new_tokens` to", prompt_length
-        check_length(config.max_length, thought_length, limit, text, None, advice, before)  # type: ignore[arg-type]
+        check_length(config.max_length, thought_length, limit, text, None, advice, before)
