@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, forward_arguments, position_offset
@@ -108,6 +109,7 @@ class CachedDecoder:
             self.cache.crop(len(kept) - len(keep))
         else:
             for layer in self.cache.layers:
+                assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
                 layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
         self.positions, self.owner, self.valid = (
             x.index_select(1, index) for x in (self.positions, self.owner, self.valid)

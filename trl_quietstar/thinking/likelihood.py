@@ -190,7 +190,7 @@ def log_likelihoods(
     wanted = text.host.predicted()
     if score_mask is not None:
         wanted &= score_mask[:, 1:].bool().cpu()
-    path: BranchPath = model.thought_path  # declared where branches are not known
+    path = model.thought_path
     cache = path.read(model, text)
     plain = token_statistics(model, cache.text_hidden[:, :-1], input_ids[:, 1:], wanted)
     logps, correct = plain.logps, plain.correct
