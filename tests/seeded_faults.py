@@ -216,7 +216,7 @@ FAULTS = (
         "accuracy without thoughts is that with them",
         "(experience.correct_without.expand_as(scores.talk_correct), said)",
         "(scores.talk_correct, said)",
-        "trainer runs",
+        "trainer_models trainer runs",
     ),
     Fault("patience with faults is one step longer", "self.in_a_row >= limit", "self.in_a_row > limit", "faults"),
     Fault(
