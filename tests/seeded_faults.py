@@ -156,8 +156,8 @@ FAULTS = (
     # branches
     Fault(
         "only the last chunk gives the text a gradient",
-        "d_text_key[:, :, span] +=",
-        "d_text_key[:, :, span] =",
+        "d_text_key[:, :, text] +=",
+        "d_text_key[:, :, text] =",
         "branch_attention exactness",
     ),
     Fault(
