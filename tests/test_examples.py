@@ -133,6 +133,7 @@ def test_only_the_last_talk_token_earns(monkeypatch):
     torch.testing.assert_close(found, torch.tensor([[[0.7, 0.7], [0.3, 0.3], [0.0, 0.0]]]))
 
 
+@pytest.mark.slow  # lm-eval's index of tasks takes most of it
 def test_ways_of_thinking_are_compared_on_tasks(quickstart, tmp_path, monkeypatch):
     """Each way has its own log-likelihoods of the same documents, and a p-value against none."""
     pytest.importorskip("lm_eval", reason="needs `pip install trl-quietstar[eval]`")

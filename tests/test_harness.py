@@ -28,6 +28,7 @@ from .tiny import byte_tokenizer
 from .training import saved_model
 
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 DOCUMENTS = [
     {"question": f"{a} plus {b} is", "right": str(a + b), "wrong": str(a + b + 3)}
     for a, b in zip(range(8), range(3, 11), strict=True)
@@ -36,9 +37,10 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> str:
-    """A folder with a multiple-choice task, a generation task and a perplexity task, and their documents; one for all tests,
-    since lm-eval takes seconds to read its own beside it."""
+    """A folder with a multiple-choice task, a generation task and a perplexity task, their documents, and the tasks of the
+    repository; one for all tests, since lm-eval takes seconds to read its own beside it."""
     folder = tmp_path_factory.mktemp("tasks")
+    shutil.copytree(EXAMPLES / "tasks", folder, dirs_exist_ok=True)
     data = folder / "documents.jsonl"
     data.write_text("\n".join(json.dumps(document) for document in DOCUMENTS))
     common = dict(dataset_path="json", dataset_kwargs={"data_files": {"test": str(data)}}, test_split="test")
@@ -256,7 +258,6 @@ def test_the_error_of_a_ratio_is_that_of_its_repetitions(metric):
 
 # The tasks in the repository
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 PREPARED = {
     "chain_sum": [
         {"question": f"{a} + {a + 4} =", "choices": [str(2 * a), str(2 * a + 4), str(2 * a + 5)], "label": 1}
@@ -275,16 +276,15 @@ SHIPPED = ("chain_sum", "chain_sum_choice", "gsm_symbolic_solution", "gsm8k_solu
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch) -> str:
-    """A working directory with the tasks of the repository and documents as `prepare_tasks.py` writes them."""
+def prepared(tasks, tmp_path, monkeypatch) -> str:
+    """A working directory with documents as `prepare_tasks.py` writes them; the folder of the tasks."""
     for name, documents in PREPARED.items():
         folder = tmp_path / ".demo/tasks" / name
         folder.mkdir(parents=True)
         for split, part in (("train", documents[:8]), ("test", documents[8:])):
             (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(document) for document in part))
-    shutil.copytree(EXAMPLES / "tasks", tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)
-    return "tasks"
+    return tasks
 
 
 def test_every_task_in_the_repository_is_compared(prepared, tmp_path, capsys):
