@@ -11,6 +11,7 @@ os.environ.update(
     CI="true",
     TOKENIZERS_PARALLELISM="false",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",  # there is a process for each core
 )
 
 import pytest  # noqa: E402
@@ -46,6 +47,7 @@ def _what_stays_is_looked_at_once():
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
+    """A test draws the same whether it runs alone or after others."""
     torch.manual_seed(0)
 
 
