@@ -27,7 +27,7 @@ help:
 	@echo "make bench     run the benchmarks behind docs/results.md (about 2 hours on two cores)"
 	@echo "make gpu       what thinking costs on an accelerator, of 135 million parameters and of a billion"
 	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
-	@echo "make lint      check style and types"
+	@echo "make lint      check style, types, and the limits of the layout"
 	@echo "make format    apply the style"
 
 # torch first and by its pin: a range would fetch several GB of CUDA packages on a CPU machine
@@ -100,6 +100,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.layout
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
