@@ -264,15 +264,18 @@ class Until90(TrainerCallback):
         self.total = time.process_time() - self.start - self.measuring
 
 
-class RandomThoughts(QuietStarREINFORCETrainer):
-    """Trains on random tokens in place of the model's own thoughts."""
+def think_at_random(trainer: QuietStarREINFORCETrainer) -> None:
+    """Has a trainer, of two passes, train on random tokens in place of the model's own thoughts."""
+    own = trainer.thinker.request
 
-    def _score_request(self, text, part, mode, plan):
-        request = super()._score_request(text, part, mode, plan)
-        if mode == "eval":
-            return request
-        generator = torch.Generator().manual_seed(self.state.global_step)
-        return replace(request, thoughts=controlled(request.thoughts, "random", len(VOCABULARY), generator))
+    def request(text, part):
+        asked = own(text, part)
+        if not part.training:
+            return asked
+        generator = torch.Generator().manual_seed(part.step)
+        return replace(asked, thoughts=controlled(asked.thoughts, "random", len(VOCABULARY), generator))
+
+    trainer.thinker.request = request
 
 
 def flipped(text, thoughts, **gains) -> torch.Tensor:
@@ -343,11 +346,10 @@ def recipe_options(path: Path, task: Task, steps: int) -> dict:
 
 def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict, sabotage: str | None = None) -> dict:
     """Trains a copy of a pretrained model to think, and measures before and after."""
-    trainer_class: type[QuietStarREINFORCETrainer] = QuietStarREINFORCETrainer
     if sabotage == "random_thoughts":
-        trainer_class, options = RandomThoughts, {**options, "single_pass": False}  # they come from elsewhere
+        options = {**options, "single_pass": False}  # they come from elsewhere
     with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_class(
+        trainer = QuietStarREINFORCETrainer(
             copy.deepcopy(model),
             configuration(task, directory, seed, steps, **options),
             training_data(task, seed, steps),
@@ -355,6 +357,8 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
             processing_class=tokenizer(),
             reward_function=flipped if sabotage == "flipped_reward" else None,
         )
+        if sabotage == "random_thoughts":
+            think_at_random(trainer)
         before = evaluate(trainer, task)
         until = Until90(task, every=20 * max(1, steps // 500))
         until.trainer = trainer

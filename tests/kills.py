@@ -86,8 +86,17 @@ class WatchedTrainer(QuietStarREINFORCETrainer):
 
     life: Life
 
-    def _note_metrics(self, batch, mode, plan):
-        super()._note_metrics(batch, mode, plan)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        add = self.runlog.add
+
+        def noted(batch, plan, training: bool):
+            add(batch, plan, training)
+            self.write_down(batch, "train" if training else "eval")
+
+        self.runlog.add = noted
+
+    def write_down(self, batch, mode: str) -> None:
         thoughts = batch.experience.thoughts
         entry = {
             "step": self.state.global_step,

@@ -10,9 +10,10 @@ from datasets import IterableDataset
 from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
-from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer
+from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.model.sharding import load_sharded
+from trl_quietstar.training.checks import check_streams
 from trl_quietstar.training.distributed import check_engine, check_optimizer_file
 from trl_quietstar.training.folders import check_checkpoint
 
@@ -230,19 +231,13 @@ def test_columns_of_a_stream_that_one_process_reads_for_all():
     """They are no tensors, which are all that is dealt out: refused by name where a reward function takes them."""
     stream = IterableDataset.from_generator(lambda: iter([{"text": "a b"}]))
 
-    def trainer(processes, reward, dispatches=None, data=stream):
-        return SimpleNamespace(
-            accelerator=SimpleNamespace(num_processes=processes, dispatch_batches=dispatches),
-            train_dataset=data,
-            eval_dataset={"one": None},
-            reward_function=reward,
-            args=SimpleNamespace(remove_unused_columns=True),
-        )
+    def check(processes, reward, dispatches=None, data=stream):
+        accelerator = SimpleNamespace(num_processes=processes, dispatch_batches=dispatches)
+        check_streams(SimpleNamespace(remove_unused_columns=True), accelerator, data, {"one": None}, reward)
 
-    check = QuietStarREINFORCETrainer._check_streams
     with pytest.raises(ValueError, match="takes columns of a stream, .*'dispatch_batches': False"):
-        check(trainer(2, lambda answer, **_: 0))
-    check(trainer(2, lambda text, **_: 0))
-    check(trainer(1, lambda answer, **_: 0))
-    check(trainer(2, lambda answer, **_: 0, dispatches=False))
-    check(trainer(2, lambda answer, **_: 0, data=None))
+        check(2, lambda answer, **_: 0)
+    check(2, lambda text, **_: 0)
+    check(1, lambda answer, **_: 0)
+    check(2, lambda answer, **_: 0, dispatches=False)
+    check(2, lambda answer, **_: 0, data=None)
