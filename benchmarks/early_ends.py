@@ -51,7 +51,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
             with Counted(model) as counted, torch.no_grad():
                 cache = PATHS[name].read(model, text)
                 counted.tokens = 0  # of the texts
-                thoughts = sample_thoughts(model, cache, text, positions, settings, draws)
+                thoughts = sample_thoughts(model, cache, positions, settings, draws)
             seconds[way].append(counted.seconds)
             if way == "with":
                 run, existing = counted.tokens, int(thoughts.mask.sum())

@@ -58,7 +58,7 @@ def rollout(trainer: QuietStarREINFORCETrainer, text: Text, seed: int) -> tuple[
     positions = choose_positions(text, "all", generators)
     cache = trainer.path.read(model, text)
     thoughts = sample_thoughts(
-        model, cache, text, positions, trainer.sampling, uniforms(positions, trainer.sampling, generators)
+        model, cache, positions, trainer.sampling, uniforms(positions, trainer.sampling, generators)
     )
     scores = score(model, ScoreRequest(text, thoughts, 1, trainer.path, prediction=args.reward_prediction))
     mask = talk_after(text, positions, 1).target_mask[:, :, None]

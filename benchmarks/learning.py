@@ -181,7 +181,6 @@ def answer_logps(
     thoughts = sample_thoughts(
         model,
         trainer.path.read(model, text),
-        text,
         positions,
         trainer.sampling,
         uniforms(positions, trainer.sampling, generators),

@@ -77,7 +77,7 @@ def sample(model, path: BranchPath, args: argparse.Namespace) -> Counted:
     settings = SamplingSettings(args.thought_length, args.num_thoughts)
     draws = uniforms(positions, settings, seeded_generators(0, 1, [0]))
     with Counted(model) as counted, torch.no_grad():
-        sample_thoughts(model, path.read(model, text), text, positions, settings, draws)
+        sample_thoughts(model, path.read(model, text), positions, settings, draws)
     return counted
 
 

@@ -44,7 +44,7 @@ def reading(model, texts: list[Text], thought_length: int) -> tuple[float, float
         positions = choose_positions(text, 8, generators)
         settings = SamplingSettings(thought_length)
         thoughts = sample_thoughts(
-            model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
+            model, path.read(model, text), positions, settings, uniforms(positions, settings, generators)
         )
         scores = score(model, ScoreRequest(text, thoughts, TALK_LENGTH, path))
         mask = talk_after(text, positions, TALK_LENGTH).target_mask[:, :, None]

@@ -47,9 +47,7 @@ def naive(
         if due and (threshold is None or float(normalized_entropy(model, hidden)) >= threshold):
             positions = Positions(torch.tensor([[here]]), torch.tensor([[True]]))
             draws = fixed_draws(positions.index, settings)
-            thought = sample_thoughts(model, path.read(model, text), text, positions, settings, draws).token_ids[
-                0, 0, 0
-            ]
+            thought = sample_thoughts(model, path.read(model, text), positions, settings, draws).token_ids[0, 0, 0]
             anchor = here
         if thought is not None:
             prefix = Text.from_batch(ids[None, : anchor + 1])

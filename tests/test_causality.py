@@ -40,7 +40,7 @@ def _think(model, text, path, positions, draws) -> Thoughts:
     from trl_quietstar.thinking.sampling import sample_thoughts
 
     return sample_thoughts(
-        model, path.read(model, text), text, positions, sampling(), uniforms(positions, sampling(), draws)
+        model, path.read(model, text), positions, sampling(), uniforms(positions, sampling(), draws)
     )
 
 

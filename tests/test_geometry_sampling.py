@@ -343,7 +343,7 @@ def test_sampling_leaves_no_graph():
     model, text = exact_model(), mixed_text()
     cache = SharedPrefix().read(model, text)
     places = choose_positions(text, 2, generators(text))
-    thoughts = sample_thoughts(model, cache, text, places, sampling(), uniforms(places, sampling(), generators(text)))
+    thoughts = sample_thoughts(model, cache, places, sampling(), uniforms(places, sampling(), generators(text)))
     assert not thoughts.token_ids.requires_grad
     assert torch.is_grad_enabled()
 

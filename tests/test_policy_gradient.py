@@ -121,7 +121,7 @@ def sampled(temperature: float, positive_only: bool = False, **advantage_options
     draws = seeded_generators(11, 0, list(range(GROUPS)))
     with torch.no_grad():
         cache = Replay().read(model(), batch)
-    thoughts = sample_thoughts(model(), cache, batch, places, settings, uniforms(places, settings, draws))
+    thoughts = sample_thoughts(model(), cache, places, settings, uniforms(places, settings, draws))
     batch, scores, rewards = score_and_reward(GROUPS, thoughts, temperature)
     options = dict(use_gae=True, gamma=1.0, gae_lambda=1.0)
     advantages, returns = thought_advantages(

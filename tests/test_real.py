@@ -61,7 +61,6 @@ def test_an_untrained_real_model_with_thoughts_stays_close(smollm):
     thoughts = sample_thoughts(
         model,
         path.read(model, text),
-        text,
         positions,
         SamplingSettings(8),
         uniforms(positions, SamplingSettings(8), generators),

@@ -165,9 +165,7 @@ def think(
     settings = settings or sampling()
     with torch.no_grad():
         cache = path.read(model, text)
-    return sample_thoughts(
-        model, cache, text, positions, settings, uniforms(positions, settings, generators(text, seed))
-    )
+    return sample_thoughts(model, cache, positions, settings, uniforms(positions, settings, generators(text, seed)))
 
 
 def sums(first: int = 20, second: int = 20) -> list[str]:

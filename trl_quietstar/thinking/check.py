@@ -73,7 +73,7 @@ def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> fl
     )
     generators = seeded_generators(seed, 1, [0, 1])
     thoughts = sample_thoughts(
-        model, path.read(model, text), text, positions, settings, uniforms(positions, settings, generators)
+        model, path.read(model, text), positions, settings, uniforms(positions, settings, generators)
     )
     ours, oracle = (score(model, ScoreRequest(text, thoughts, 3, p)) for p in (path, Replay()))
     fields = ("thought_logps", "talk_logps", "text_logps", "thought_values")

@@ -118,7 +118,7 @@ def _thoughts(
     """The thoughts of a group, or how to sample them in the forwards that score them, each token in one."""
     if type(path) is SharedPrefix:
         return ThoughtSampler(settings, [], "all", given=(positions, draws))
-    return sample_thoughts(model, cache, text, positions, settings, draws)
+    return sample_thoughts(model, cache, positions, settings, draws)
 
 
 def _groups(

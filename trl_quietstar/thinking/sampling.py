@@ -23,7 +23,6 @@ from .writing import PackedBranches, Running, Writer, start_slots
 def sample_thoughts(
     model: ThinkingModel,
     cache: BranchCache,
-    text: Text,
     positions: Positions,
     settings: SamplingSettings,
     draws: torch.Tensor,
@@ -37,8 +36,6 @@ def sample_thoughts(
             A model with heads, in `eval()` mode.
         cache ([`BranchCache`]):
             The text as this model read it; not used again after this call.
-        text ([`Text`]):
-            The batch.
         positions ([`Positions`]):
             Where to think.
         settings ([`SamplingSettings`]):
@@ -148,7 +145,7 @@ class ThoughtSampler:
             if parts:
                 cache = cache.again()
             places = Positions(index, mask).to(device)
-            parts.append(sample_thoughts(model, cache, text, places, self.settings, draws, self.greatest))
+            parts.append(sample_thoughts(model, cache, places, self.settings, draws, self.greatest))
         token_ids, mask = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("token_ids", "mask"))
         thoughts, longest = Thoughts(positions, token_ids, mask), self.settings.thought_length
         if self.settings.stop is not None:  # where all thoughts ended early, no slot is kept for more
