@@ -1,11 +1,11 @@
-"""Where thoughts hang off a text: positions, branches, attention and position ids.
+"""What a batch is: texts, thoughts at positions of them, the branches that thoughts run in, and the talk after them.
 
 Everything here is integer bookkeeping on a padded batch of texts; nothing runs a model. Letters, everywhere in this
 package: B sequences, T text tokens, J thought positions, G thoughts a position, N = J·G branches, L thought tokens,
-M talk tokens, S = L + M + 1 branch slots, H hidden, V vocabulary.
+M talk tokens, S = L + M + 1 branch slots, E embedding, H hidden, V vocabulary.
 
-A branch is `start, thought (L), end, first M - 1 talk tokens`; the slot `s` predicts what slot `s + 1` holds, except
-that the last thought token predicts nothing and the end slot predicts the first talk token.
+A branch is `start, thought (L), end, first M - 1 talk tokens`. A slot predicts what the next slot holds. The last thought token
+predicts nothing, and the end slot predicts the first talk token.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Text(Placed):
 
     Parameters:
         input_ids (`torch.Tensor` of shape `(B, T)`):
-            Token ids; anything at padded places.
+            Token ids; any at padded places.
         attention_mask (`torch.Tensor` of shape `(B, T)`, bool):
             True on text, False on padding (left or right).
         labels (`torch.Tensor` of shape `(B, T)`):
@@ -31,7 +31,7 @@ class Text(Placed):
         position_ids (`torch.Tensor` of shape `(B, T)`):
             Index of each token within its own document; 0 starts a document.
         document_ids (`torch.Tensor` of shape `(B, T)`):
-            Which document of the row a token belongs to, counted from 1; 0 on padding.
+            Number of the document that a token belongs to, from 1 in each row; 0 on padding.
         thought_mask (`torch.Tensor` of shape `(B, T)`, bool):
             Whether a thought may follow a token, as far as the data say.
     """
@@ -53,7 +53,7 @@ class Text(Placed):
         thought_mask: torch.Tensor | None = None,
     ) -> "Text":
         """
-        Builds the text from what a collator gives; without `position_ids`, each row is one document.
+        Builds a batch from what a collator gives.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`):
@@ -61,9 +61,9 @@ class Text(Placed):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 1 on text. Defaults to all text.
             labels (`torch.Tensor` of shape `(B, T)`, *optional*):
-                Defaults to `input_ids`. Padding is masked here in any case.
+                -100 where a token is not to be predicted. Defaults to `input_ids`. Padding is never predicted.
             position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-                Positions that restart at 0 with each packed document.
+                Positions that restart at 0 with each packed document. By default each row is one document.
             thought_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 1 where a thought may follow. Defaults to everywhere.
         """
@@ -78,24 +78,32 @@ class Text(Placed):
 
     @property
     def is_plain(self) -> bool:
-        """Whether each row is one document, padded on the right if at all: a causal mask is all it needs."""
+        """Whether no row is packed or padded on the left, so that a causal mask is enough."""
         mask, documents = self.host.attention_mask, self.host.document_ids
         return bool((documents <= 1).all() and mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())
 
     def rows(self, index: torch.Tensor) -> "Text":
-        """The texts at an index `(rows,)` in the host's memory."""
+        """A batch of some of the rows, by an index of shape `(rows,)` in the host's memory."""
         chosen = (getattr(self.host, field.name)[index] for field in fields(self))
         return Text(*chosen).to(self.input_ids.device)
 
     def predicted(self) -> torch.Tensor:
-        """Mask of shape `(B, T - 1)`: the token after this one belongs to the same document and is a label."""
+        """Mask of shape `(B, T - 1)`: whether the next token belongs to the token's own document and is a label."""
         same_document = self.document_ids[:, :-1] == self.document_ids[:, 1:]
         return self.attention_mask[:, :-1] & same_document & (self.labels[:, 1:] != -100)
 
 
 @dataclass(frozen=True)
 class Positions(Placed):
-    """Thought positions: `index` of shape `(B, J)` into the text, and `mask` of the same shape (rows are ragged)."""
+    """
+    Where thoughts are written.
+
+    Parameters:
+        index (`torch.Tensor` of shape `(B, J)`):
+            Index of the text token that a thought follows.
+        mask (`torch.Tensor` of shape `(B, J)`, bool):
+            Which positions exist: rows have unequal numbers of them.
+    """
 
     index: torch.Tensor
     mask: torch.Tensor
@@ -109,10 +117,12 @@ class Thoughts:
     Parameters:
         positions ([`Positions`]):
             Where they are.
-        token_ids, mask (`torch.Tensor` of shape `(B, J, G, L)`):
-            Their tokens, and which exist (False after an early end).
+        token_ids (`torch.Tensor` of shape `(B, J, G, L)`):
+            Their tokens.
+        mask (`torch.Tensor` of shape `(B, J, G, L)`, bool):
+            Which tokens exist: none at a position that does not, and none after a thought's end.
         filler (`bool`):
-            Whether the start embedding stands in place of every token: compute without content, for controls.
+            Whether the start embedding takes the place of every token. A control: compute without content.
     """
 
     positions: Positions
@@ -122,27 +132,27 @@ class Thoughts:
 
     @functools.cached_property
     def host_mask(self) -> torch.Tensor:
-        """The mask in the host's memory; a copy, once, only where it did not come from there."""
+        """The mask in the host's memory. It is copied once, and not at all where the host knows it already."""
         return self.mask.cpu()
 
     @property
     def anchors(self) -> torch.Tensor:
-        """The text index that each branch hangs off, `(B, J·G)`, in the host's memory."""
+        """Index of the text token that each thought follows, of shape `(B, J·G)`, in the host's memory."""
         return self.positions.host.index.repeat_interleave(self.mask.shape[2], dim=1)
 
 
 @dataclass(frozen=True)
 class Branches:
     """
-    What a path runs through the model after each anchor.
+    What runs through the model after positions of a text.
 
     Parameters:
         anchors (`torch.Tensor` of shape `(B, N)`):
-            The text index each branch hangs off, in the host's memory.
+            Index of the text token that a branch follows, in the host's memory.
         embeds (`torch.Tensor` of shape `(B, N, S, E)`):
             Input embeddings of the slots, as [`~model.embeddings.embed_tokens`] gives them.
         mask (`torch.Tensor` of shape `(B, N, S)`, bool):
-            False on slots that hold nothing; later slots then move up.
+            False on slots that hold nothing. They take no position: later slots move up.
     """
 
     anchors: torch.Tensor
@@ -150,7 +160,7 @@ class Branches:
     mask: torch.Tensor
 
     def split(self, size: int | None) -> list["Branches"]:
-        """Groups of `size` branches of each row; None: one group."""
+        """Splits the branches of each row into groups of `size`; None gives one group."""
         if size is None:
             return [self]
         parts = (x.split(size, dim=1) for x in (self.anchors, self.embeds, self.mask))
@@ -159,8 +169,17 @@ class Branches:
 
 @dataclass(frozen=True)
 class Talk(Placed):
-    """The true tokens after each position: `token_ids`, `input_mask` (exists) and `target_mask` (exists and is a
-    label), each of shape `(B, J, M)`."""
+    """
+    The text's own tokens after each position, which are read after a thought and predicted with it.
+
+    Parameters:
+        token_ids (`torch.Tensor` of shape `(B, J, M)`):
+            The tokens.
+        input_mask (`torch.Tensor` of shape `(B, J, M)`, bool):
+            Which of them exist in the position's document.
+        target_mask (`torch.Tensor` of shape `(B, J, M)`, bool):
+            Which of them exist and are labels.
+    """
 
     token_ids: torch.Tensor
     input_mask: torch.Tensor
@@ -169,7 +188,7 @@ class Talk(Placed):
 
 def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
     """
-    The next `talk_length` true tokens after each position, within the same document.
+    Gathers the next M tokens of the text after each position.
 
     Args:
         text ([`Text`]):
@@ -178,6 +197,9 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
             Thought positions.
         talk_length (`int`):
             M.
+
+    Returns:
+        [`Talk`], on the text's device.
     """
     device, text, positions = text.input_ids.device, text.host, positions.host
     index = positions.index[..., None] + torch.arange(1, talk_length + 1)
@@ -190,7 +212,7 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
 
 
 def branch_position_ids(text: Text, anchors: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids of shape `(B, N, S)`: they continue from the anchor, and skip slots that hold nothing."""
+    """Position ids of branch slots, `(B, N, S)`: they go on from the anchor, and leave out slots that hold nothing."""
     start = gather(text.position_ids, anchors)[..., None]
     return start + slot_mask.long().cumsum(-1).clamp(min=1)
 

@@ -10,13 +10,17 @@ from .batch import Positions, Text, gather
 
 def usable_positions(text: Text, thought_positions: int | float | str = "all") -> torch.Tensor:
     """
-    Mask of shape `(B, T - 1)`: text tokens that a thought may follow.
+    Text tokens that a thought may follow: the next token is a label of the same document, and the data allow a thought.
 
     Args:
         text ([`Text`]):
             The batch.
         thought_positions (`int`, `float` or `str`):
-            As in [`choose_positions`]; `"prompt_end"` leaves the last token before each run of labels, `"none"` none.
+            As in [`choose_positions`]. With `"prompt_end"` only the last token before each run of labels is usable, with
+            `"none"` no token.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T - 1)`, bool.
     """
     usable = text.predicted() & text.thought_mask[:, :-1]
     if thought_positions == "none":
@@ -26,8 +30,8 @@ def usable_positions(text: Text, thought_positions: int | float | str = "all") -
 
 def talk_span(text: Text, talk_length: int | str, thought_positions: int | float | str) -> int:
     """
-    M for a batch: `talk_length` itself, or with `"completion"` as many tokens as lie between any usable position and the
-    last label of its document.
+    M for a batch. With `"completion"` a thought is read up to the last label of its document, so that M is the greatest distance
+    of a usable position from there.
 
     Args:
         text ([`Text`]):
@@ -49,14 +53,14 @@ def talk_span(text: Text, talk_length: int | str, thought_positions: int | float
 
 def seeded_generators(seed: int, step: int, indices: list[int]) -> list[torch.Generator]:
     """
-    One random generator for each sequence, so that a sequence's draws depend on nothing but its own key: not on the
-    batch it came in, its padding, the process, nor on whether training was resumed.
+    Makes a random generator for each sequence. What it draws depends on the three arguments alone: not on the batch that the
+    sequence came in, its padding or the process, nor on whether training was resumed.
 
     Args:
         seed (`int`):
             The run's seed.
         step (`int`):
-            Optimizer step (0 throughout evaluation, which makes it deterministic).
+            Optimizer step; 0 throughout evaluation, which so is deterministic.
         indices (`list[int]`):
             Index of each sequence within the step's global batch, or within the evaluation set.
     """
@@ -73,27 +77,29 @@ def choose_positions(
     min_interval: int = 3,
 ) -> Positions:
     """
-    Chooses the text tokens after which thoughts are written. Never on padding, where the next token is not a label,
-    or where the next token belongs to another document.
+    Chooses the text tokens after which thoughts are written, among those that [`usable_positions`] finds.
 
     Args:
         text ([`Text`]):
             The batch.
         thought_positions (`int`, `float` or `str`):
-            `"all"`, a number of positions a sequence, a fraction of the usable ones (0 to 1, at least one),
-            `"prompt_end"`, `"none"`, or `"difficulty"`.
+            `"all"`; a number of positions in each sequence, at random; a fraction of the usable ones, from 0 to 1, at random and at
+            least one; `"prompt_end"`; `"none"`; or `"difficulty"`.
         generators (`list[torch.Generator]`):
             One for each sequence; used by the random choices only.
         entropy (`Callable`, *optional*):
-            Gives the no-thought prediction's entropy divided by log V, of shape `(B, T - 1)`; called by
+            Gives the entropy of the no-thought prediction divided by log V, of shape `(B, T - 1)`; called with
             `"difficulty"` only.
         difficulty_threshold (`float`):
-            Least normalised entropy.
+            The least such entropy to think at.
         min_interval (`int`):
-            Least distance of two positions, in tokens, by difficulty.
+            Least distance of two positions with `"difficulty"`, in tokens.
 
     Returns:
-        [`Positions`] in ascending order, J being the largest number in any row (at least 1).
+        [`Positions`] as [`positions_at`] gives them, on the text's device.
+
+    Raises:
+        `ValueError`: for another string, or `"difficulty"` without `entropy`.
     """
     usable = usable_positions(text.host, thought_positions)
     if thought_positions == "difficulty" and entropy is not None:

@@ -34,17 +34,18 @@ class SamplingSettings:
 
     Parameters:
         thought_length (`int`):
-            L, the most tokens.
+            L, the most tokens of a thought.
         num_thoughts (`int`):
-            G, thoughts a position.
+            G, the number of thoughts at a position.
         temperature, top_k, top_p, min_p:
-            As in [`~transformers.GenerationConfig`]; `top_k=0`, `top_p=1.0` and `min_p=None` switch theirs off.
+            As in [`~transformers.GenerationConfig`]. With `top_k=0`, `top_p=1.0` and `min_p=None` no token is excluded.
         do_sample (`bool`):
-            Whether to sample; otherwise the most likely token is taken.
+            Whether to sample. Otherwise the most likely token is taken.
         min_thought_length (`int`):
-            Least tokens before `stop` may end a thought.
+            The least tokens of a thought that ends early.
         stop (`Callable`, *optional*):
-            From token ids of shape `(rows, length)` to a bool of shape `(rows,)`: whether the thought ends here.
+            Whether thoughts end with their last token: from token ids of shape `(rows, length)` to a bool of shape `(rows,)`.
+            By default thoughts have L tokens.
     """
 
     thought_length: int
@@ -73,16 +74,16 @@ class SamplingSettings:
 
 def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    When a thought ends early: at the EOS token or a string.
+    Makes the `stop` of [`SamplingSettings`] that ends a thought at the EOS token, or at a string.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Of the model.
+            The model's tokenizer.
         stop_string (`str`, *optional*):
-            The string.
+            A thought ends with the token that completes this string.
 
     Returns:
-        `Callable` from thoughts so far, of shape `(rows, length)`, to a bool of shape `(rows,)`.
+        `Callable` from token ids of shape `(rows, length)` to a bool of shape `(rows,)`.
 
     Raises:
         `ValueError`: if the string cannot be told from the tokenizer's tokens.
@@ -107,13 +108,13 @@ def thought_sampling(
     settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase | None, num_thoughts: int = 1
 ) -> SamplingSettings:
     """
-    How a model draws its thoughts, by the settings it was trained with.
+    [`SamplingSettings`] that draw thoughts as the model was trained to.
 
     Args:
         settings ([`~settings.QuietStarSettings`]):
-            The model's.
+            What the model remembers of its training.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Needed where thoughts may end early.
+            The model's tokenizer. Without one, thoughts do not end early.
         num_thoughts (`int`):
             G.
     """
@@ -133,8 +134,20 @@ def thought_sampling(
 
 
 def uniforms(positions: Positions, settings: SamplingSettings, generators: list[torch.Generator]) -> torch.Tensor:
-    """Random numbers of shape `(B, J, G, L)`, in the host's memory; each sequence's come from its own generator, in
-    position order."""
+    """
+    Draws the random numbers that thoughts are written with; each sequence's come from its own generator.
+
+    Args:
+        positions ([`Positions`]):
+            Where to think.
+        settings ([`SamplingSettings`]):
+            How many thoughts and tokens there are.
+        generators (`list[torch.Generator]`):
+            One for each sequence.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G, L)`, between 0 and 1, in the host's memory.
+    """
     B, J = positions.index.shape
     draws = torch.zeros(B, J, settings.num_thoughts, settings.thought_length, dtype=torch.float64)
     for row, count, generator in zip(draws, positions.host.mask.sum(1).tolist(), generators, strict=True):
@@ -144,16 +157,16 @@ def uniforms(positions: Positions, settings: SamplingSettings, generators: list[
 
 def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: int = 0) -> torch.Tensor:
     """
-    The same random numbers for every thought at the same place of a text, whatever the batch and however far the text
-    has come: what greedy generation and scoring think with.
+    Random numbers that depend on the place in a text alone, not on the batch or on what follows. Greedy generation and scoring
+    think with them, so that a text has equal thoughts in both.
 
     Args:
         position_ids (`torch.Tensor` of shape `(B, J)`):
-            Of the thought positions; best in the host's memory.
+            Index of each thought position within its text; best in the host's memory.
         settings ([`SamplingSettings`]):
-            How many thoughts and tokens.
+            How many thoughts and tokens there are.
         seed (`int`):
-            Of all of them.
+            Another seed gives other numbers.
 
     Returns:
         `torch.Tensor` of shape `(B, J, G, L)`, in the host's memory.
@@ -171,7 +184,22 @@ def fixed_draws(position_ids: torch.Tensor, settings: SamplingSettings, seed: in
 def draw_tokens(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
-    """Token ids of shape `(B, N)` for hidden states of shape `(B, N, H)` and uniform numbers of shape `(B, N)`."""
+    """
+    Draws a token from each hidden state.
+
+    Args:
+        model ([`ThinkingModel`]):
+            Whose LM head is used.
+        hidden (`torch.Tensor` of shape `(B, N, H)`):
+            Hidden states after the final norm.
+        draws (`torch.Tensor` of shape `(B, N)`):
+            Uniform numbers; not read with `do_sample=False`.
+        settings ([`SamplingSettings`]):
+            How to draw.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N)`: token ids.
+    """
     warpers, u = settings.warpers(), draws.flatten()
     tokens = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
@@ -187,7 +215,18 @@ def draw_tokens(
 def draw_with_statistics(
     model: ThinkingModel, hidden: torch.Tensor, draws: torch.Tensor, settings: SamplingSettings
 ) -> Drawn:
-    """The same tokens, and what the policy at the sampling temperature says of them, from one set of logits."""
+    """
+    Draws the tokens that [`draw_tokens`] draws, and takes their statistics from the logits that they are drawn from.
+
+    Args:
+        model, hidden, draws, settings:
+            As in [`draw_tokens`].
+
+    Returns:
+        [`~model.lm_head.Drawn`], of the policy at the sampling temperature: `top_k` and the like exclude tokens from drawing, and
+        leave the statistics as they are.
+    """
+    # the temperature is applied below, before the statistics; the other warpers after them
     shapers, u = replace(settings, temperature=1.0).warpers(), draws.flatten()
     parts = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
@@ -210,11 +249,12 @@ def draw_with_statistics(
 
 def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
-    The token at which the cumulative probability passes `u`, of shape `(rows,)`; probabilities, `(rows, V)`, are relative to
-    the greatest, which is 1.
+    The least token k with `Σ_{i ≤ k} p_i > u · Σ_i p_i`, for probabilities of shape `(rows, V)`, whose greatest is 1, and `u` of
+    shape `(rows,)`.
 
-    The sum runs over blocks of the vocabulary first, then within one, so that no second array of `(rows, V)` is made. It is a
-    sum of whole numbers: that of others depends on the order, which a GPU does not keep, and MPS knows no float64.
+    The cumulative sum runs over blocks of the vocabulary first, then within a single block, so that no second array of
+    `(rows, V)` is made. It adds whole numbers. A sum of fractions depends on the order, which a GPU does not keep, and MPS has no
+    float64.
     """
     V = probs.shape[1]
     whole = V // BLOCK * BLOCK
@@ -223,8 +263,9 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     )
     cumulative = _whole(sums).cumsum(-1)
     threshold = _share(cumulative, u[:, None])
-    # of a sum that is NaN nothing is passed: a token as good as any is drawn
+    # nothing passes a sum that is NaN; clamping then draws some token, where the index would be none
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
+    # within that block, the threshold as a share of the block's own mass
     mass = sums.gather(1, block)
     left = threshold - cumulative.gather(1, block) + _whole(mass)
     share = left.to(u.dtype) / _whole(mass)
@@ -235,7 +276,7 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 class _TopP(TopPLogitsWarper):
-    """Transformers' own, whose sum PyTorch refuses on CUDA under `full_determinism`; there it is of whole numbers."""
+    """Transformers' own. On CUDA PyTorch refuses its cumulative sum under `full_determinism`; there whole numbers are added."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
@@ -247,11 +288,11 @@ class _TopP(TopPLogitsWarper):
 
 
 def _whole(probs: torch.Tensor) -> torch.Tensor:
-    """Probabilities as multiples of 2^-40; a vocabulary of them still fits into 64 bits."""
+    """Probabilities as multiples of 2^-40. The sum of a vocabulary of them, below 2^23 tokens, fits into 64 bits."""
     return (probs * 2.0**40).long()
 
 
 def _share(cumulative: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """A share, from 0 to 1, of a cumulative sum's total, and always less than that: something is left to be passed."""
+    """The threshold at a share, from 0 to 1, of a cumulative sum's total. It is below the total, so that some token passes it."""
     total = cumulative[:, -1:]
     return torch.minimum((share * total).long(), total - 1)

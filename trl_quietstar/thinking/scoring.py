@@ -1,6 +1,6 @@
-"""Scoring sampled thoughts: one differentiable forward gives every number that training needs.
+"""Scoring thoughts: one differentiable forward gives every number that training needs.
 
-This is what runs inside the wrapped `model(...)` call, so that DDP, FSDP and autocast see an ordinary forward.
+It runs inside the call of the wrapped model, so that DDP, FSDP and autocast see an ordinary forward.
 """
 
 import functools
@@ -14,16 +14,16 @@ from ..branches.base import BranchCache, BranchPath, Encoded
 from ..branches.shared_prefix import SharedPrefixCache
 from ..model.embeddings import LookupTape, embed_tokens
 from ..model.heads import ThinkingModel
-from ..model.lm_head import Drawn, prediction_statistics, token_statistics
+from ..model.lm_head import Drawn, Prediction, prediction_statistics, token_statistics
 from ..model.routing import Routing, has_router_loss, router_loss
 from ..model.sharding import model_is_sharded
-from ..text.batch import Branches, Talk, Text, Thoughts, gather_hidden, talk_after
+from ..text.batch import Branches, Talk, Text, Thoughts, gather, gather_hidden, talk_after
 from ..text.transfer import to_device
 from .sampling import ThoughtSampler
 from .writing import end_slots, start_slots
 
 
-LEAST_SAVED = 4096  # tokens: an accelerator runs fewer in the time that it takes to launch a forward of their own
+LEAST_SAVED = 4096  # tokens that a further forward must save on an accelerator, which runs fewer while it is launched
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ScoreRequest:
         text ([`Text`]):
             The batch.
         thoughts ([`Thoughts`] or [`~thinking.sampling.ThoughtSampler`]):
-            The sampled thoughts; or how to sample them in the same pass, whose graph is kept (`SharedPrefix` only).
+            Thoughts that were sampled before; or how to sample them in this pass (`SharedPrefix` only).
         talk_length (`int`):
             M.
         path ([`BranchPath`]):
@@ -47,9 +47,9 @@ class ScoreRequest:
         branch_batch_size (`int`, *optional*):
             How many branches of each row are scored at once, as in [`~branches.base.BranchPath.encode`].
         cache ([`~branches.base.BranchCache`], *optional*):
-            The text as it was read before, without gradient.
+            The text as it was read before, without gradient; it is then not read again.
         whole_text (`bool`):
-            Whether statistics of all of the text are wanted, or only of what predictions are mixed with.
+            Whether statistics of the whole text are wanted. Otherwise they are 0 but where a prediction is mixed with the text's.
     """
 
     text: Text
@@ -118,7 +118,7 @@ class ThoughtScores(NamedTuple):
 
 def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     """
-    Runs `[text | start thought end talk]` and reads off every statistic.
+    Runs a text with its branches, and takes every statistic from their hidden states.
 
     Args:
         model ([`ThinkingModel`]):
@@ -129,59 +129,85 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     Returns:
         [`Scores`].
     """
-    text, M = request.text, request.talk_length
     if isinstance(request.thoughts, ThoughtSampler):
         encoded = _sample_and_encode(model, request, request.thoughts)
     else:
         encoded = _encode(model, request, request.thoughts)
-    thoughts, text_hidden, hidden = encoded.thoughts, encoded.text, encoded.branches
-    G, L = thoughts.token_ids.shape[2:]
-    talk = talk_after(text, thoughts.positions, M)
+    thoughts, hidden, L = encoded.thoughts, encoded.branches, encoded.thoughts.mask.shape[3]
     drawn_from = hidden[..., :L, :]
     policy = token_statistics(
         model, drawn_from, thoughts.token_ids, thoughts.host_mask, request.temperature, encoded.drawn
     )
     values = model.quietstar.values(drawn_from) * thoughts.mask
-
-    read = hidden[..., L + 1 :, :]
-    mask, host_mask = (x.target_mask[:, :, None].expand(-1, -1, G, -1) for x in (talk, talk.host))
-    targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
-    predicts = text.host.predicted()
-    if not request.whole_text:
-        predicts = predicts & _mixed_with(talk.host, thoughts, predicts) & (request.prediction == "mixed")
-    if request.prediction == "mixed":
-        index = thoughts.positions.host.index[..., None] + torch.arange(M)
-        index = index.clamp(max=predicts.shape[1] - 1)[:, :, None]
-        base = gather_hidden(text_hidden, to_device(index, hidden.device).expand_as(mask))
-        weights = model.quietstar.mixing_head(base, read)
-        plain, said, reader_logps = prediction_statistics(
-            *(model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts),
-            *(read, index.expand_as(host_mask), weights, targets, host_mask),
-        )
-    else:
-        plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], predicts).prediction
-        said = token_statistics(model, read, targets, host_mask).prediction
-        reader_logps, weights = said.logps, torch.ones_like(said.logps)
+    predicted = _predict(model, request, encoded)
     return Scores(
         thought_logps=policy.logps,
         thought_entropies=policy.entropies,
         thought_values=values,
-        talk_logps=said.logps,
-        talk_correct=said.correct,
-        reader_logps=reader_logps,
-        mixing_weights=weights * mask,
-        text_logps=plain.logps,
-        text_correct=plain.correct,
-        similarity=_similarity(text_hidden.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
+        talk_logps=predicted.talk.logps,
+        talk_correct=predicted.talk.correct,
+        reader_logps=predicted.reader_logps,
+        mixing_weights=predicted.weights,
+        text_logps=predicted.text.logps,
+        text_correct=predicted.text.correct,
+        similarity=_similarity(encoded.text.detach(), hidden[..., 1 : L + 1, :].detach(), thoughts),
         thoughts=thoughts,
         router_loss=router_loss(model.config, encoded.routings),
     )
 
 
+class _Predicted(NamedTuple):
+    """Predictions of text tokens, `(B, T - 1)`, and of talk tokens, `(B, J, G, M)`; the log-probability of each talk token by the
+    thought's prediction alone; and the thought's weight in the mixed one."""
+
+    text: Prediction
+    talk: Prediction
+    reader_logps: torch.Tensor
+    weights: torch.Tensor
+
+
+def _predict(model: ThinkingModel, request: ScoreRequest, encoded: "_Encoding") -> _Predicted:
+    """Predictions without and after thoughts. Logits are mixed: `z = w·z_thought + (1 − w)·z_text` (Quiet-STaR, section 4.2)."""
+    text, thoughts, M = request.text, encoded.thoughts, request.talk_length
+    G, L = thoughts.mask.shape[2:]
+    talk = talk_after(text, thoughts.positions, M)
+    read = encoded.branches[..., L + 1 :, :]
+    mask, host_mask = (x.target_mask[:, :, None].expand(-1, -1, G, -1) for x in (talk, talk.host))
+    targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
+    predicts = text.host.predicted()
+    if not request.whole_text:
+        predicts = predicts & _mixed_places(talk.host, thoughts, predicts.shape[1]) & (request.prediction == "mixed")
+    text_hidden, text_targets = encoded.text[:, :-1], text.input_ids[:, 1:]
+    if request.prediction == "thought":
+        plain = token_statistics(model, text_hidden, text_targets, predicts).prediction
+        said = token_statistics(model, read, targets, host_mask).prediction
+        return _Predicted(plain, said, said.logps, torch.ones_like(said.logps) * mask)
+    index = thoughts.positions.host.index[..., None] + torch.arange(M)
+    index = index.clamp(max=predicts.shape[1] - 1)[:, :, None]
+    base = gather_hidden(encoded.text, to_device(index, read.device).expand_as(mask))
+    weights = model.quietstar.mixing_head(base, read)
+    plain, said, reader_logps = prediction_statistics(
+        *(model, text_hidden, text_targets, predicts),
+        *(read, index.expand_as(host_mask), weights, targets, host_mask),
+    )
+    return _Predicted(plain, said, reader_logps, weights * mask)
+
+
 @dataclass(frozen=True)
 class _Encoding:
-    """Hidden states of the text, `(B, T, H)`, and of the thoughts' branches, `(B, J, G, S, H)`; what is known of thought
-    tokens that were drawn on the way; and routings as in [`~branches.base.Encoded`]."""
+    """
+    What the model made of a text and its thoughts.
+
+    Parameters:
+        thoughts ([`Thoughts`]):
+            The thoughts.
+        text (`torch.Tensor` of shape `(B, T, H)`), branches (`torch.Tensor` of shape `(B, J, G, S, H)`):
+            Hidden states; a branch is `start, thought, end, first M - 1 talk tokens`.
+        routings (`list` of [`~model.routing.Routing`]):
+            As in [`~branches.base.Encoded`].
+        drawn ([`~model.lm_head.Drawn`], *optional*):
+            Statistics of the thought tokens, where they were drawn on the way.
+    """
 
     thoughts: Thoughts
     text: torch.Tensor
@@ -214,8 +240,20 @@ def _encode_by_length(
     cache: BranchCache | None,
 ) -> Encoded:
     """
-    What [`~branches.base.BranchPath.encode`] gives. Where the lengths of thoughts, `(B, N)` in the host's memory, differ much, long and short
-    ones have forwards of their own, which leave out those of the thought's `slots` that none of them has.
+    Runs text and branches; where thoughts differ much in length, long and short ones in forwards of their own.
+
+    Args:
+        model ([`ThinkingModel`]), text ([`Text`]), path ([`BranchPath`]), branches ([`Branches`]):
+            What to run, and how.
+        lengths (`torch.Tensor` of shape `(B, N)`):
+            Tokens of each branch's thought; in the host's memory.
+        slots (`slice`):
+            Where the thought's tokens stand in a branch. A forward leaves out those that none of its thoughts has.
+        batch_size (`int`, *optional*), cache ([`~branches.base.BranchCache`], *optional*):
+            As in [`~branches.base.BranchPath.encode`].
+
+    Returns:
+        [`~branches.base.Encoded`], with zeros in the slots that were left out.
     """
     (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
     order = lengths.argsort(dim=1, descending=True, stable=True)
@@ -224,7 +262,7 @@ def _encode_by_length(
     worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
     if 2 * saved < N * S + T or not worthwhile or has_router_loss(model.config) or model_is_sharded(model):
         return path.encode(model, text, branches, batch_size, cache)
-    rows, parts, text_hidden = torch.arange(B)[:, None], [], None
+    rows, parts, texts = torch.arange(B)[:, None], [], []
     for start, stop, longest in blocks:
         columns, end = order[:, start:stop], slots.start + longest
         places = tuple(to_device(x, branches.mask.device) for x in (rows, columns))
@@ -232,16 +270,25 @@ def _encode_by_length(
         embeds, mask = (x[places].index_select(2, kept) for x in (branches.embeds, branches.mask))
         block = Branches(branches.anchors.gather(1, columns), embeds, mask)
         encoded = path.encode(model, text, block, batch_size, cache)
-        text_hidden, hidden = encoded.text if text_hidden is None else text_hidden, encoded.branches
+        texts.append(encoded.text)
+        hidden = encoded.branches
         left_out = hidden.new_zeros(B, stop - start, L - longest, hidden.shape[-1])
         parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
     back = tuple(to_device(x, branches.mask.device) for x in (rows, order.argsort(dim=1)))
-    return Encoded(text_hidden, torch.cat(parts, dim=1)[back], [])  # type: ignore[arg-type]
+    return Encoded(texts[0], torch.cat(parts, dim=1)[back], [])
 
 
 def _by_length(longest: list[int]) -> list[tuple[int, int, int]]:
-    """Runs of columns, by first and last plus one, whose lengths, in descending order, halve from one to the next; and the
-    greatest length of each."""
+    """
+    Cuts columns into blocks; the longest thought of a block has at least twice the length of the next block's.
+
+    Args:
+        longest (`list[int]`):
+            Length of each column's longest thought, in descending order.
+
+    Returns:
+        `list` of `tuple`: of each block the first column, the last one plus one, and the length of its longest thought.
+    """
     blocks, start = [], 0
     for column in range(1, len(longest) + 1):
         if column == len(longest) or (longest[column] < longest[start] and 2 * longest[column] <= longest[start]):
@@ -254,8 +301,8 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     """
     Samples thoughts and goes on to their talk in one graph: every token is processed once.
 
-    The forwards that draw the tokens are those of the slots before them; what is left is the last thought token, the end
-    and the talk.
+    A token is drawn from the forward of the slot before it. So once thoughts are sampled, only their last token, the end and the
+    talk have not run yet.
     """
     text, embed = request.text, LookupTape(model)
     read = request.cache
@@ -279,7 +326,7 @@ def score_thoughts(
     cache: BranchCache | None = None,
 ) -> ThoughtScores:
     """
-    The thought tokens alone, and the text: what a reference model is asked for.
+    Scores the thought tokens and the text, without talk: what a reference model is asked for.
 
     Args:
         model ([`ThinkingModel`]):
@@ -322,13 +369,13 @@ def score_thoughts(
 
 def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch.Tensor:
     """
-    What the text's own predictions say of the talk tokens.
+    Looks up a statistic of the text's own predictions at the talk tokens.
 
     Args:
         values (`torch.Tensor` of shape `(B, T - 1)`):
             A statistic of each text token but the first.
         thoughts ([`Thoughts`]):
-            Whose positions are meant.
+            The talk follows their positions.
         talk_length (`int`):
             M.
 
@@ -336,15 +383,14 @@ def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch
         `torch.Tensor` of shape `(B, J, 1, M)`.
     """
     index = thoughts.positions.index[..., None] + torch.arange(talk_length, device=values.device)
-    flat = index.clamp(max=values.shape[1] - 1).flatten(1)
-    return values.gather(1, flat).view(index.shape)[:, :, None]
+    return gather(values, index.clamp(max=values.shape[1] - 1))[:, :, None]
 
 
 def _full_branches(
     model: ThinkingModel, thoughts: Thoughts, talk: Talk, embed: Callable[[torch.Tensor], torch.Tensor], seen: int = 0
 ) -> Branches:
-    """`start, thought, end, first M - 1 talk tokens` at every position, without the embeddings of the first `seen`
-    slots."""
+    """The branches `start, thought, end, first M - 1 talk tokens`. Embeddings of the first `seen` slots are left out, since the
+    cache has these slots already; the mask is of all."""
     (G, L), left = thoughts.token_ids.shape[2:], max(seen - 1, 0)
     # a token is read only where another follows: the text's last token would predict nothing
     spoken_ids, spoken_mask = (
@@ -364,15 +410,16 @@ def _full_branches(
     )
 
 
-def _mixed_with(talk: Talk, thoughts: Thoughts, predicts: torch.Tensor) -> torch.Tensor:
-    """Mask like that of the places that predict, `(B, T - 1)`: whose predictions are mixed with those after a thought."""
-    offsets = torch.arange(talk.target_mask.shape[2], device=predicts.device)
-    index = (thoughts.positions.host.index[..., None] + offsets).clamp(max=predicts.shape[1] - 1)
-    mixed = torch.zeros_like(predicts, dtype=torch.long)
+def _mixed_places(talk: Talk, thoughts: Thoughts, width: int) -> torch.Tensor:
+    """Mask of shape `(B, width)`: the text's predictions that are mixed with one after a thought. On the host, as `talk` is."""
+    index = thoughts.positions.host.index[..., None] + torch.arange(talk.target_mask.shape[2])
+    index = index.clamp(max=width - 1)
+    mixed = torch.zeros(len(index), width, dtype=torch.long)
     return mixed.scatter_add_(1, index.flatten(1), talk.target_mask.long().flatten(1)) > 0
 
 
 def _similarity(text_hidden: torch.Tensor, thought_hidden: torch.Tensor, thoughts: Thoughts) -> torch.Tensor:
+    """Cosine, of shape `(B, J, G)`, of a thought's mean hidden state and that of the text at its position."""
     mask = thoughts.mask[..., None].to(thought_hidden.dtype)
     mean = (thought_hidden * mask).sum(3) / mask.sum(3).clamp(min=1)
     context = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None]
