@@ -1,8 +1,8 @@
 """Copies between the host and the device that runs the model.
 
-The host prepares kernels ahead of the device, and loses that lead each time it asks for a number: it then waits until all
-that was prepared before has run. So what the host knows (texts, positions, lengths, masks) is kept in its own memory, goes
-to the device without waiting, and what must come back comes back in one copy.
+The host prepares kernels ahead of the device. It loses that lead each time it asks for a number, since it then waits until all
+kernels before have run. So the host keeps what it knows (texts, positions, lengths, masks) in its own memory and sends it
+without waiting; and what it must ask for comes back in one copy.
 """
 
 import functools
@@ -16,15 +16,15 @@ from .._compat import is_fault_of_device
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a tensor of the host on the device, without waiting for what the device is at; float64 as [`exact_dtype`]."""
+    """Sends a tensor of the host to the device, without waiting for the device. Float64 becomes the device's [`exact_dtype`]."""
     if tensor.dtype == torch.float64:
         tensor = tensor.to(exact_dtype(device))
-    # MPS reads the host's memory later, when it may hold something else
+    # MPS would read the host's memory later, when it may hold something else
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns tensors of one device in the host's memory, detached, by a single copy of all their bytes."""
+    """Returns tensors of one device in the host's memory, detached, and waits for the device once: all bytes are one copy."""
     if all(x.device.type == "cpu" for x in tensors):
         return [x.detach() for x in tensors]
     parts = [x.detach().reshape(-1).contiguous().view(torch.uint8) for x in tensors]
@@ -35,8 +35,7 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @functools.cache
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the most exact floating-point type of a device: float64, or float32 where it has none, as Apple's MPS and some
-    of Intel's GPUs."""
+    """The most exact floating-point type of a device: float64, or float32 on Apple's MPS and some of Intel's GPUs."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).add_(1)
     except (TypeError, RuntimeError) as error:
@@ -47,16 +46,16 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 class Placed:
-    """A dataclass of tensors that can be on a device, and remembers what the host knows of it."""
+    """A dataclass of tensors that may be on a device, while the host keeps a copy that it can read without waiting."""
 
     @functools.cached_property
     def host(self) -> Self:
-        """The same in the host's memory; a copy, once, only where it did not come from there."""
+        """The tensors in the host's memory. They are copied once, and not at all where they came from there."""
         tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
         return self if all(x.device.type == "cpu" for x in tensors) else type(self)(*to_host(tensors))
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, without waiting for it; `self` must be on the host, or on that device."""
+        """The tensors on a device, sent without waiting. They must be on the host, or on that device already."""
         tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
         if all(x.device == device for x in tensors):
             return self

@@ -1,7 +1,7 @@
-"""Scoring with thoughts: how likely given text is under the predictions that generation with thoughts would make.
+"""How likely a given text is under the predictions that generation with thoughts would make.
 
-All positions think at once, on the packed path, with the random numbers of greedy generation; so the log-probabilities of
-what greedy generation wrote are those it wrote it with.
+All positions think at once, with the random numbers of greedy generation. So what greedy generation wrote gets the
+log-probabilities that it was written with.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from .scoring import ScoreRequest, score
 from .when import Thinking
 
 
-# positions that rows of a batch must be apart for the shorter ones to be left out of what follows: on other devices than a
-# CPU a few larger forwards cost less than many small ones
+# least positions of a group that ends where a row has no more of them, so that the row is left out of the groups that follow;
+# on other devices than a CPU a few larger forwards cost less than many small ones
 LEAST_GROUP = 16
 GPU_LEAST_GROUP = 256
 
@@ -63,15 +63,15 @@ def think_in_chunks(
         positions ([`Positions`]):
             Where to think.
         settings ([`SamplingSettings`]):
-            How.
+            How thoughts are drawn.
         draws (`torch.Tensor` of shape `(B, J, G, L)`):
-            A uniform number for each token.
+            A uniform number for each token, in the host's memory.
         talk_length (`int`):
             M.
         prediction (`str`):
             `"mixed"` or `"thought"`.
         cache ([`BranchCache`], *optional*):
-            The text as this model read it, so that it is not read again.
+            The text as this model read it. Without it the text is read here.
 
     Returns:
         `tuple`: [`Thoughts`] and [`TalkScores`].
@@ -115,7 +115,7 @@ def _thoughts(
     draws: torch.Tensor,
     cache: BranchCache,
 ) -> Thoughts | ThoughtSampler:
-    """The thoughts of a group, or how to sample them in the forwards that score them, each token in one."""
+    """The thoughts of a group; or, where a path can draw tokens in the forwards that score them, how to sample them there."""
     if type(path) is SharedPrefix:
         return ThoughtSampler(settings, [], "all", given=(positions, draws))
     return sample_thoughts(model, cache, positions, settings, draws)
@@ -130,10 +130,10 @@ def _groups(
     talk_length: int,
 ) -> Iterator[tuple[list[int], slice]]:
     """
-    Rows and positions that run at once: as many as fit, without the rows that have no more of them.
+    Cuts positions into groups that fit into memory. A row that has no more positions is in no further group.
 
     Yields:
-        `tuple`: indices of rows, and a slice of J.
+        `tuple`: the group's rows, and its slice of J.
     """
     counts = positions.host.mask.sum(1).tolist()
     counts = counts if any(counts) else [1] * len(counts)
@@ -165,7 +165,7 @@ def log_likelihoods(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-likelihoods of given text, thinking before its tokens as greedy generation would.
+    Computes log-likelihoods of texts, and thinks before their tokens as greedy generation would.
 
     Args:
         model ([`ThinkingModel`]):
@@ -175,8 +175,8 @@ def log_likelihoods(
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
             1 on text; padding on either side.
         score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
-            1 on the tokens to score, a run in each row: the first is what generation would begin with. Defaults to all
-            tokens but the first.
+            1 on the tokens to score, which are a run in each row; the tokens before it are the prompt. Defaults to all tokens
+            but the first.
         thinking ([`~thinking.when.Thinking`], *optional*):
             When to think. Defaults to always.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):

@@ -1,7 +1,7 @@
-"""Sampling thoughts: all positions at once, without gradient.
+"""Sampling thoughts for training and scoring: at all positions of a batch at once.
 
-A token is drawn by inverting the distribution's cumulative sum at a given uniform number. So a thought is a function
-of the model, the text up to its position, and its own random numbers: the same on either path and in any batch.
+[`sample_thoughts`] writes thoughts at given positions. [`ThoughtSampler`] also chooses the positions and draws the random
+numbers, and can sample in the graph of the forward that scores the thoughts.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def sample_thoughts(
         positions ([`Positions`]):
             Where to think.
         settings ([`SamplingSettings`]):
-            How.
+            How thoughts are drawn.
         draws (`torch.Tensor` of shape `(B, J, G, L)`):
             A uniform number for each token, as [`uniforms`] or [`fixed_draws`] gives them, in the host's memory.
         greatest (`Callable`, *optional*):
@@ -55,7 +55,7 @@ def sample_thoughts(
 def _drawn_by(
     writer: Writer, model: ThinkingModel, cache: BranchCache, positions: Positions, draws: torch.Tensor
 ) -> tuple[Thoughts, Running]:
-    """Thoughts at positions, with as many slots as were run, and the branches that ran to the end."""
+    """Writes thoughts at positions; they have as many slots as were run. Also returns the branches that ran to the end."""
     (B, J), G, device = positions.index.shape, writer.settings.num_thoughts, positions.index.device
     alive = positions.mask.repeat_interleave(G, dim=1)
     branches = PackedBranches(cache, positions.host.index.repeat_interleave(G, dim=1))
@@ -67,7 +67,7 @@ def _drawn_by(
 
 
 def _known(thoughts: Thoughts, settings: SamplingSettings) -> Thoughts:
-    """The thoughts themselves. Where none ends early, the host is told which tokens exist, and need not ask the device."""
+    """Returns the thoughts. Where none ends early, they remember which tokens exist, so that the host need not ask the device."""
     if settings.stop is None:
         exists = thoughts.positions.host.mask[..., None, None].expand(thoughts.mask.shape)
         vars(thoughts)["host_mask"] = exists  # no field: `dataclasses.replace` must not carry it to another mask
@@ -75,11 +75,11 @@ def _known(thoughts: Thoughts, settings: SamplingSettings) -> Thoughts:
 
 
 def _resized(thoughts: Thoughts, length: int, settings: SamplingSettings) -> Thoughts:
-    """The first tokens of thoughts, and empty slots where there are fewer."""
+    """Thoughts with `length` slots: cut, or with empty slots added."""
     missing = (0, length - thoughts.mask.shape[-1])
     if missing == (0, 0):
         return _known(thoughts, settings)
-    pad = torch.nn.functional.pad  # which cuts where less than nothing is missing
+    pad = torch.nn.functional.pad  # cuts where the number is negative
     resized = Thoughts(thoughts.positions, pad(thoughts.token_ids, missing), pad(thoughts.mask, missing))
     if "host_mask" in vars(thoughts):
         vars(resized)["host_mask"] = pad(thoughts.host_mask, missing)
@@ -88,13 +88,16 @@ def _resized(thoughts: Thoughts, length: int, settings: SamplingSettings) -> Tho
 
 def unfinished(thoughts: Thoughts, settings: SamplingSettings) -> torch.Tensor:
     """
-    Mask of shape `(B, J, G)`: thoughts that were cut at `thought_length` before they ended by themselves.
+    Finds the thoughts that were cut at `thought_length` before they ended by themselves.
 
     Args:
         thoughts ([`Thoughts`]):
             The thoughts.
         settings ([`SamplingSettings`]):
-            With which they were sampled.
+            The settings that they were sampled with.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, bool.
     """
     cut = thoughts.mask[..., -1]
     if settings.stop is None or thoughts.mask.shape[-1] < settings.thought_length:
@@ -105,20 +108,20 @@ def unfinished(thoughts: Thoughts, settings: SamplingSettings) -> torch.Tensor:
 @dataclass(frozen=True)
 class ThoughtSampler:
     """
-    How the thoughts of a batch are drawn, positions included; each row from its own random numbers.
+    Where the thoughts of a batch are written, and how they are drawn.
 
     Parameters:
         settings ([`SamplingSettings`]):
-            Of the thoughts.
+            How thoughts are drawn.
         generators (`list[torch.Generator]`):
-            One for each row.
+            The random numbers of each row, for its positions first and then for its thoughts.
         thought_positions, difficulty_threshold, min_thought_interval:
             As in [`QuietStarConfig`].
         greatest (`Callable`, *optional*):
             From a number to the greatest of all processes, where each must call the layers as often as the others. Defaults to
             this process's own.
         given (`tuple`, *optional*):
-            [`Positions`] and uniform numbers of shape `(B, J, G, L)`, in place of those from the generators.
+            [`Positions`] and uniform numbers of shape `(B, J, G, L)`. The generators are then not read.
     """
 
     settings: SamplingSettings
@@ -130,12 +133,28 @@ class ThoughtSampler:
     given: tuple[Positions, torch.Tensor] | None = None
 
     def positions(self, text: Text) -> Positions:
-        """Where thoughts will be, if no model is needed to tell; draws the generators' first numbers."""
+        """Positions that can be chosen without the model, that is, not by difficulty. It draws from the generators, so that a
+        sampler of its own is needed for the thoughts."""
         return choose_positions(text, self.thought_positions, self.generators)
 
     @torch.no_grad()
     def sample(self, model: ThinkingModel, text: Text, path: BranchPath, batch_size: int | None = None) -> Thoughts:
-        """Reads the text and writes its thoughts, without gradient; of each row about `batch_size` at once, or all."""
+        """
+        Reads a text and writes its thoughts, without gradient.
+
+        Args:
+            model ([`ThinkingModel`]):
+                A model with heads, in `eval()` mode.
+            text ([`Text`]):
+                The batch.
+            path ([`~branches.base.BranchPath`]):
+                How to get hidden states.
+            batch_size (`int`, *optional*):
+                How many thoughts of each row are written at once, about. Defaults to all.
+
+        Returns:
+            [`Thoughts`] with as many slots as the longest one has tokens.
+        """
         cache, device = path.read(model, text), text.input_ids.device
         positions = self._positions(model, text, cache)
         size = positions.index.shape[1] if batch_size is None else max(batch_size // self.settings.num_thoughts, 1)
@@ -156,7 +175,7 @@ class ThoughtSampler:
         self, model: ThinkingModel, text: Text, cache: BranchCache, embed: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[Thoughts, torch.Tensor, Drawn]:
         """
-        The same thoughts, keeping the graph of the forwards that they were drawn from.
+        Writes the thoughts that [`sample`] writes, and keeps the graph of the forwards that they were drawn from.
 
         Args:
             model ([`ThinkingModel`]):
@@ -164,15 +183,15 @@ class ThoughtSampler:
             text ([`Text`]):
                 The batch.
             cache ([`BranchCache`]):
-                The text as this model read it, with gradient; it has then seen all tokens of a thought but the last.
+                The text as this model read it, with gradient. Afterwards it also holds all tokens of the thoughts but the last.
             embed (`Callable`):
                 From token ids to embeddings.
 
         Returns:
-            `tuple`: [`Thoughts`]; the hidden states that each token was drawn from, `(B, J, G, L, H)`; and what is known of
-            each token, of shape `(B, J, G, L)`.
+            `tuple`: [`Thoughts`]; the hidden states that each token was drawn from, `(B, J, G, L, H)`; and
+            [`~model.lm_head.Drawn`], of shape `(B, J, G, L)`.
         """
-        states: list[torch.Tensor] = []  # of each token, all branches
+        states: list[torch.Tensor] = []  # `(B, N, H)` of each step
         drawn: list[tuple[torch.Tensor, ...]] = []
 
         def draw(hidden: torch.Tensor, draws: torch.Tensor, running: Running) -> torch.Tensor:
@@ -214,7 +233,7 @@ class ThoughtSampler:
 @torch.no_grad()
 def greedy_continuation(model: ThinkingModel, cache: BranchCache, positions: Positions, length: int) -> torch.Tensor:
     """
-    What the model would say after each position if it did not think: its most likely tokens, without start embedding.
+    Writes what the model would say after each position if it did not think: its most likely tokens, after no start slot.
 
     Args:
         model ([`ThinkingModel`]):
@@ -222,9 +241,9 @@ def greedy_continuation(model: ThinkingModel, cache: BranchCache, positions: Pos
         cache ([`BranchCache`]):
             The text as this model read it; not used again after this call.
         positions ([`Positions`]):
-            Where.
+            After which tokens.
         length (`int`):
-            How many tokens.
+            How many tokens to write.
 
     Returns:
         `torch.Tensor` of shape `(B, J, length)`.

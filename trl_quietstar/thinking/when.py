@@ -19,11 +19,11 @@ class Thinking:
             `"always"`; `"adaptive"`: where the no-thought prediction is uncertain; `"prompt_end"`: once, before the first
             new token; or `"never"`.
         every (`int`):
-            Least distance between two thoughts, in tokens.
+            Least distance between two thoughts, in tokens. Not read with `"prompt_end"`.
         threshold (`float`):
-            Least no-thought entropy, divided by log V, to think at (adaptive).
+            With `"adaptive"`, the least entropy of the no-thought prediction, divided by log V, to think at.
         reach (`int`, *optional*):
-            M, the tokens that one thought serves. Defaults to `every`, and with `"prompt_end"` to all that follow.
+            M, the number of tokens that a thought is read for. Defaults to `every`, and with `"prompt_end"` to all that follow.
 
     Raises:
         `ValueError`: if a value is outside its limits.
@@ -44,12 +44,12 @@ class Thinking:
 
     @property
     def distance(self) -> int:
-        """Least distance between two thoughts, in tokens; more than any text has where there is one thought only."""
+        """Least distance between two thoughts, in tokens. With a single thought it is longer than any text."""
         return ENDLESS if self.mode == "prompt_end" else self.every
 
     @property
     def span(self) -> int:
-        """M, the tokens that one thought serves, unless another takes its place."""
+        """M, the number of tokens that a thought is read for, unless another takes its place before."""
         return self.distance if self.reach is None else self.reach
 
     @classmethod
@@ -61,16 +61,16 @@ class Thinking:
         threshold: float | None = None,
     ) -> "Thinking":
         """
-        When a model thinks: as it was trained to, unless a user asks for something else.
+        Says when a model thinks: as it was trained to, unless a user asks for something else.
 
         Args:
             settings ([`~settings.QuietStarSettings`]):
-                The model's.
+                What the model remembers of its training.
             mode (`str` or [`Thinking`], *optional*), every (`int`, *optional*), threshold (`float`, *optional*):
-                What the user asks for. `every` alone keeps the mode, unless the model thinks at the end of the prompt only.
+                What the user asks for. Without a mode, the model keeps that of its training.
 
         Raises:
-            `ValueError`: if a value is outside its limits, or goes with another mode only.
+            `ValueError`: if a value is outside its limits, or does not go with the mode.
         """
         if isinstance(mode, Thinking):
             if every is not None or threshold is not None:
@@ -97,7 +97,7 @@ class Thinking:
 
     @classmethod
     def _as_trained(cls, settings: QuietStarSettings, talk_length: int) -> "Thinking":
-        """A number or a fraction of positions saves time in training; such a model learns to think anywhere."""
+        """Positions were a number or a fraction to save time in training: such a model has learned to think anywhere."""
         if settings.thought_positions == "none":
             return cls("never")
         if settings.thought_positions == "prompt_end":
@@ -107,7 +107,7 @@ class Thinking:
         return cls()
 
     def __str__(self) -> str:
-        """In words, after "thinks"."""
+        """In words that follow "thinks"."""
         if self.mode == "never":
             return "never"
         where = "once, at the end of the prompt"
