@@ -277,6 +277,7 @@ class _Attend(torch.autograd.Function):
         outs, log_zs = [], []
         for chunk in layout.chunks:
             scores, own_scores = scoring.of(chunk)
+            # one softmax over both parts, less their common greatest score, so that no exponential overflows
             top = torch.maximum(scores.amax(-1), own_scores.amax(-1))
             if sinks is not None:
                 top = torch.maximum(top, scoring.sinks.expand_as(top))
@@ -300,11 +301,13 @@ class _Attend(torch.autograd.Function):
         grad = grad.contiguous()
         delta = (grad * out).sum(-1, dtype=scoring.dtype)[..., None]
         d_query, d_own_key, d_own_value = [], [], []
+        # the text's keys and values add up over all branches: in at least float32
         d_text_key, d_text_value = (torch.zeros_like(x, dtype=scoring.dtype) for x in (text_key, text_value))
         for chunk in ctx.layout.chunks:
             at, text = chunk.branches, chunk.text
             q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
             scores, own_scores = scoring.of(chunk)
+            # before the scores become weights in place
             slopes = [cap_slope(x, ctx.softcap) for x in (scores, own_scores)]
             weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
             d_scores = _product(g, text_value[:, :, text].mT).view_as(weights).to(scoring.dtype)

@@ -20,7 +20,7 @@ from ..text.batch import Branches, Text
 from ..text.transfer import to_device
 
 
-Result = TypeVar("Result")
+Result = TypeVar("Result")  # of a group's forward
 
 
 class BranchCache(Protocol):

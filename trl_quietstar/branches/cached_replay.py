@@ -77,13 +77,14 @@ class States:
         joined.padded = any(part.padded for part in parts)
 
         def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            # states of fixed size have equal shapes; keys and values differ in their width
             shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
             joined.padded |= any(list(x.shape[1:]) != shape for x in tensors)
             return torch.cat([_pad_left(x, shape) for x in tensors])
 
         joined.cache = map_tensors(stack, *(part.cache for part in parts))
         joined.lengths = torch.cat([part.lengths for part in parts])
-        joined.width = max(part.width for part in parts)
+        joined.width = max(part.width for part in parts)  # shorter rows are padded to it
         return joined
 
     def _forward(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -179,7 +180,7 @@ class ForkedStates:
             self.forks = self._read_text(anchors)
         states, order = self.forks
         order = to_device(order, embeds.device)
-        hidden = states.step(embeds.flatten(0, 1)[order])
+        hidden = states.step(embeds.flatten(0, 1)[order])  # rows stand in the order of their anchors
         return torch.empty_like(hidden).index_copy_(0, order, hidden).unflatten(0, anchors.shape)
 
     def _read_text(self, anchors: torch.Tensor) -> tuple[States, torch.Tensor]:
@@ -193,7 +194,7 @@ class ForkedStates:
         for end in ends.unique().tolist():
             states.read(embeds[:, states.width : end], self.by_token)
             order.append((ends == end).nonzero().flatten())
-            parts.append(states.select(rows[order[-1]]))
+            parts.append(states.select(rows[order[-1]]))  # branches of one text at one anchor are equal copies
         return States.join(parts), torch.cat(order)
 
 

@@ -51,6 +51,7 @@ class MaskedPrefix:
         branch_positions = branch_position_ids(text, anchors, branches.mask).flatten(1)
         position_ids = torch.cat([text.position_ids, branch_positions], dim=1)
         _check_slots(model.config, embeds.shape[1])
+        # branches stand behind the text in one row, but their positions continue at the anchors
         allowed = packed_attention(text, anchors, branches.mask)
         return backbone(
             model,
@@ -74,9 +75,11 @@ class MaskedPrefixCache:
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "MaskedPrefixCache":
         T, fresh = self.text.input_ids.shape[1], copy.copy(self)
         slots = (self.key_positions.shape[1] - T) // self.branches
+        # the cache holds the text, then one slot of every branch for each step: (step, branch)
         own = T + self.branches * torch.arange(slots)[:, None] + columns[:, None]  # (R, slots, W)
         index = torch.cat([torch.arange(T).expand(len(rows), T), own.flatten(1)], dim=1)
         places = branch_places(rows, index, self.text_hidden.device)
+        # layers are copied too: a forward over the new cache must not append to the old
         fresh.cache, fresh.text = copy.copy(self.cache), self.text.rows(rows)
         fresh.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in fresh.cache.layers:
@@ -93,6 +96,7 @@ class MaskedPrefixCache:
         N, T = anchors.shape[1], self.text.input_ids.shape[1]
         steps = (self.key_positions.shape[1] - T) // N + 1
         position_ids = self.text.position_ids.gather(1, anchors) + steps
+        # of the slots at every step a branch sees its own
         own = torch.eye(N, dtype=torch.bool, device=anchors.device).repeat(1, steps)
         allowed = torch.cat([prefix_attention(self.text, anchors), own.expand(len(anchors), -1, -1)], dim=2)
         self.key_positions = torch.cat([self.key_positions, position_ids], dim=1)

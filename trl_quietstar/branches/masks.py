@@ -31,7 +31,7 @@ def additive_masks(
             Of the embeddings; a bool mask would be silently misread by eager attention.
     """
     config = config.get_text_config()
-    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]  # against each other: (B, Q, K)
     local = {}
     if (window := getattr(config, "sliding_window", None)) is not None:
         local["sliding_attention"] = queries - keys < window
@@ -56,6 +56,7 @@ def in_mask_form(
             By layer type, the masks of layers with a window or with chunks, each of shape `(B, 1, Q, K)`.
     """
     layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    # families of one layer type take its mask alone; those of several take a mask for each, by name
     if not layer_types and "sliding_attention" in local:
         return local["sliding_attention"]
     masks = {kind: mask for kind, mask in local.items() if kind in layer_types}
@@ -70,6 +71,7 @@ def local_layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # the least finite number, not -inf: a row that sees nothing (padding) would become NaN
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 

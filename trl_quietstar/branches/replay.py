@@ -59,6 +59,7 @@ class Replay:
     def _text(self, model: PreTrainedModel, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of the text, and which tokens of the forward count."""
         embeds = embed_tokens(model, text.input_ids)
+        # each document is a branch without slots that hangs off the document's last token
         documents = int(text.host.document_ids.max())
         number = torch.arange(1, documents + 1, device=embeds.device)
         members = text.document_ids[:, None, :] == number[:, None]  # (B, documents, T)
@@ -66,6 +67,7 @@ class Replay:
         no_slots = embeds.new_zeros(len(embeds), documents, 0, embeds.shape[-1])
         branches = Branches(anchors, no_slots, no_slots[..., 0].bool())
         hidden = self._rows(model, text, embeds, branches)
+        # back from a row for each document to where its tokens stand in the text; padding reads any
         rows = (text.document_ids - 1).clamp(min=0)
         sequence = torch.arange(len(embeds), device=embeds.device)[:, None]
         own = torch.arange(hidden.shape[2], device=embeds.device) < members.sum(-1, keepdim=True)
@@ -88,6 +90,7 @@ class Replay:
         """Hidden states of shape `(B, N, W, H)` of the sequences `document[: anchor + 1] + valid slots`."""
         B, N, S = branches.mask.shape
         T = text.input_ids.shape[1]
+        # `source` is where each column of a row comes from in the pool: the T text tokens, then the N·S slots
         prefix = (text.position_ids.gather(1, branches.anchors) + 1)[..., None]
         length = prefix + branches.mask.sum(-1, keepdim=True)
         column = torch.arange(int(length.max()), device=embeds.device)
@@ -98,7 +101,7 @@ class Replay:
             slot = slots.gather(-1, (column - prefix).clamp(0, S - 1))
             in_branch = T + torch.arange(N, device=embeds.device)[:, None] * S + slot
             source = torch.where(column < prefix, in_text, in_branch)
-        source = torch.where(column < length, source, 0)
+        source = torch.where(column < length, source, 0)  # padding at the end, which the mask hides
         pool = torch.cat([embeds, branches.embeds.flatten(1, 2)], dim=1)
         hidden = backbone(
             model,

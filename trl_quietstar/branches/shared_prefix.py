@@ -87,14 +87,14 @@ class SharedPrefixCache:
         self.length = 0  # slots that were kept
         mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
         embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
-        if not text.is_plain:
+        if not text.is_plain:  # else the family's own causal mask is right, and faster kernels take it
             position_ids = text.position_ids
             mask = additive_masks(model.config, text_attention(text), position_ids, position_ids, embeds.dtype)
         self.text_hidden = self._forward(embeds, TextReading(self.memory), mask, position_ids.expand(len(embeds), -1))
         _check_windows(model.config, self.memory)
 
     def again(self, rows: torch.Tensor | None = None) -> "SharedPrefixCache":
-        fresh = copy.copy(self)
+        fresh = copy.copy(self)  # which shares the text's keys and values: nothing writes into them
         fresh.own, fresh.length = {}, 0
         if rows is not None:
             index = to_device(rows, self.text_hidden.device)
@@ -106,7 +106,7 @@ class SharedPrefixCache:
         fresh, places = copy.copy(self), branch_places(rows, columns, self.text_hidden.device)
         if len(rows) < len(self.text.input_ids):
             fresh.text, fresh.memory = self.text.rows(rows), self.memory.rows(places[0][:, 0])
-        used = slice(self.length)
+        used = slice(self.length)  # buffers may have room for more slots
         fresh.own = {
             module: pair.map(lambda x: x[:, :, :, used].transpose(1, 2)[places].transpose(1, 2))
             for module, pair in self.own.items()
@@ -173,11 +173,13 @@ class SharedPrefixCache:
         """How the new slots attend; mask and position ids, `(B, N, s + Q)`, are those of kept and new slots."""
         slots, new = mask.shape[2], positions[:, :, self.length :]
         Q = new.shape[2]
+        # a new slot sees the valid slots before it, and itself even if masked: a softmax over nothing would be NaN
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
         itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
         heads = self.model.config.get_text_config().num_attention_heads
         rows = len(anchors) * heads * min(Q, attention.CHUNK_SLOTS)
         chunk = attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, mask.device)
+        # what chunks see is worked out in the host's memory, so that no device has to be waited for
         anchors, host = anchors.cpu(), self.text.host
         first = anchors - host.position_ids.gather(1, anchors)  # where the anchor's document begins
         spans = _spans(first, anchors, chunk)

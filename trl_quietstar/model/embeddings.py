@@ -94,6 +94,7 @@ class LookupTape:
             return embed_tokens(self.model, token_ids)
         with torch.no_grad():
             embeds = embed_tokens(self.model, token_ids)
+        # the graph knows embeddings and a tie between lookups, but not the table, except at the first
         if self.first is not None:
             return _LaterLookup.apply(self, token_ids, embeds, self.first)
         embeds, self.first = _FirstLookup.apply(self, token_ids, embeds, *self.weights)
@@ -103,6 +104,7 @@ class LookupTape:
         """Gradients of the table's weights, from all that was noted."""
         ids, grads = zip(*((ids.flatten(), grad.flatten(0, -2)) for ids, grad in self.noted), strict=True)
         self.noted.clear()
+        # one lookup of all ids, whose backward is the table's gradient
         with torch.enable_grad():
             embeds = embed_tokens(self.model, torch.cat(ids))
         return torch.autograd.grad(embeds, self.weights, torch.cat(grads))

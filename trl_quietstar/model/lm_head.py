@@ -143,7 +143,7 @@ def prediction_statistics(
     Returns:
         `tuple`: [`Prediction`] of the text; [`Prediction`] of the mixed; log-probabilities of the other hidden states alone.
     """
-    # row of each text index among those that predict
+    # only text rows that predict have logits; the row of each text index among these:
     text_mask, index, mask = text_mask.cpu(), index.cpu(), mask.cpu()
     compact = (text_mask.flatten().cumsum(0) - 1).view(text_mask.shape)
     rows = torch.arange(len(index)).view(-1, *[1] * (index.dim() - 1)).expand_as(index)[mask]
@@ -245,8 +245,10 @@ class _Statistics(torch.autograd.Function):
             logps, log_z, correct = softmax.logps, softmax.log_z, softmax.correct
             entropies = log_z - ((softmax.parts - log_z).exp() * torch.stack(means)).sum(0)
         else:
+            # drawn from these very states: the forward has nothing left to compute
             logps, entropies, log_z = known.logps, known.entropies, known.log_z
             correct = torch.zeros_like(targets, dtype=torch.bool)
+        # log Z is kept and not the logits, which would be the largest tensor of a step
         ctx.save_for_backward(hidden, targets, weight, bias, log_z, entropies)
         ctx.mark_non_differentiable(correct)
         return logps.clone(), entropies.clone(), correct
@@ -326,6 +328,7 @@ class _MixedStatistics(torch.autograd.Function):
         for at in tiles.slices:
             x, y = tiles.raw(text_states, at, "text"), tiles.raw(states, at, "logits")
             z = torch.index_select(x, 0, index, out=tiles.scratch("weights", y)).lerp_(y, share)
+            # each fold overwrites its logits, so that z is made before
             for softmax, logits in ((mixed, z), (of_text, x), (own, y)):
                 softmax.fold(cap_(logits, softcap))
         ctx.save_for_backward(
@@ -350,6 +353,7 @@ class _MixedStatistics(torch.autograd.Function):
         less, rest = share - 1, 1 - share
         for i, at in enumerate(tiles.slices):
             x, y = tiles.raw(text_states, at, "text"), tiles.raw(states, at, "logits")
+            # the gap is wanted twice: z = y − (1 − w)(y − x), and the gradient of w
             gap = torch.index_select(x, 0, index, out=tiles.scratch("gap", y))
             gap = torch.sub(y, gap, out=gap)
             z = torch.addcmul(y, gap, less, out=tiles.scratch("weights", y))
