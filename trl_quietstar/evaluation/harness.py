@@ -23,7 +23,7 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.models.utils_hf import get_dtype
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..loading import load_tokenizer, warn_of_untrained_heads
 from ..model.adapters import base_of, put_adapter
@@ -40,6 +40,9 @@ PER_UNIT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 REFUSED = ("delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "tp_plan", "device_map")
 # arguments that have no effect on a model that is loaded already
 OF_LOADING = ("peft", "revision", "subfolder", "dtype", "device", "trust_remote_code")
+
+# strings of a request (None for a window of a text), and the tokens of its context and its continuation
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("quietstar")
@@ -64,7 +67,7 @@ class QuietStarLM(HFLM):
 
     def __init__(
         self,
-        pretrained,
+        pretrained: str | PreTrainedModel,
         think: str | None = None,
         think_every: int | None = None,
         thinking_threshold: float | None = None,
@@ -145,13 +148,17 @@ class QuietStarLM(HFLM):
         positions = resolve_max_length(self.model.config, self.tokenizer, default=self._DEFAULT_MAX_LENGTH)
         return min(super().max_length, positions - self.thinker.quietstar_settings.thought_length - 2)
 
-    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int | None, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
         options: dict = {"think": self.thinking}
         if self.thinking.mode != "never":
             options["tokenizer"] = self.tokenizer
         return super()._model_generate(context, max_length, stop, **generation_kwargs, **options)
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         if self.thinking.mode == "never":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # longest first: what does not fit into memory fails at once, and rows of a batch have similar lengths
@@ -176,7 +183,7 @@ class QuietStarLM(HFLM):
                 find_executable_batch_size(score, self.max_batch_size)(order[start : start + part])
         return [results[i] for i in range(len(requests))]
 
-    def _score(self, requests) -> list[tuple[float, bool]]:
+    def _score(self, requests: list[TokenRequest]) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each request's continuation, and whether greedy decoding would write it."""
         longest = max(len(continuation) for *_, continuation in requests)
         if longest > self.max_length:

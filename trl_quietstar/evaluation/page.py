@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -105,7 +105,7 @@ def write_page(
     path.write_text(render_page(title, texts, notes, history), encoding="utf-8", errors="replace")
 
 
-def script_json(data) -> str:
+def script_json(data: object) -> str:
     """
     JSON for a script element: in ASCII and without `<`, `>` and `&`, so that an HTML parser finds no markup in it.
 
@@ -184,7 +184,9 @@ def _chart(title: str, lines: tuple, history: Sequence[dict]) -> str:
     return f"<figure><figcaption>{title}</figcaption><ul>{keys}</ul>{svg}</figure>"
 
 
-def _grid(first: float, last: float, low: float, high: float, place) -> str:
+def _grid(
+    first: float, last: float, low: float, high: float, place: Callable[[float, float], tuple[float, float]]
+) -> str:
     """Grid lines and labels of the axes; `place` maps a step and a value to x and y."""
     parts = []
     for value in sorted({low, (low + high) / 2, high}):  # one line if all values are equal
