@@ -92,6 +92,16 @@ def test_fields_and_metrics_are_the_real_ones(page):
             assert code in known or re.search(rf"\b({code}|{name})\b", SOURCE), code
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_on_a_page_are_there(page):
+    """Files of the repository, in code style or in commands, but for those that a command makes."""
+    named = re.findall(
+        r"\b(?:tests|benchmarks|examples|recipes|docs|trl_quietstar)/[\w/.-]+\.(?:py|yaml|md|css|js|txt)\b",
+        page.read_text(),
+    )
+    assert {name for name in named if not (ROOT / name).exists()} <= {"recipes/NAME.yaml", "recipes/NAME.md"}
+
+
 def test_the_map_names_what_is_there():
     """Every path on the page of the architecture exists, and its table has every room, in the order of imports."""
     page = (ROOT / "docs" / "architecture.md").read_text()
