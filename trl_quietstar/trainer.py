@@ -242,7 +242,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         args = self.args
         text, part = self.step.take(model, inputs, self.state.global_step)
         request = self.thinker.request(text, part)
-        scores = model(**request.inputs)
+        scores = request.scores(model)
         experience, counts = self.step.judge(part, request, scores, inputs.get("columns"))
         numbers = LossInputs.of(text, scores, experience, args)
         loss, terms = quietstar_loss(numbers, self.coefficients(), args.clip_range, counts, part.share)

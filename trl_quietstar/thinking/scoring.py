@@ -349,7 +349,7 @@ def score_thoughts(
         [`ThoughtScores`].
     """
     B, J, G, L = thoughts.token_ids.shape
-    embeds = embed_tokens(model, thoughts.token_ids[..., :-1])
+    embeds = embed_tokens(model, thoughts.token_ids)[..., :-1, :]  # of all, lest the table be asked for nothing
     mask = thoughts.mask[..., :-1]
     if start:
         embeds = torch.cat([start_slots(model, B, J, G, 1), embeds], dim=3)

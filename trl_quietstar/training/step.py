@@ -161,7 +161,7 @@ class OptimizerStep:
         experiences = []
         for batch, text, part in zip(self._batches, self._texts, parts, strict=True):
             request = self.thinker.request(text, replace(part, thoughts=self.thinker.sample(text, part)))
-            experiences.append(self._experience(request, model(**request.inputs), batch.get("columns")))
+            experiences.append(self._experience(request, request.scores(model), batch.get("columns")))
         experiences = finish_advantages(experiences, self.args, self._sum)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 

@@ -28,7 +28,7 @@ from ..text.positions import most_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
-from ..thinking.scoring import ScoreRequest, score_thoughts
+from ..thinking.scoring import ScoreRequest, Scores, score_thoughts
 from .distributed import greatest, is_sharded
 
 
@@ -44,15 +44,21 @@ class ThoughtRequest(ScoreRequest):
 
     plan: Plan
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Arguments of the model's forward."""
-        return {**text_inputs(self.text), "quietstar_request": self}
+    def scores(self, model: nn.Module) -> Scores:
+        """Scores by the policy, given as its engine has wrapped it."""
+        return call_inside(model, self.text, self)
 
 
-def text_inputs(text: Text) -> dict[str, torch.Tensor]:
-    """The arguments of a model's forward that are of the text."""
-    return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+def call_inside(model: nn.Module, text: Text, function: Callable[[Any], Any]) -> Any:
+    """
+    Calls a function of the base model inside the forward of the model around it.
+
+    The answer comes out in a list. Engines look for tensors in lists as in tuples; Transformers' search for overflows
+    (`debug="underflow_overflow"`) looks into tuples alone, and fails at the masks in the answer.
+    """
+    inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+    (answer,) = model(**inputs, quietstar_request=lambda base: [function(base)])
+    return answer
 
 
 @torch.no_grad()
@@ -71,7 +77,7 @@ def ask(accelerator: Accelerator, model: nn.Module, text: Text, function: Callab
             Called with the base model and all further arguments.
     """
     with accelerator.autocast():
-        return model(**text_inputs(text), quietstar_request=lambda base: function(base, *args, **kwargs))
+        return call_inside(model, text, lambda base: function(base, *args, **kwargs))
 
 
 class Thinker:
