@@ -118,6 +118,7 @@ def test_sabotage_changes_training(few):
     assert len(set(after)) == 3
 
 
+@pytest.mark.slow
 def test_ablations_write_table_and_plot(few, argv, tmp_path, monkeypatch):
     until = learning.Until90
     monkeypatch.setattr(learning, "Until90", lambda task, every: until(task, every=1))
