@@ -1,9 +1,9 @@
-"""Texts that grow token by token, with a branch after each: what generation asks for hidden states.
+"""Texts that grow token by token, with a branch after each; generation asks them for hidden states.
 
-- [`CachedDecoder`]: text and branches share one KV cache, from which a branch is dropped as soon as it was used; for models
+- [`CachedDecoder`]: text and branches share one KV cache, from which a branch is dropped as soon as it was used. For models
   that tell them apart by a mask.
-- [`CachedReplayDecoder`]: the text's cache is copied for each branch, and the copy dropped; recurrent models above all.
-- [`ReplayDecoder`]: everything is run again at each call; for models whose cache is not exact.
+- [`CachedReplayDecoder`]: the text's cache is copied for each branch, and the copy dropped. For recurrent models above all.
+- [`ReplayDecoder`]: everything runs again at each call. For models whose cache is not exact.
 """
 
 from typing import Protocol
@@ -24,30 +24,57 @@ from .replay import Replay
 
 
 class Decoder(Protocol):
-    """A batch of texts that grow, and one branch after each of them. Masks are in the host's memory, which so knows what is
-    kept; token ids and embeddings are on the device."""
+    """
+    B texts that grow, each with one branch or none.
+
+    Masks are in the host's memory, so that the host knows what is kept without asking; token ids and embeddings are on the device.
+    """
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Appends tokens, `(B, Q)` with their mask, to the texts; hidden states `(B, H)` of the last ones."""
+        """
+        Appends tokens to the texts.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(B, Q)`):
+                The tokens.
+            mask (`torch.Tensor` of shape `(B, Q)`, bool):
+                False on padding, which is on the left.
+
+        Returns:
+            Hidden states of the last tokens, of shape `(B, H)`.
+        """
         ...
 
     def fork(self, rows: torch.Tensor) -> None:
-        """Begins a branch after the present text in the rows of a mask `(B,)`; an older one there is gone."""
+        """Begins a branch at the end of the text in the rows of a mask `(B,)`. It takes the place of an older one."""
         ...
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Appends slots, `(B, Q, E)` with their mask, to the branches; their hidden states `(B, Q, H)`."""
+        """
+        Appends slots to the branches.
+
+        Args:
+            embeds (`torch.Tensor` of shape `(B, Q, E)`):
+                Input embeddings of the slots.
+            mask (`torch.Tensor` of shape `(B, Q)`, bool):
+                Which slots hold something.
+
+        Returns:
+            Hidden states of the slots, of shape `(B, Q, H)`; anything where the mask is False.
+        """
         ...
 
     def drop(self, rows: torch.Tensor) -> None:
-        """Ends the branches of the rows of a mask `(B,)`."""
+        """Ends the branches in the rows of a mask `(B,)`, if there are any."""
         ...
 
 
 class CachedDecoder:
     """
-    Texts and branches in one KV cache. Each slot has an owner, 0 for the text, and is seen by position: a text sees text,
-    a branch the text up to where it was forked and its own slots.
+    Texts and branches in one KV cache.
+
+    Each slot of the cache has an owner: 0 for the text, or the number of a branch. A text sees its own earlier slots. A branch sees
+    the text up to where it was forked, and its own earlier slots.
 
     Args:
         model ([`~model.heads.ThinkingModel`]):
@@ -61,16 +88,14 @@ class CachedDecoder:
         self.cache = DynamicCache()  # without the config: sliding layers must keep the whole text
         nothing = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
         self.positions, self.owner, self.valid = nothing, nothing, nothing.bool()  # of each slot
-        self.host_owner = torch.zeros(rows, 0, dtype=torch.long)  # what the host knows of owners and branches
-        self.host_branch = torch.zeros(rows, dtype=torch.long)
         zeros = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.length = zeros  # of each row's text
-        self.branch, self.anchor, self.tip = (
-            zeros,
-            zeros,
-            zeros,
-        )  # its owner, and the positions where it begins and ends
+        self.branch = zeros  # number of each row's branch, 0 without one
+        self.anchor = self.tip = zeros  # positions of the text that a branch follows, and of the branch's last slot
         self.forks = 0
+        # the host's own copies, by which it knows what to drop
+        self.host_owner = torch.zeros(rows, 0, dtype=torch.long)
+        self.host_branch = torch.zeros(rows, dtype=torch.long)
 
     def read(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask = to_device(mask, token_ids.device)
@@ -117,11 +142,18 @@ class CachedDecoder:
         self.host_owner = self.host_owner[:, kept]
 
     def _own(self, owner: torch.Tensor, slots: int) -> None:
-        """Notes new slots of the owners `(B,)` on the host."""
+        """Notes on the host that each row has new slots of its owner, `(B,)`."""
         self.host_owner = torch.cat([self.host_owner, owner[:, None].expand(-1, slots)], dim=1)
 
-    def _forward(self, embeds, positions, mask, owner, anchor) -> torch.Tensor:
-        """One pass of new slots `(B, Q, E)` of the owners `(B,)`, which see text up to the positions `anchor`, `(B,)`."""
+    def _forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        owner: torch.Tensor,
+        anchor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs new slots, `(B, Q, E)`, at positions `(B, Q)`. Those of a row's owner, `(B,)`, see text up to its anchor, `(B,)`."""
         Q = embeds.shape[1]
         self.positions = torch.cat([self.positions, positions], dim=1)
         self.owner = torch.cat([self.owner, owner[:, None].expand(-1, Q)], dim=1)
@@ -144,7 +176,7 @@ class CachedDecoder:
 
 class CachedReplayDecoder:
     """
-    Texts in one batch of states, branches in another; see [`Decoder`].
+    Texts in one batch of states, branches in another one.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -184,7 +216,7 @@ class CachedReplayDecoder:
         self.owners = self.owners[keep]
 
     def _read_prompts(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Prompts of the same length in one forward, none of them padded; hidden states `(B, H)` of their last tokens."""
+        """Runs prompts of equal lengths together, so that none is padded; returns hidden states of their last tokens, `(B, H)`."""
         lengths = mask.sum(1)
         parts, order, hidden = [], [], []
         for length in lengths.unique().tolist():
@@ -199,7 +231,7 @@ class CachedReplayDecoder:
         return torch.cat(hidden).index_select(0, to_device(back, token_ids.device))
 
     def _step(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One slot, `(B, E)`, in the branches of the rows of a mask `(B,)`; hidden states `(B, H)`, 0 in other rows."""
+        """Appends a slot, `(B, E)`, to the branches in the rows of a mask `(B,)`; returns hidden states `(B, H)`, 0 elsewhere."""
         assert self.branches is not None
         moves = mask[self.owners].bool()
         moving, waiting = moves.nonzero().flatten(), (~moves).nonzero().flatten()
@@ -214,7 +246,7 @@ class CachedReplayDecoder:
 
 class ReplayDecoder:
     """
-    Runs texts and branches again at each call, for models that keep no cache to go on from.
+    Runs texts and branches again at each call.
 
     Args:
         model ([`~model.heads.ThinkingModel`]):
@@ -257,7 +289,7 @@ class ReplayDecoder:
 
 
 def decoder_of(model: ThinkingModel, rows: int) -> Decoder:
-    """The decoder for B `rows` that is exact on this model, by the start-up check."""
+    """A decoder for B `rows`: the fastest that the start-up check found exact on this model."""
     if model.branches_in_cache:
         return CachedDecoder(model, rows)
     if isinstance(model.thought_path, CachedReplay):

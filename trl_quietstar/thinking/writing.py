@@ -1,9 +1,9 @@
 """The loop over a thought's tokens: draw a token, embed it, run it, and draw the next one from its hidden state.
 
-Training writes thoughts at all positions of a batch at once ([`PackedBranches`]), generation one after each growing text (a
-[`~branches.decoders.Decoder`]). Both are [`Growing`], and [`Writer.write`] is the loop of both.
+Training writes thoughts at all positions of a batch at once ([`PackedBranches`]). Generation writes one thought after each
+growing text ([`~branches.decoders.Decoder`]). Both are [`Growing`], and [`Writer.write`] is the loop of both.
 
-Where thoughts end early, those that have ended are left out as soon as they are half of what is run.
+Packed branches whose thought has ended are left out as soon as they are half of what runs.
 """
 
 import functools
@@ -62,11 +62,11 @@ class PackedBranches:
         return self.cache.extend(self.anchors, embeds)
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "PackedBranches":
-        """Of the rows `(R,)` the branches at columns `(R, W)`, as far as they are; both in the host's memory."""
+        """Copies of rows `(R,)` the branches at columns `(R, W)`, both in the host's memory; they go on by themselves."""
         return PackedBranches(self.cache.select(rows, columns), self.anchors[rows[:, None], columns])
 
     def take_back(self, grown: "PackedBranches", places: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Adds the slots that a selection, at these places, has grown since; the other branches have zeros there."""
+        """Adds the slots that a selection of these branches has grown. Branches at other places get zeros."""
         assert isinstance(self.cache, SharedPrefixCache) and isinstance(grown.cache, SharedPrefixCache)
         self.cache.take_back(grown.cache, places)
 
@@ -82,13 +82,17 @@ class Running:
         draws (`torch.Tensor` of shape `(R, W, L)`):
             Uniform numbers for their tokens.
         alive (`torch.Tensor` of shape `(R, W)`, bool):
-            Which have not ended. Where it is in the host's memory, every end is waited for.
-        token_ids, masks (`list` of `torch.Tensor` of shape `(R, W)`):
-            Of each step so far the tokens, and which of them exist.
+            Which thoughts have not ended. If it is in the host's memory, the host waits for the device at every step.
+        token_ids (`list` of `torch.Tensor` of shape `(R, W)`):
+            The tokens of each step so far.
+        masks (`list` of `torch.Tensor` of shape `(R, W)`, bool):
+            Which tokens of each step exist.
         first (`int`):
-            The first step that these branches were run at by themselves.
-        of ([`Running`], *optional*), places (`tuple` of `torch.Tensor`, *optional*):
-            What they were selected from, and their rows and columns there.
+            The step at which the selection begins; tokens of the steps before were written by the parent.
+        parent ([`Running`], *optional*):
+            What the selection was taken from.
+        places (`tuple` of `torch.Tensor`, *optional*):
+            Rows and columns of the selection in its parent.
     """
 
     branches: Growing
@@ -97,16 +101,16 @@ class Running:
     token_ids: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
     first: int = 0
-    of: "Running | None" = None
+    parent: "Running | None" = None
     places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def end(self, stop: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Asks which thoughts end with their last token."""
+        """Notes which thoughts end with the token that was drawn last."""
         ended = stop(torch.stack(self.token_ids, dim=-1).flatten(0, 1)).view(self.alive.shape)
         self.alive = self.alive & ~ended.to(self.alive.device)
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "Running":
-        """Of the rows `(R,)` the branches at columns `(R, W)`, to go on with alone; both in the host's memory."""
+        """Selects of rows `(R,)` the branches at columns `(R, W)`, both in the host's memory, to go on with them alone."""
         assert isinstance(self.branches, PackedBranches)
         at = branch_places(rows, columns, self.draws.device)
         token_ids, masks = (list(torch.stack(x)[:, at[0], at[1]].unbind()) for x in (self.token_ids, self.masks))
@@ -114,32 +118,32 @@ class Running:
         return Running(branches, self.draws[at], self.alive[at], token_ids, masks, len(token_ids), self, at)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of these branches, `(R, W, ...)`, among those of all, `(B, N, ...)`; 0 in the others."""
-        return values if self.of is None else self.of.spread(self._in_parent(values))
+        """Puts values of these branches, `(R, W, ...)`, to their places among all, `(B, N, ...)`; the other branches get 0."""
+        return values if self.parent is None else self.parent.spread(self._in_parent(values))
 
     def written(self, name: str) -> torch.Tensor:
-        """`"token_ids"` or `"masks"` of all steps so far and of all branches, each as far as it was run: `(B, N, steps)`."""
+        """`"token_ids"` or `"masks"` of all branches, of shape `(B, N, steps)`; 0 where a branch no longer ran."""
         now, steps = self, self._own(name)
-        while now.of is not None:
-            steps = torch.cat([now.of._own(name), now._in_parent(steps)], dim=-1)
-            now = now.of
+        while now.parent is not None:
+            steps = torch.cat([now.parent._own(name), now._in_parent(steps)], dim=-1)
+            now = now.parent
         return steps
 
     def take_back(self) -> None:
-        """Gives the slots that selections have grown to the branches they were selected from, up to all."""
+        """Adds the slots that selections have grown to the cache of all branches."""
         now = self
-        while now.of is not None:
-            assert isinstance(now.branches, PackedBranches) and isinstance(now.of.branches, PackedBranches)
+        while now.parent is not None:
+            assert isinstance(now.branches, PackedBranches) and isinstance(now.parent.branches, PackedBranches)
             assert now.places is not None
-            now.of.branches.take_back(now.branches, now.places)
-            now = now.of
+            now.parent.branches.take_back(now.branches, now.places)
+            now = now.parent
 
     def _own(self, name: str) -> torch.Tensor:
         return torch.stack(getattr(self, name)[self.first :], dim=-1)
 
     def _in_parent(self, values: torch.Tensor) -> torch.Tensor:
-        assert self.of is not None and self.places is not None
-        return values.new_zeros(*self.of.alive.shape, *values.shape[2:]).index_put(self.places, values)
+        assert self.parent is not None and self.places is not None
+        return values.new_zeros(*self.parent.alive.shape, *values.shape[2:]).index_put(self.places, values)
 
 
 class Written(NamedTuple):
@@ -148,9 +152,9 @@ class Written(NamedTuple):
 
     Parameters:
         token_ids, mask (`torch.Tensor` of shape `(B, N, l)`):
-            Tokens, and which exist; l is the number of steps, L unless all thoughts ended before.
+            Tokens, and which of them exist. The number of steps, l, is below L if all thoughts ended before.
         running ([`Running`]):
-            The branches that ran to the end, which have seen all tokens but the last.
+            The branches that ran to the end. The tokens of the last step have not run yet.
     """
 
     token_ids: torch.Tensor
@@ -165,7 +169,7 @@ class Writer:
 
     Parameters:
         settings ([`~thinking.drawing.SamplingSettings`]):
-            Their length, and when they end.
+            How long thoughts are, and when they end.
         draw (`Callable`):
             From hidden states `(R, W, H)`, uniform numbers `(R, W)` and the [`Running`] branches that they belong to, to
             tokens `(R, W)`.
@@ -175,7 +179,7 @@ class Writer:
             From a number to the greatest of all processes, where each must call the layers as often as the others. Defaults to
             this process's own.
         finishes (`bool`):
-            Whether a branch runs its last token before it is left out, since it will be read on.
+            Whether a branch runs its last token before it is left out, for a talk that goes on from there.
     """
 
     settings: SamplingSettings
@@ -195,17 +199,17 @@ class Writer:
 
     def write(self, branches: Growing, hidden: torch.Tensor, alive: torch.Tensor, draws: torch.Tensor) -> Written:
         """
-        The loop.
+        Writes a thought in each branch, token by token.
 
         Args:
             branches ([`Growing`]):
                 Where the tokens run.
             hidden (`torch.Tensor` of shape `(B, N, H)`):
-                What the first tokens are drawn from.
+                Hidden states that the first tokens are drawn from.
             alive (`torch.Tensor` of shape `(B, N)`, bool):
                 Which branches have a thought.
             draws (`torch.Tensor` of shape `(B, N, L)`):
-                Uniform numbers.
+                A uniform number for each token.
 
         Returns:
             [`Written`].
@@ -228,21 +232,21 @@ class Writer:
 
     @staticmethod
     def _without_ended(running: Running, going_on: torch.Tensor) -> Running:
-        """The branches that go on, by a mask in the host's memory, with as few others as may be; or all that are running."""
+        """Leaves out ended branches if that halves what runs. `going_on`, in the host's memory, says which have not ended."""
         fewer = fewer_branches(going_on) if isinstance(running.branches, PackedBranches) else None
         return running if fewer is None else running.select(*fewer)
 
 
 def fewer_branches(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    Rows and columns, for [`Running.select`], that hold all branches that go on and are at most half of those that run.
+    Finds rows and columns that hold all branches that go on, and at most half of the branches that run.
 
     Args:
         going_on (`torch.Tensor` of shape `(R, W)`, bool):
-            In the host's memory.
+            Which branches go on; in the host's memory.
 
     Returns:
-        `tuple`: rows `(r,)` and columns `(r, w)`; None where so few do not hold them.
+        `tuple`: rows `(r,)` and columns `(r, w)`; None where half of the branches cannot hold all that go on.
     """
     counts = going_on.sum(1)
     rows, width = torch.arange(len(going_on)), max(int(counts.max()), 1)
