@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.models.utils_hf import get_dtype
 from lm_eval.tasks import TaskManager
+from torch import nn
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -125,9 +126,8 @@ class QuietStarLM(HFLM):
         names = set(inspect.signature(BitsAndBytesConfig).parameters) & set(kwargs)
         if names:
             kwargs["quantization_config"] = BitsAndBytesConfig(**{name: kwargs.pop(name) for name in names})
-        model = QuietStarForCausalLM.from_pretrained(pretrained, revision=revision, dtype=get_dtype(dtype), **kwargs)
-        if peft is not None:
-            model = put_adapter(model, peft, revision=revision)
+        base = QuietStarForCausalLM.from_pretrained(pretrained, revision=revision, dtype=get_dtype(dtype), **kwargs)
+        model: nn.Module = base if peft is None else put_adapter(base, peft, revision=revision)
         if not names:  # a quantized model is on its device already
             model.to(self.device)
         self._model, self._config = model, base_of(model).config

@@ -4,7 +4,7 @@ ones are put on."""
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from safetensors import safe_open
@@ -18,14 +18,17 @@ from .heads import ThinkingModel, give_heads
 from .saved import HEADS_NAME, file_of, saved_settings
 
 
-# Methods of PEFT that a step of thoughts does not train as they are meant to be
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Methods of PEFT that a thinking step would not train as they are meant to be trained
 REFUSED = {
     "ADALORA": "it adds a term to the loss and prunes ranks as it trains",
     "POLY": "its layers ask for `task_ids` at every forward",
     "SHADOW": "its layers pass on a second state beside the hidden states, which thoughts do not have",
     "XLORA": "it weighs its adapters by a first forward over token ids, and thoughts are read as embeddings",
 }
-# and options of others
+# Options of methods that are otherwise supported
 REFUSED_OPTIONS = {
     "alora_invocation_tokens": "which switches the adapter on at token ids, and thoughts are read as embeddings",
     "kasa_config": "which adds a term to the loss",
@@ -74,8 +77,8 @@ def check_method(config) -> None:
 
 def trains_added_weights_only(config) -> bool:
     """
-    Whether an adapter leaves every weight of its base as it is: LoRA that begins at zero, with nothing of the base trained beside
-    it or split off into it.
+    Tells whether an adapter leaves every weight of its base as it is. It does if it is LoRA that begins at zero, and no weight of
+    the base is trained beside it or split off into it.
 
     Args:
         config ([`~peft.PeftConfig`]):
@@ -136,8 +139,8 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def starts_as_its_base(model: nn.Module) -> bool:
-    """Whether the model predicts as its base does without the adapter, since all that is trained beside the heads is LoRA as it
-    begins: one matrix of each pair is 0."""
+    """Tells whether the model still predicts as its base does without the adapter. It does if all that is trained beside the heads
+    is LoRA that has made no step: one matrix of each pair is 0."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "quietstar." not in name]
     free, zero = (".lora_A.", ".lora_embedding_B."), (".lora_B.", ".lora_embedding_A.")
     return all(
@@ -148,14 +151,14 @@ def starts_as_its_base(model: nn.Module) -> bool:
 
 class AdapterReference:
     """
-    The policy that a run with an adapter started from: the base without its adapter where that is the same, and otherwise the
-    model with a copy of what is trained.
+    The policy that a run with an adapter started from. Where the adapter started at zero, that is the base without the adapter;
+    otherwise it is the model with a copy of the parameters that are trained.
 
     Args:
         model ([`~peft.PeftModel`]):
             The thinking model, before the first step.
         sharded (`bool`):
-            Whether each process holds a part of the parameters only.
+            Whether each process holds only a part of the parameters.
 
     Raises:
         `ValueError`: if a copy is needed and parameters are sharded.
@@ -182,7 +185,7 @@ class AdapterReference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model is what it was, inside."""
+        """Makes the model what it was at the start, inside the block."""
         base: Any = base_of(self.model)
         heads, own = base.quietstar, [getattr(module, name) for module, name, _ in self.places]
         try:
@@ -202,8 +205,8 @@ class AdapterReference:
 
 
 @contextmanager
-def heads_aside(model: PreTrainedModel):
-    """Takes the heads out while adapters are put in, so that none lands on them (`target_modules="all-linear"`)."""
+def heads_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Takes the heads out while an adapter is put in, which would otherwise land on them (`target_modules="all-linear"`)."""
     heads = model.quietstar
     del model.quietstar
     try:
@@ -212,8 +215,23 @@ def heads_aside(model: PreTrainedModel):
         model.quietstar = heads
 
 
-def check_saved_adapter(source: str, hub: dict) -> str:
-    """Refuses an adapter that cannot be read; returns the file of its weights."""
+def check_saved_adapter(source: str, hub: dict[str, Any]) -> str:
+    """
+    Finds the weights of a saved adapter.
+
+    Args:
+        source (`str`):
+            Hub id or local folder.
+        hub (`dict`):
+            `revision` and the like.
+
+    Returns:
+        `str`: path of the weights.
+
+    Raises:
+        `FileNotFoundError`: if the adapter is not saved as safetensors.
+        `ValueError`: if it is of a method that does not go with thoughts.
+    """
     from peft import PeftConfig
 
     weights = file_of(source, ADAPTER_SAFE_WEIGHTS_NAME, hub)
@@ -227,8 +245,8 @@ def check_saved_adapter(source: str, hub: dict) -> str:
 
 
 def resize_as(base: PreTrainedModel, weights: str) -> None:
-    """Gives a base the vocabulary that it had when an adapter was saved, with which PEFT saves its embeddings if that was not
-    the base's own."""
+    """Gives a base as many tokens as it had when an adapter was saved. PEFT saves embeddings with the adapter of a base that was
+    resized, and they fit no other size."""
     with safe_open(weights, framework="pt") as file:
         for table in (base.get_input_embeddings(), base.get_output_embeddings()):
             name = next(name for name, module in base.named_modules() if module is table)
@@ -239,7 +257,9 @@ def resize_as(base: PreTrainedModel, weights: str) -> None:
                 return
 
 
-def put_adapter(model: PreTrainedModel, source: str, settings: QuietStarSettings | None = None, **hub):
+def put_adapter(
+    model: PreTrainedModel, source: str, settings: QuietStarSettings | None = None, **hub: Any
+) -> "PeftModel":
     """
     Puts a saved adapter on a thinking model.
 
@@ -247,7 +267,7 @@ def put_adapter(model: PreTrainedModel, source: str, settings: QuietStarSettings
         model ([`~transformers.PreTrainedModel`]):
             Its base, with heads.
         source (`str`):
-            Of the adapter: Hub id or local folder. Heads and settings that are saved there become the model's.
+            Hub id or local folder of the adapter. Heads and settings that are saved there become the model's.
         settings ([`QuietStarSettings`], *optional*):
             In place of the saved ones.
         hub:

@@ -6,6 +6,7 @@ all others to run it too. So whatever reads weights is given to the model's forw
 Checkpoints hold whole tensors under the names that one process gives them, whichever engine wrote them.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
 
 
 def module_is_sharded(module: nn.Module) -> bool:
-    """Whether a module's own parameters are gathered by hooks on its forward."""
+    """Tells whether a module's own parameters are whole only inside its forward."""
     return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
 def model_is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the parameters only, so that all must run the layers equally often."""
+    """Tells whether each process holds only a part of the parameters, so that all must run the layers equally often."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter."""
+    """Returns the part of a parameter that this process holds: all of it, unless FSDP2 has sharded it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -46,7 +47,7 @@ def check_one_device(model: nn.Module) -> None:
     Refuses a model whose layers are on several devices, or off them.
 
     Raises:
-        `ValueError`: if `device_map` put them there.
+        `ValueError`: if `device_map` names more than one device.
     """
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     if len(devices) > 1:
@@ -58,10 +59,10 @@ def check_one_device(model: nn.Module) -> None:
 
 def check_unpartitioned(model: nn.Module) -> None:
     """
-    Refuses a model whose parameters are partitioned already.
+    Refuses a model that DeepSpeed partitioned as it was loaded.
 
     Raises:
-        `ValueError`: if they are.
+        `ValueError`: if parameters are partitioned.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
@@ -71,9 +72,9 @@ def check_unpartitioned(model: nn.Module) -> None:
 
 
 @contextmanager
-def loaded_whole(args: TrainingArguments):
-    """Keeps Transformers from partitioning a model as it loads it under ZeRO-3: heads are made, and paths checked, from
-    whole weights, which the engine then partitions."""
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Keeps Transformers from partitioning a model that is loaded inside the block under ZeRO-3. Heads are made, and paths are
+    checked, from whole weights, which the engine partitions afterwards."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         yield
@@ -86,8 +87,8 @@ def loaded_whole(args: TrainingArguments):
 
 
 @contextmanager
-def gathered(module: nn.Module):
-    """The parameters of a module that ZeRO-3 has partitioned are whole inside, and what rank 0 makes of them stays."""
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Makes the parameters of a module that ZeRO-3 has partitioned whole inside the block. What rank 0 changes in them stays."""
     parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not parameters:
         yield
@@ -99,19 +100,19 @@ def gathered(module: nn.Module):
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
-    """The tensors of a module, whole if FSDP2 has sharded them; for all processes to call."""
+    """Returns the tensors of a module, made whole where FSDP2 has sharded them. All processes must call it."""
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
 
 
 def load_full(module: nn.Module, state_dict: dict, strict: bool = True) -> None:
-    """Loads whole tensors into a module, sharded by FSDP2 or not."""
+    """Loads whole tensors into a module, which FSDP2 may have sharded. All processes must call it."""
     set_model_state_dict(module, state_dict, options=StateDictOptions(full_state_dict=True, strict=strict))
 
 
 def load_sharded(model: "PreTrainedModel | PeftModel", directory: str) -> None:
     """
-    Loads what `save_model` wrote into a model that FSDP2 has sharded; the heads aside.
+    Loads the weights or the adapter that `save_model` wrote into a model that FSDP2 has sharded. The heads are not loaded.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -129,7 +130,7 @@ def load_sharded(model: "PreTrainedModel | PeftModel", directory: str) -> None:
         tensors |= load_file(file)
     if not tensors:
         raise FileNotFoundError(f"There is no {pattern} in {directory!r}.")
-    if is_peft_model(model):  # which saves adapters without their name
+    if is_peft_model(model):  # PEFT leaves the adapter's name out of its files
         names = {name.replace(f".{model.active_adapter}", ""): name for name, _ in model.named_parameters()}
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
     own = model.state_dict()

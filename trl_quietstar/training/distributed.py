@@ -13,14 +13,14 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the parameters only."""
+    """Tells whether each process holds only a part of the parameters."""
     plugin = accelerator.state.deepspeed_plugin
     return accelerator.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3)
 
 
 def check_engine(accelerator: Accelerator) -> None:
     """
-    Refuses what is not supported.
+    Refuses ways to split a run over processes that are not supported.
 
     Raises:
         `ValueError`: under tensor, context or sequence parallelism, under FSDP1, or FSDP2 whose checkpoints are in shards.
@@ -55,7 +55,7 @@ def summed(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 
 def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A frozen model as the engine wants it: sharded where the policy is, and on the right device."""
+    """Hands a frozen model to the engine, which shards it where it shards the policy, and puts it on the right device."""
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(model, accelerator).module
     if accelerator.is_fsdp2:
@@ -65,7 +65,7 @@ def prepare_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def check_optimizer_file(checkpoint: str) -> None:
     """
-    Refuses to resume without the optimizer's state that a checkpoint has in another engine's files.
+    Refuses a checkpoint whose optimizer's state is in files of DeepSpeed, for a run under another engine.
 
     Raises:
         `ValueError`: if DeepSpeed wrote them.
@@ -78,7 +78,17 @@ def check_optimizer_file(checkpoint: str) -> None:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, file: str, writes: bool) -> None:
-    """Writes the state of an optimizer whose tensors FSDP2 has sharded; for all processes to call, one of which `writes`."""
+    """
+    Writes the state of an optimizer whose tensors FSDP2 has sharded. All processes must call it.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            The optimizer.
+        file (`str`):
+            Written as a run of one process writes it.
+        writes (`bool`):
+            Whether this process writes the file.
+    """
 
     def whole(state: Any) -> Any:
         if isinstance(state, DTensor):
@@ -92,7 +102,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, file: str, writes: bool) ->
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, file: str) -> None:
-    """Reads an optimizer's state of whole tensors, and shards it as its parameters are."""
+    """Reads an optimizer's state of whole tensors, and shards each tensor as its parameter is."""
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -57,8 +57,8 @@ TORCH_FILES = (OPTIMIZER_NAME, "optimizer.bin", SCHEDULER_NAME, SCALER_NAME, "rn
 @contextmanager
 def whole_folder(target: str, accelerator: Accelerator, is_writer: bool) -> Iterator[str]:
     """
-    A folder to write into, on all processes, which becomes `target` in one rename when the block ends. If the block raises
-    or the process is killed, `target` is what it was.
+    Gives all processes a folder to write into, which becomes `target` in one rename when the block ends. If the block raises
+    or the process is killed, `target` stays what it was.
 
     Args:
         target (`str`):
@@ -66,7 +66,7 @@ def whole_folder(target: str, accelerator: Accelerator, is_writer: bool) -> Iter
         accelerator ([`~accelerate.Accelerator`]):
             Of the run.
         is_writer (`bool`):
-            Whether this process renames: one for each file system.
+            Whether this process renames. There is one that does for each file system.
 
     Yields:
         `str`: path of the folder to write into, which may not exist yet.
@@ -102,6 +102,7 @@ def remove_unfinished(directory: str | Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
+    """Renames a folder away, so that it is gone from its place at once; it is deleted later."""
     unfinished = folder.parent / UNFINISHED_NAME
     unfinished.mkdir(exist_ok=True)
     # no `checkpoint-*`, which the Trainer would count in there
@@ -109,7 +110,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself, so that a rename never gets there before what it names."""
+    """Sees to it that a file or folder is on the disk itself, so that a rename never gets there before what it names."""
     if os.name == "nt":  # which syncs neither folders nor files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -120,7 +121,7 @@ def _flush(path: Path) -> None:
 
 
 def checkpoints_in(directory: str | Path) -> list[Path]:
-    """The folders named as checkpoints, by their steps."""
+    """Lists the folders that are named as checkpoints, the one of fewest steps first."""
     found = [path for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found}
     return sorted((path for path in found if steps[path].isdecimal()), key=lambda path: int(steps[path]))
@@ -128,15 +129,15 @@ def checkpoints_in(directory: str | Path) -> list[Path]:
 
 def rotate(directory: str, limit: int | None, keep: tuple[str | None, ...]) -> None:
     """
-    Deletes the oldest checkpoints, as Transformers' `rotate_checkpoints` does, but none by halves.
+    Deletes the oldest checkpoints. Transformers' `rotate_checkpoints` does that too, but leaves half a folder where it is killed.
 
     Args:
         directory (`str`):
             Where they are.
         limit (`int`, *optional*):
-            How many may stay; None or 0: all.
+            Number of checkpoints that may stay; all of them if it is None or 0.
         keep (`tuple` of `str` or `None`):
-            Those to keep in any case.
+            Checkpoints to keep in any case.
     """
     if not limit or limit < 0:
         return
@@ -150,7 +151,7 @@ def rotate(directory: str, limit: int | None, keep: tuple[str | None, ...]) -> N
 
 def last_checkpoint(directory: str) -> str:
     """
-    The whole checkpoint of most steps in an output directory; warns of later ones that are not whole.
+    Finds the whole checkpoint of most steps in an output directory, and warns of later ones that are not whole.
 
     Raises:
         `ValueError`: if there is none.

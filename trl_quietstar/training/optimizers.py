@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import QuietStarConfig
 from ..model.adapters import base_of
+from .faults import listed
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -79,7 +80,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict) -> None:
-        """As of any optimizer; the averages go to their parameters' devices too."""
+        """Loads the state as any optimizer does, and puts the averages on their parameters' devices."""
         super().load_state_dict(state_dict)
         if averages := self.state.get("grokfast"):
             devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
@@ -208,11 +209,10 @@ def hold_all(optimizers: tuple, model: nn.Module, heads_learning_rate: float) ->
     if heads:
         optimizer.add_param_group({"params": [missing.pop(name) for name in heads], "lr": heads_learning_rate})
     if missing:
-        names = ", ".join(list(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
-            f"The optimizer in `optimizers` has {len(missing)} parameters that are to be trained in none of its groups: {names}. "
-            "Load the model by `QuietStarForCausalLM.from_pretrained`, put the adapter on, make optimizer and scheduler over its "
-            "parameters and pass the model itself; or leave out `optimizers` and set `optim`."
+            f"The optimizer in `optimizers` has {len(missing)} parameters that are to be trained in none of its groups: "
+            f"{listed([*missing])}. Load the model by `QuietStarForCausalLM.from_pretrained`, put the adapter on, make "
+            "optimizer and scheduler over its parameters and pass the model itself; or leave out `optimizers` and set `optim`."
         )
 
 

@@ -1,4 +1,7 @@
-"""Whether a checkpoint fits the run that is to go on from it, and its weights."""
+"""Whether a checkpoint fits the run that is to go on from it, and how its weights are read.
+
+A checkpoint is compared with the model, the options and the optimizer of the run, before anything of them is changed.
+"""
 
 import copy
 import json
@@ -23,17 +26,17 @@ from .folders import SHARDS, STATE_NAME
 
 logger = logging.get_logger(__name__)
 
-# an optimizer's state goes on under options of the same kind only
+# An optimizer's state goes on under options of the same kind only. Each function says what kind a value is of.
 KINDS: dict[str, Callable] = {
     "optim": lambda name: "adamw" if name in ADAMW else str(name),
     "optim_args": str,
     "muon_learning_rate": lambda rate: rate is not None,
     "grokfast_lambda": bool,
-    "advantage_baseline": lambda name: name in VALUE_BASELINES,  # which train the value head
-    "reward_prediction": str,  # and this the mixing head
+    "advantage_baseline": lambda name: name in VALUE_BASELINES,  # decides whether the value head is trained
+    "reward_prediction": str,  # decides whether the mixing head is trained
     "lr_scheduler_type": lambda name: str(name) if name in ("reduce_lr_on_plateau", "greedy") else "by step",
 }
-# and these are part of that state
+# Options that are part of an optimizer's state: the checkpoint's values count, not those of the run.
 RESTORED = ("learning_rate", "heads_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 SIGNS = {"betas", "momentum", "scale_parameter"}  # options that tell optimizers apart
 
@@ -88,7 +91,7 @@ def _other_model(folder: Path, name: str, was, now) -> ValueError:
 
 
 def _check_adapter(folder: Path, model) -> None:
-    """An adapter of other modules would be loaded in part, and silently."""
+    """Refuses an adapter of other modules, which PEFT would load in part, and silently."""
     from peft import get_peft_model_state_dict
 
     ours = {name: list(value.shape) for name, value in get_peft_model_state_dict(model).items()}
@@ -103,13 +106,13 @@ def _check_adapter(folder: Path, model) -> None:
 
 
 def optimizer_fields(args: QuietStarConfig) -> dict:
-    """The options that an optimizer's state goes with, for a checkpoint."""
+    """Collects the options that an optimizer's state goes with, for a checkpoint."""
     return {name: getattr(args, name) for name in (*KINDS, *RESTORED)}
 
 
 def check_optimizer_fields(folder: str | Path, args: QuietStarConfig) -> None:
     """
-    Refuses options under which the optimizer's state in a checkpoint means nothing, and warns of those that it comes with.
+    Refuses options under which the optimizer's state in a checkpoint means nothing, and warns of options that it overrides.
 
     Args:
         folder (`str`):
@@ -118,7 +121,7 @@ def check_optimizer_fields(folder: str | Path, args: QuietStarConfig) -> None:
             Of the run that goes on from it.
 
     Raises:
-        `ValueError`: naming the option, and what it was.
+        `ValueError`: if an option is of another kind; the message has its value then and now.
     """
     path = Path(folder, STATE_NAME)
     saved = json.loads(path.read_text()).get("optimizer") if path.is_file() else None
@@ -141,7 +144,7 @@ def check_optimizer_fields(folder: str | Path, args: QuietStarConfig) -> None:
 
 def check_groups(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:
     """
-    Refuses an optimizer's state of other parameters, or of another optimizer, by what can be told without its tensors.
+    Refuses the state of an optimizer that has other parameters or is another one, by what can be told without its tensors.
 
     Args:
         folder (`str`):
@@ -170,14 +173,21 @@ def check_groups(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
-    Reads the weights of a checkpoint into a thinking model, in place. They pass through the conversions that
-    Transformers saved them by (the experts of a mixture are stored one by one, for instance), which the Trainer's own
-    `load_state_dict` leaves out, so that it leaves such weights as they were.
+    Reads the weights of a checkpoint into a thinking model, in place, by the conversions that Transformers saved them with.
+
+    The experts of a mixture, for instance, are one tensor in the model and stored one by one. The Trainer calls
+    `load_state_dict`, which converts nothing, and would leave such weights as they were.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The thinking model, whose heads are left alone.
+        folder (`str`):
+            A whole checkpoint.
 
     Raises:
         `ValueError`: if weights are missing, too many, or of other shapes.
     """
-    # none narrower than it is in the model
+    # the widest of the model's, so that no weight is rounded on the way
     dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda dtype: dtype.itemsize)
     saved, found = model._plain_class.from_pretrained(
         folder,
