@@ -1,4 +1,4 @@
-"""What a batch is measured by, and running sums of it over a window and over processes."""
+"""Metrics of a batch, and their running sums over a logging window and over processes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BatchResult:
     """
-    All that one batch yielded on its way to the loss.
+    The numbers that one batch yields on its way to the loss.
 
     Parameters:
         text ([`Text`]), scores ([`Scores`]), experience ([`Experience`]):
@@ -27,9 +27,9 @@ class BatchResult:
         loss (`torch.Tensor`), terms (`dict[str, torch.Tensor]`):
             This batch's part of the step's objective, and of its unweighted terms.
         share (`float`):
-            Of this batch among the batches of the step, on all processes.
+            Share of this batch among the batches of the step, on all processes.
         finite (`torch.Tensor`, scalar bool, *optional*):
-            Whether reward, loss and terms are finite on all processes; known on the device, where it need not be waited for.
+            Whether reward, loss and terms are finite on all processes; it lies on the device, so that the host does not wait.
     """
 
     text: Text
@@ -41,12 +41,12 @@ class BatchResult:
     finite: torch.Tensor | None = None
 
 
-# values and the mask or weight of each, or None where there is nothing to measure
+# values, and the mask or weight of each value; None where there is nothing to measure
 Measured = tuple[torch.Tensor, torch.Tensor] | None
 
 # metrics of an evaluation
 EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
-# terms of which a batch has a part
+# terms of the objective, of which a batch holds its part of the step's mean
 PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
 
 

@@ -1,5 +1,5 @@
-"""What happens beside a training step: a curriculum's stages, anti-theater validation and what a failed one does, the log
-of the last steps, and an end to epochs without a step."""
+"""Callbacks of a run: stages of a curriculum, anti-theater validation with its consequences, the log of the last steps, and an
+end to epochs without a step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ PASSED = "_passed"  # what the Trainer's uploads to the Hub pass over
 
 class CurriculumCallback(TrainerCallback):
     """
-    Enters the stages of `curriculum` at the steps that they begin at. What is evaluated or saved between two stages is the
-    earlier one's.
+    Enters the stages of `curriculum` at the steps that they begin at. An evaluation or a checkpoint between two stages belongs
+    to the earlier one.
 
     Args:
         thinker ([`Thinker`]):
@@ -60,9 +60,9 @@ class AntiTheaterCallback(TrainerCallback):
     def begin_run(self) -> None:
         """Forgets the validations of the run before."""
         self.last_passed: str | None = None  # directory of the model; kept in checkpoints
-        self.saved_passed: str | None = None  # the same when the last checkpoint was written
-        self.has_stopped = False  # training, for a validation that failed; kept in checkpoints
-        self.last_step = -1
+        self.saved_passed: str | None = None  # what `last_passed` was when the last checkpoint was written
+        self.has_stopped = False  # whether a failed validation has stopped training; kept in checkpoints
+        self.last_step = -1  # of the last validation
 
     def state(self) -> dict:
         """What a checkpoint keeps: the last model that passed, and whether a failed validation has stopped training."""
@@ -92,7 +92,7 @@ class AntiTheaterCallback(TrainerCallback):
             self._passes(args, state)
 
     def _passes(self, args, state) -> bool:
-        """Validates, logs, and keeps or restores the model."""
+        """Validates and logs. Keeps a model that passes, and rolls back one that fails, if that is the action."""
         self.last_step = state.global_step
         report = self.trainer.validate_thoughts()
         metrics: dict[str, Any] = {f"rl/anti_theater_{name}": value for name, value in report.metrics().items()}

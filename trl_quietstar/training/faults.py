@@ -1,13 +1,15 @@
 """Non-finite values are found, named, skipped and counted, so that a bad batch costs one optimizer step and not the run.
 
-Two checks for each optimizer step: reward and terms of the objective when a batch has been scored, and the norm of the
-gradients after the last backward, ahead of clipping, which would spread a NaN to all of them. A fault in one batch, on
-one process, or of one gradient skips the whole step on all processes: its gradients are dropped, and an optimizer leaves
-parameters without a gradient alone, with their moments and their decay. What the Trainer counts goes on (global step,
-learning rate), and with it what is keyed by the step: thoughts, data, entropy coefficient.
+Each optimizer step has two checks. The first looks at the reward and the terms of the objective when a batch has been scored.
+The second looks at the norm of the gradients after the last backward. It comes ahead of clipping, which would spread a NaN to
+all gradients.
 
-Under fp16 the gradient scaler looks for its scale by overflowing and skips those steps itself. That is no fault; gradients
-that overflow when the scale has come down to 1 are, and so is a loss that is not finite, whose step also lowers the scale.
+A fault in one batch, on one process, or of one gradient skips the whole step on all processes: the gradients are dropped, and an
+optimizer leaves parameters without a gradient alone, with their moments and their decay. The Trainer's counts go on (global step,
+learning rate), and with them all that is keyed by the step: thoughts, data, entropy coefficient.
+
+Under fp16 the gradient scaler finds its scale by overflowing, and skips those steps itself. Such an overflow is no fault. It is
+one when the scale has come down to 1; and a loss that is not finite is always one.
 """
 
 import math
@@ -69,8 +71,8 @@ class FaultGuard(TrainerCallback):
         save: Callable[[], None],
     ):
         self.args, self.model, self.accelerator, self.tokenizer, self.save = args, model, accelerator, tokenizer, save
-        self.skipped = 0  # optimizer steps; kept in checkpoints, as is the next
-        self.in_a_row = 0
+        self.skipped = 0  # optimizer steps of the run; kept in checkpoints
+        self.in_a_row = 0  # optimizer steps up to the last one; kept in checkpoints
         self._faults: dict[str, list[str]] = {"train": [], "eval": []}  # of the current step or evaluation
         self._unread: list[_Check] = []
 
@@ -83,8 +85,8 @@ class FaultGuard(TrainerCallback):
 
     def check(self, batch: BatchResult, part: StepPart) -> torch.Tensor | None:
         """
-        Looks whether reward, loss and every term of a batch are finite on all processes. In training the host gets to know
-        in [`check_gradients`], so that it need not wait for the device after each batch.
+        Looks whether reward, loss and every term of a batch are finite on all processes. In training the host reads the answer
+        in [`FaultGuard.check_gradients`], so that it does not wait for the device after each batch.
 
         Args:
             batch ([`BatchResult`]):
@@ -107,8 +109,8 @@ class FaultGuard(TrainerCallback):
         return None if found else check.total == 0
 
     def check_gradients(self) -> bool:
-        """Reads the checks of an optimizer step's batches, and looks whether its gradients are finite, once all have been
-        added up; returns whether everything is."""
+        """Looks whether the gradients of an optimizer step are finite, once those of all batches have been added up. Reads the
+        checks of the step's batches too, and returns whether everything is finite."""
         scaler = self.accelerator.scaler
         overflow_is_normal = scaler is not None and scaler.get_scale() > 1
         gradients = {}
@@ -122,11 +124,11 @@ class FaultGuard(TrainerCallback):
         return not self._faults["train"]
 
     def _total(self, mine: torch.Tensor) -> torch.Tensor:
-        """How many processes have a fault."""
+        """Number of processes that have a fault, on the device."""
         return summed(mine.float(), self.accelerator)
 
     def _read(self) -> list[str]:
-        """Notes and returns the faults of all processes, the same on each, with one wait for the device."""
+        """Notes and returns the faults of all processes. Every process gets the same list, with one wait for the device."""
         checks, self._unread = self._unread, []
         if not checks:
             return []
@@ -141,13 +143,15 @@ class FaultGuard(TrainerCallback):
         return noted
 
     def _words(self, check: "_Check") -> str:
+        """Names what is not finite on this process, and where."""
         if isinstance(check.what, BatchResult):
             return f"{' and '.join(bad_values(check.what))} {self._where(check.what, check.rows, check.mode)}"
         names = [name for name, gradient in check.what.items() if not bool(torch.isfinite(gradient).all())]
         return f"the gradient of {listed(names)}" if names else "the norm of all gradients together"
 
     def take_evaluation_faults(self, step: int) -> list[str]:
-        """What was not finite in the evaluation that ends, after so many optimizer steps; said in a warning."""
+        """Warns of what was not finite in the evaluation that ends, and returns it; `step` is the number of optimizer steps so
+        far."""
         faults, self._faults["eval"] = self._faults["eval"], []
         if faults and self.accelerator.is_main_process:
             logger.warning(
@@ -181,7 +185,7 @@ class FaultGuard(TrainerCallback):
             logger.warning(complaint)
 
     def _stop(self, step: int, complaint: str) -> None:
-        """Saves what training had come to before the faults, and raises."""
+        """Saves the model as it was before the faults, and raises."""
         self.in_a_row, self._faults["train"] = 0, []  # a run that resumes from here has its whole patience again
         self.save()
         raise FloatingPointError(
@@ -215,8 +219,15 @@ class FaultGuard(TrainerCallback):
 @dataclass(frozen=True)
 class _Check:
     """
-    Of a batch, or of gradients by name: whether this process has a fault, and how many processes have; scalars on the
-    device.
+    The outcome of a check that the host has not read yet.
+
+    Parameters:
+        what ([`BatchResult`] or `dict[str, torch.Tensor]`):
+            The batch, or the gradients by name.
+        rows (`list[int]`), mode (`str`):
+            Indices of the batch's rows, and `"train"` or `"eval"`.
+        mine, total (`torch.Tensor`, scalar on the device):
+            Whether this process has a fault, and the number of processes that have.
     """
 
     what: BatchResult | dict[str, torch.Tensor]
@@ -227,17 +238,18 @@ class _Check:
 
 
 def _detached(batch: BatchResult) -> BatchResult:
-    """Without the graph, which would be held until the check is read."""
+    """The batch without its graph, which would be held in memory until the check is read."""
     scores = Scores._make(x.detach() if isinstance(x, torch.Tensor) else x for x in batch.scores)
     return replace(batch, scores=scores, loss=batch.loss.detach())
 
 
 def _reward(batch: BatchResult) -> torch.Tensor:
+    """Sum of the rewards, which is finite only if each of them is."""
     return batch.experience.rewards.masked_fill(~batch.experience.exists, 0).sum()
 
 
 def bad_values(batch: BatchResult) -> list[str]:
-    """The reward and the terms of a batch that are not finite, each with its value; else the loss."""
+    """Which of the reward and the terms of a batch are not finite, each with its value. If all are, it is the loss that is not."""
     values = {"reward": _reward(batch), **batch.terms}
     if all(math.isfinite(value) for value in values.values()):
         values = {"loss": batch.loss}
@@ -245,7 +257,7 @@ def bad_values(batch: BatchResult) -> list[str]:
 
 
 def bad_rows(batch: BatchResult) -> list[int]:
-    """Rows of a batch with a score or reward that is not finite; empty where it lies in none of them."""
+    """Rows of a batch with a score or reward that is not finite; empty where neither is at fault."""
     scores, experience = batch.scores, batch.experience
     talk, tokens = experience.talk_mask, experience.thoughts.mask
     places: tuple = (
@@ -263,7 +275,7 @@ def bad_rows(batch: BatchResult) -> list[int]:
 
 
 def excerpt(batch: BatchResult, row: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """How the text of a row begins; its token ids where there is no tokenizer."""
+    """The beginning of a row's text, or of its token ids where there is no tokenizer."""
     ids = batch.text.input_ids[row][batch.text.attention_mask[row]][:EXCERPT].tolist()
     text = str(ids) if tokenizer is None else str(tokenizer.decode(ids))
     return textwrap.shorten(text, EXCERPT, placeholder=" ...")
