@@ -29,15 +29,15 @@ from .writing import Writer, end_slots, start_slots
 @dataclass
 class GeneratedThought:
     """
-    A thought written while generating.
+    A thought that was written while generating.
 
     Parameters:
         position (`int`):
-            Index in the row of `sequences` of the token it was written after.
+            The token that the thought follows, as an index into its row of `sequences`.
         token_ids (`list[int]`):
-            Its tokens.
+            The thought's tokens.
         mixing_weights (`list[float]`):
-            Its weight in the prediction of each token it served, in order.
+            The thought's weight in the prediction of each token that it was read for, in order.
     """
 
     position: int
@@ -225,7 +225,7 @@ def think_and_speak(
     **model_kwargs,
 ) -> torch.Tensor | GenerateThoughtfulOutput:
     """
-    The decoding loop, as `generate(custom_generate=...)` calls it: greedy or sampled.
+    Generates, greedily or by sampling: the decoding loop that `generate(custom_generate=...)` calls.
 
     Args:
         model ([`~model.heads.ThinkingModel`]):
@@ -233,12 +233,12 @@ def think_and_speak(
         input_ids (`torch.Tensor` of shape `(B, T)`):
             Prompts, padded on the left where `attention_mask`, among the further arguments, is 0.
         logits_processor, stopping_criteria, generation_config, streamer, tokenizer:
-            As `generate` prepares them. With `do_sample=False` thoughts are still drawn as in training, by random numbers
-            that depend on the place in the text alone.
+            As `generate` prepares them. With `do_sample=False` thoughts are drawn all the same, by the random numbers of
+            [`~thinking.drawing.fixed_draws`].
         thinking ([`~thinking.when.Thinking`]):
             When to think.
         return_thoughts (`bool`):
-            Whether to return them.
+            Whether to return the thoughts.
         thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
             Gets the tokens of each thought, before the text that it served.
 
