@@ -467,6 +467,5 @@ STAGE_FIELDS = tuple(_notes(Staged))
 
 def _has_bf16() -> bool:
     """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
-    if not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps":
-        return False
-    return is_torch_bf16_gpu_available()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()

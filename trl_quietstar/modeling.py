@@ -359,7 +359,7 @@ def attach_saved_heads(model: PreTrainedModel) -> PreTrainedModel:
         if settings is None or heads is None:
             raise FileNotFoundError(f"{source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
         attach_heads(model, settings)
-        model.load_heads(heads)
+        model.load_heads(heads)  # type: ignore[operator]  # an attribute of a module
         return model
 
 

@@ -290,7 +290,8 @@ def check_processes_and_memory(args: "QuietStarConfig") -> None:
             f"({args.gradient_checkpointing}) and `policy_temperature` ({args.policy_temperature}), and leave "
             f"`disable_dropout` on ({args.disable_dropout})."
         )
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    kwargs: Any = args.gradient_checkpointing_kwargs or {}  # a dictionary, once the Trainer has parsed it
+    if args.gradient_checkpointing and kwargs.get("use_reentrant"):
         raise ValueError(
             "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
             "they read; leave it out."

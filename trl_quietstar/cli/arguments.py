@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
@@ -178,7 +179,8 @@ def model_kwargs(model_args: ModelConfig) -> dict:
 
 def hub_kwargs(args: QuietStarConfig) -> dict:
     """Where on the Hub the model is, as `model_init_kwargs` say it."""
-    return {name: value for name, value in (args.model_init_kwargs or {}).items() if name in HUB_KWARGS}
+    kwargs: Any = args.model_init_kwargs or {}  # a dictionary, once the configuration has parsed it
+    return {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
 
 
 def saved_fields(source: str, **hub) -> dict:

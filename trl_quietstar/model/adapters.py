@@ -14,6 +14,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .._compat import holds_adapter
 from ..settings import QuietStarSettings
+from .embeddings import weight_of
 from .heads import ThinkingModel, give_heads
 from .saved import HEADS_NAME, file_of, saved_settings
 
@@ -114,7 +115,7 @@ def check_adapter_model(model: nn.Module) -> None:
             f"The active adapters of the model are {active}, and only one that is called 'default' is saved where it is looked "
             "for; load it with `adapter_name='default'`, or merge the others into the base model."
         )
-    check_method(model.peft_config["default"])
+    check_method(model.peft_config["default"])  # type: ignore[index]  # an attribute of a module
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -193,7 +194,7 @@ class AdapterReference:
                 base.quietstar = self.heads
             for module, name, copied in self.places:
                 setattr(module, name, copied)
-            with self.model.disable_adapter() if self.is_base else nullcontext():
+            with self.model.disable_adapter() if self.is_base else nullcontext():  # type: ignore[operator]  # an attribute of a module
                 yield
         finally:
             base.quietstar = heads
@@ -249,10 +250,11 @@ def resize_as(base: PreTrainedModel, weights: str) -> None:
     resized, and they fit no other size."""
     with safe_open(weights, framework="pt") as file:
         for table in (base.get_input_embeddings(), base.get_output_embeddings()):
+            size = weight_of(table).shape[0]
             name = next(name for name, module in base.named_modules() if module is table)
             saved = [key for key in file.keys() if key.endswith((f".{name}.weight", f".{name}.base_layer.weight"))]
-            rows: Any = file.get_slice(saved[0]).get_shape()[0] if saved else table.weight.shape[0]
-            if rows != table.weight.shape[0]:
+            rows: Any = file.get_slice(saved[0]).get_shape()[0] if saved else size
+            if rows != size:
                 base.resize_token_embeddings(rows, mean_resizing=False)
                 return
 
@@ -290,5 +292,5 @@ def put_adapter(
         resize_as(model, weights)
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True, **hub)  # as any model is that was loaded
     if heads is not None:
-        model.load_heads(heads)
+        model.load_heads(heads)  # type: ignore[operator]  # an attribute of a module
     return adapted

@@ -241,7 +241,8 @@ class CheckpointTrainer(BaseTrainer):
         ):  # in the files of a run of one process, which all engines read
             save_optimizer(self.optimizer, os.path.join(output_dir, OPTIMIZER_NAME), self.args.should_save)
             if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+                state = self.lr_scheduler.state_dict()  # type: ignore[union-attr]  # made with the optimizer
+                torch.save(state, os.path.join(output_dir, SCHEDULER_NAME))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
         if self.args.sync_ref_model and self.ref_model is not None:
@@ -260,7 +261,8 @@ class CheckpointTrainer(BaseTrainer):
         if checkpoint is not None and optimizer is not None and self.accelerator.is_fsdp2:
             if Path(checkpoint, OPTIMIZER_NAME).is_file():
                 load_optimizer(optimizer, os.path.join(checkpoint, OPTIMIZER_NAME))
-                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+                state = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+                self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]  # made with the optimizer
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:

@@ -115,5 +115,5 @@ class DataTrainer(CheckpointTrainer):
             repeat_count=args.num_iterations,
             shuffle=args.train_sampling_strategy == "random",
             seed=args.seed if args.data_seed is None else args.data_seed,
-            lengths=[len(ids) for ids in dataset["input_ids"]] if by_length else None,
+            lengths=[len(ids) for ids in dataset["input_ids"]] if by_length else None,  # type: ignore[index]  # no stream
         )

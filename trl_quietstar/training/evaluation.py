@@ -101,7 +101,8 @@ class EvaluationTrainer(DataTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss: torch.Tensor = self.compute_loss(model, inputs)  # type: ignore[assignment]  # never with outputs
+            return loss.detach(), None, None
 
     def evaluation_loop(
         self,
@@ -186,7 +187,7 @@ class EvaluationTrainer(DataTrainer):
     ) -> None:
         """TRL's model card, with how to load the heads and what the last evaluation measured."""
         if model_name is None:
-            model_name = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+            model_name = str(self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
         model_name, dataset_name = card_name(model_name), dataset_name and card_name(dataset_name)
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():

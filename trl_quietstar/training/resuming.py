@@ -189,7 +189,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
     # the widest of the model's, so that no weight is rounded on the way
     dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda dtype: dtype.itemsize)
-    saved, found = model._plain_class.from_pretrained(
+    saved, found = model._plain_class.from_pretrained(  # type: ignore[operator,union-attr]  # an attribute of a module
         folder,
         config=copy.deepcopy(model.config),
         dtype=dtype,

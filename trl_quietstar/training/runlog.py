@@ -219,9 +219,10 @@ class RunLog:
     def _send(self, name: str, table: dict[str, list]) -> None:
         """Sends a table of thoughts to W&B and trackio, where they are in use."""
         backends = []
-        if "wandb" in self.args.report_to and wandb.run is not None:
+        report_to = self.args.report_to or ()
+        if "wandb" in report_to and wandb.run is not None:
             backends.append(wandb)
-        if "trackio" in self.args.report_to:
+        if "trackio" in report_to:
             backends.append(trackio)
         for backend in backends:
             backend.log({name: backend.Table(dataframe=pd.DataFrame(table))})
