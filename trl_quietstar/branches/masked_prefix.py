@@ -13,9 +13,10 @@ from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
 from .masks import additive_masks, packed_attention, prefix_attention, text_attention
+from .shared_prefix import SharedPrefix
 
 
-class MaskedPrefix:
+class MaskedPrefix(SharedPrefix):
     """The text and all branches in one forward, told apart by a 4D mask."""
 
     def read(self, model: PreTrainedModel, text: Text) -> BranchCache:

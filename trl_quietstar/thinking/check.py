@@ -153,7 +153,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     check_one_device(model)
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
-        paths = tuple(path for path in paths if not isinstance(path, SharedPrefix))
+        paths = tuple(path for path in paths if type(path) is not SharedPrefix)
     # in the model's own precision, even where the check is asked for under autocast
     with eval_mode(model), torch.autocast(model.device.type, enabled=False):
         path, problems = _first_exact(model, paths)
@@ -168,7 +168,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     if wanted == "auto" and isinstance(path, Replay):
         logger.warning(
             "Thoughts will run by replay, which is exact but slower: on this model the shared-prefix path %s.",
-            problems[sum(isinstance(tried, (SharedPrefix, MaskedPrefix)) for tried in paths) - 1],
+            problems[sum(isinstance(tried, SharedPrefix) for tried in paths) - 1],
         )
     return path
 
