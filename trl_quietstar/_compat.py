@@ -214,8 +214,8 @@ def full_float32() -> Iterator[None]:
     kinds = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # the stubs are of an earlier version
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # not in the stubs of older releases
+        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]  # not in the stubs of older releases
     )
     settings = [kind.fp32_precision for kind in kinds]
     for kind in kinds:

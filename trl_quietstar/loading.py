@@ -174,7 +174,7 @@ def build_model(
 
 def _init_kwargs(args: QuietStarConfig) -> dict[str, Any]:
     """`model_init_kwargs`, which the configuration has read if it was a string of JSON."""
-    return {} if args.model_init_kwargs is None else dict(args.model_init_kwargs)  # type: ignore[arg-type]
+    return {} if args.model_init_kwargs is None else dict(args.model_init_kwargs)  # type: ignore[arg-type]  # a dictionary, once the configuration has parsed it
 
 
 def _keep_gradients(base: PreTrainedModel) -> None:

@@ -72,7 +72,7 @@ class QuietStarMixin(FamilyModel):
             attach_heads(self, settings)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):  # type: ignore[override]  # typed by its parent for any of its arguments
         """As [`QuietStarForCausalLM.from_pretrained`]."""
         return QuietStarForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -426,7 +426,7 @@ class QuietStarForCausalLM:
         hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         adapter = file_of(source, ADAPTER_CONFIG_NAME, hub)
         if adapter is not None:
-            return _load_adapter(source, read_json(adapter), settings, hub, kwargs)  # type: ignore[return-value]
+            return _load_adapter(source, read_json(adapter), settings, hub, kwargs)  # type: ignore[return-value]  # a thinking class is made at run time
         config = read_config(source, kwargs, hub)
         check_config(config, source)
         heads = file_of(source, HEADS_NAME, hub)
@@ -449,7 +449,7 @@ class QuietStarForCausalLM:
                 warn_of_lost_heads(source)
             load_trl_value_head(model.quietstar, file_of(source, SAFE_WEIGHTS_NAME, hub))
         # as an Auto class returns, whose hints do not say it either
-        return (model, info) if kwargs.get("output_loading_info") else model  # type: ignore[return-value]
+        return (model, info) if kwargs.get("output_loading_info") else model  # type: ignore[return-value]  # a thinking class is made at run time
 
     @classmethod
     def from_config(

@@ -19,7 +19,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 
 def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
     """Names that the family's own forward takes."""
-    return _arguments_of(getattr(type(model), "_plain_class", type(model)))  # type: ignore[arg-type]
+    return _arguments_of(getattr(type(model), "_plain_class", type(model)))  # type: ignore[arg-type]  # a class of models, by a name that only thinking classes have
 
 
 @functools.cache

@@ -117,4 +117,4 @@ def router_loss(config: PreTrainedConfig, routings: list[Routing]) -> torch.Tens
     logits = tuple(torch.cat(layer) for layer in zip(*(routing.logits for routing in routings), strict=True))
     mask = torch.cat([routing.mask for routing in routings])
     top_k = config.get_text_config().num_experts_per_tok
-    return load_balancing_loss_func(logits, logits[0].shape[-1], top_k, mask)  # type: ignore[arg-type,return-value]
+    return load_balancing_loss_func(logits, logits[0].shape[-1], top_k, mask)  # type: ignore[arg-type,return-value]  # typed for a tuple of tensors or None

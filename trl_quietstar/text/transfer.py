@@ -51,12 +51,12 @@ class Placed:
     @functools.cached_property
     def host(self) -> Self:
         """The tensors in the host's memory. They are copied once, and not at all where they came from there."""
-        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
         return self if all(x.device.type == "cpu" for x in tensors) else type(self)(*to_host(tensors))
 
     def to(self, device: torch.device) -> Self:
         """The tensors on a device, sent without waiting. They must be on the host, or on that device already."""
-        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
         if all(x.device == device for x in tensors):
             return self
         moved = type(self)(*(to_device(x, device) for x in tensors))

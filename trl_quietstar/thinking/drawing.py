@@ -240,7 +240,7 @@ def draw_with_statistics(
         if not settings.do_sample:
             token_ids = shifted.argmax(-1)
         else:
-            token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u[rows])  # type: ignore[arg-type]
+            token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u[rows])  # type: ignore[arg-type]  # none reads the ids so far
         logps = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
         entropies = total.log() - shifted.mul_(mass).sum(-1) / total
         parts.append((token_ids, logps, entropies, top[:, 0] + total.log()))

@@ -121,7 +121,7 @@ class CheckpointTrainer(BaseTrainer):
             callback.early_stopping_patience_counter = 0
         for jit in self.callback_handler.callbacks:
             if isinstance(jit, JITCheckpointCallback):  # within a step it would save a part of the step's metrics
-                jit.on_pre_optimizer_step = jit.on_substep_end  # type: ignore[method-assign]
+                jit.on_pre_optimizer_step = jit.on_substep_end  # type: ignore[method-assign]  # of this object alone
         if not self.args.auto_find_batch_size or is_sharded(self.accelerator) or self.is_deepspeed_enabled:
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]

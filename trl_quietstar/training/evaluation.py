@@ -67,7 +67,7 @@ class EvaluationTrainer(DataTrainer):
         try:
             with self.runlog.untimed():
                 # names of datasets and streams are taken too, whatever the Trainer declares
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]  # typed for a `Dataset`, and takes all of these
         finally:
             self.runlog.evaluated = None
         self.runlog.report(metric_key_prefix, self.state)  # only now is this evaluation in the log history
