@@ -73,8 +73,9 @@ def test_an_untrained_real_model_with_thoughts_stays_close(smollm):
 @pytest.mark.slow
 def test_a_model_learns_to_think():
     """The learning benchmark: thoughts make the answers right, and nothing else in their place does."""
-    from benchmarks.learning import run
+    from benchmarks.learning import TASKS, pretrain, run
 
-    after = run(seed=0, steps=300, pretraining_steps=3_000, options={})["after"]["accuracy"]
+    model = pretrain(TASKS["easy"], seed=0, steps=3_000)
+    after = run(TASKS["easy"], model, seed=0, steps=300, options={})["after"]["accuracy"]
     assert after.pop("with") > 0.9
     assert max(after.values()) < 0.2
