@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..model.concurrency import without_head
 from ..model.embeddings import embedding_inputs
-from ..model.routing import Routing, has_router_loss
+from ..model.routing import Routing, has_router_loss, recorded_routing
 from ..text.batch import Branches, Text
 from ..text.transfer import to_device
 
@@ -139,26 +139,36 @@ def backbone_output(model: PreTrainedModel, embeds: torch.Tensor, **inputs: Any)
     return taken[0], output
 
 
-def run_group(function: Callable[[Branches], Result], group: Branches, again: bool) -> Result:
+def run_group(
+    model: PreTrainedModel, function: Callable[[Branches], Result], group: Branches, again: bool
+) -> tuple[Result, list[tuple[torch.Tensor, ...]]]:
     """
     Runs a group of branches.
 
     Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The causal LM.
         function (`Callable`):
             The group's forward.
         group ([`Branches`]):
             What to run.
         again (`bool`):
             Whether the backward computes the group's activations again, in place of keeping them.
-    """
-    if not (again and torch.is_grad_enabled()):
-        return function(group)
 
-    def run(*tensors: torch.Tensor) -> Result:
-        return function(Branches(*tensors))
+    Returns:
+        `tuple`: what the function gave, and the router logits of its forwards, as in [`~model.routing.recorded_routing`].
+    """
+
+    def run(*tensors: torch.Tensor) -> tuple[Result, list[tuple[torch.Tensor, ...]]]:
+        with recorded_routing(model) as calls:
+            return function(Branches(*tensors)), calls
+
+    tensors = [getattr(group, field.name) for field in fields(group)]
+    if not (again and torch.is_grad_enabled()):
+        return run(*tensors)
 
     # by its tensors `checkpoint` tells which device's random numbers, those of dropout, have to come again
-    return checkpoint(run, *(getattr(group, field.name) for field in fields(group)), use_reentrant=False)
+    return checkpoint(run, *tensors, use_reentrant=False)
 
 
 def branch_places(

@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..model.embeddings import embed_tokens
 from ..model.family import cache_name, forward_arguments, position_offset
-from ..model.routing import Routing, recorded_routing
+from ..model.routing import Routing
 from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
@@ -30,14 +30,12 @@ class MaskedPrefix(SharedPrefix):
         batch_size: int | None = None,
         cache: BranchCache | None = None,
     ) -> Encoded:
-        def run(group: Branches):
-            with recorded_routing(model) as calls:
-                hidden = self._packed(model, text, group)
-            return hidden, calls
+        def run(group: Branches) -> torch.Tensor:
+            return self._packed(model, text, group)
 
         T, hidden, routings = text.input_ids.shape[1], [], []
         for i, group in enumerate(branches.split(batch_size)):
-            packed, calls = run_group(run, group, batch_size is not None)
+            packed, calls = run_group(model, run, group, batch_size is not None)
             hidden.append((packed[:, :T], packed[:, T:].unflatten(1, group.mask.shape[1:])))
             text_mask = text.attention_mask & (i == 0)  # each group reads the text again
             mask = torch.cat([text_mask, group.mask.flatten(1)], dim=1).flatten()

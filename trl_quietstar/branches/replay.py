@@ -37,13 +37,11 @@ class Replay:
         else:
             text_hidden = cache.text_hidden
 
-        def run(group: Branches):
-            with recorded_routing(model) as calls:
-                group_hidden, mask = self._branches(model, text, group)
-            return group_hidden, mask, calls
+        def run(group: Branches) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._branches(model, text, group)
 
         for group in branches.split(batch_size):
-            group_hidden, mask, calls = run_group(run, group, batch_size is not None)
+            (group_hidden, mask), calls = run_group(model, run, group, batch_size is not None)
             hidden.append(group_hidden)
             routings += [Routing(logits, mask) for logits in calls]
         return Encoded(text_hidden, torch.cat(hidden, dim=1), routings)

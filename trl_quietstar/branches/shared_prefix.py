@@ -35,14 +35,12 @@ class SharedPrefix:
             cache = cache.again() if isinstance(cache, SharedPrefixCache) else SharedPrefixCache(model, text)
         routings = [Routing(logits, text.attention_mask.flatten()) for logits in calls]
 
-        def run(group: Branches):
-            with recorded_routing(model) as calls:
-                hidden = cache.grow(group.anchors, group.embeds, group.mask)
-            return hidden, calls
+        def run(group: Branches) -> torch.Tensor:
+            return cache.grow(group.anchors, group.embeds, group.mask)
 
         hidden = []
         for group in branches.split(batch_size):
-            branch_hidden, calls = run_group(run, group, batch_size is not None)
+            branch_hidden, calls = run_group(model, run, group, batch_size is not None)
             hidden.append(branch_hidden)
             routings += [Routing(logits, group.mask.flatten()) for logits in calls]
         return Encoded(cache.text_hidden, _AfterText.apply(torch.cat(hidden, dim=1), cache.text_hidden), routings)
