@@ -140,11 +140,10 @@ def build_model(
         `ValueError`: for a model that is no causal LM of text, saved heads of another kind, or an adapter that cannot be
             trained: a second one, one of another method, or one on the heads or the LM head.
     """
-    settings, init_kwargs = args.settings(), _init_kwargs(args)
-    hub = {name: init_kwargs[name] for name in HUB_KWARGS if name in init_kwargs}
+    settings, hub = args.settings(), hub_kwargs(args)
     source = model if isinstance(model, str) else None
     if source is not None:
-        kwargs = {"dtype": _dtype(args, quantization_config, peft_config), **init_kwargs}
+        kwargs = {"dtype": _dtype(args, quantization_config, peft_config), **_init_kwargs(args)}
         source, model = _load(source, args, settings, quantization_config, hub, kwargs)
     check_unpartitioned(model)
     base = base_of(model)
@@ -175,6 +174,11 @@ def build_model(
 def _init_kwargs(args: QuietStarConfig) -> dict[str, Any]:
     """`model_init_kwargs`, which the configuration has read if it was a string of JSON."""
     return {} if args.model_init_kwargs is None else dict(args.model_init_kwargs)  # type: ignore[arg-type]  # a dictionary, once the configuration has parsed it
+
+
+def hub_kwargs(args: QuietStarConfig) -> dict[str, Any]:
+    """Where on the Hub the model is, as `model_init_kwargs` say it."""
+    return {name: value for name, value in _init_kwargs(args).items() if name in HUB_KWARGS}
 
 
 def _keep_gradients(base: PreTrainedModel) -> None:

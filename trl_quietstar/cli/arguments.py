@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import ModelConfig, TrlParser
 
 from ..config import QuietStarConfig
 from ..data.sources import load_splits
-from ..model.saved import HUB_KWARGS, saved_settings
+from ..model.saved import saved_settings
 from ..settings import OPTIONS
 
 
@@ -175,12 +174,6 @@ def model_kwargs(model_args: ModelConfig) -> dict:
         "dtype": model_args.dtype,
     }
     return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def hub_kwargs(args: QuietStarConfig) -> dict:
-    """Where on the Hub the model is, as `model_init_kwargs` say it."""
-    kwargs: Any = args.model_init_kwargs or {}  # a dictionary, once the configuration has parsed it
-    return {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
 
 
 def saved_fields(source: str, **hub) -> dict:

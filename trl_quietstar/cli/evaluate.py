@@ -9,7 +9,7 @@ from trl import ModelConfig, get_quantization_config
 
 from ..config import QuietStarConfig
 from ..evaluation.report import print_anti_theater, print_evaluation, print_outcomes, print_thoughts
-from ..loading import warn_of_untrained_heads
+from ..loading import hub_kwargs, warn_of_untrained_heads
 from ..thinking.when import Thinking
 from ..trainer import QuietStarREINFORCETrainer
 from .arguments import (
@@ -17,7 +17,6 @@ from .arguments import (
     ThinkerArguments,
     argument,
     cut,
-    hub_kwargs,
     load_data,
     model_kwargs,
     named_model,

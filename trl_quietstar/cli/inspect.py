@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import QuietStarConfig
 from ..evaluation.inspection import ShownScores, inspect_texts
 from ..evaluation.page import write_page
-from ..loading import build_model
+from ..loading import build_model, hub_kwargs
 from ..model.adapters import base_of
 from ..model.family import check_length, max_positions
 from ..model.heads import ThinkingModel
@@ -22,7 +22,7 @@ from ..text.positions import choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.drawing import fixed_draws, thought_sampling
 from ..thinking.likelihood import think_in_chunks
-from .arguments import argument, hub_kwargs, parser_of, required, saved_fields, thinking_line
+from .arguments import argument, parser_of, required, saved_fields, thinking_line
 
 
 @dataclass
@@ -75,9 +75,8 @@ def _parsed(argv: list[str]) -> tuple[InspectArguments, QuietStarConfig, bool]:
         inspect_args, args = parser.parse_args_and_config(argv)
         source, _ = required(inspect_args, "model", "text")
         fields = saved_fields(source, **hub_kwargs(args))
-        if not isinstance(
-            fields.get("thought_positions"), str
-        ):  # a few random ones, which saves time in training alone
+        # a few random ones, which saves time in training alone
+        if not isinstance(fields.get("thought_positions"), str):
             fields.pop("thought_positions", None)
         parser.set_defaults(**fields)
         inspect_args, args = parser.parse_args_and_config(argv)
