@@ -201,12 +201,10 @@ def branches_without_graph(model: PreTrainedModel, path: BranchPath, size: Size,
         `int`: from 1 to N.
     """
     passing, cached = passing_per_token(model), cached_per_token(model)
-    own = size.slots + (
-        size.text_length if isinstance(path, Replay) else 0
-    )  # tokens whose keys are the branch's alone
-    per_branch = (
-        new_tokens(path, size, new) * passing + 2 * own * cached
-    )  # twice, since room for keys grows by doubling
+    # tokens whose keys are the branch's alone
+    own = size.slots + (size.text_length if isinstance(path, Replay) else 0)
+    # twice, since room for keys grows by doubling
+    per_branch = new_tokens(path, size, new) * passing + 2 * own * cached
     left = SHARE * free / size.rows - size.text_length * (passing + cached)
     return min(max(int(left // per_branch), 1), size.branches)
 

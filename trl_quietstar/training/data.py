@@ -105,9 +105,8 @@ class DataTrainer(CheckpointTrainer):
         if args.num_iterations == 1:
             return super()._get_train_sampler(train_dataset)
         by_length = args.train_sampling_strategy == "group_by_length"
-        batches = (
-            1 if self.accelerator.split_batches else self.accelerator.num_processes
-        )  # read at once, by all processes
+        # read at once, by all processes
+        batches = 1 if self.accelerator.split_batches else self.accelerator.num_processes
         return RepeatedRows(
             dataset,
             mini_repeat_count=1,

@@ -66,7 +66,6 @@ class EvaluationTrainer(DataTrainer):
         self.runlog.evaluated = evaluated
         try:
             with self.runlog.untimed():
-                # names of datasets and streams are taken too, whatever the Trainer declares
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]  # typed for a `Dataset`, and takes all of these
         finally:
             self.runlog.evaluated = None

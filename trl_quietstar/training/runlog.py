@@ -47,9 +47,8 @@ class RunLog:
     def __init__(self, args: QuietStarConfig, accelerator: Accelerator, thinker: Thinker):
         self.args, self.accelerator, self.thinker = args, accelerator, thinker
         self.collapse = CollapseWatch(warns=accelerator.is_main_process)
-        self.samples: dict[
-            str, dict[str, list]
-        ] = {}  # a few thoughts of the last window ("train") and evaluation ("eval")
+        # a few thoughts of the last window ("train") and evaluation ("eval")
+        self.samples: dict[str, dict[str, list]] = {}
         self.evaluated: str | None = None  # name of the data that an evaluation is of, while it lasts
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -104,10 +103,8 @@ class RunLog:
     def add(self, batch: BatchResult, plan: Plan, training: bool) -> None:
         """Adds a batch to the running sums, reduced over processes."""
         mode, tokenizer = "train" if training else "eval", self.thinker.tokenizer
-        metrics, first = (
-            run_metrics(batch, self.args),
-            not self._sums[mode],
-        )  # of the logging window or of the evaluation
+        metrics = run_metrics(batch, self.args)
+        first = not self._sums[mode]  # of the logging window or of the evaluation
         if first or not training:
             metrics["coherence"] = (self.thinker.coherence(batch, plan), batch.experience.exists)
         if first:
