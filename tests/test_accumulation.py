@@ -25,6 +25,7 @@ CASES = {
     "standardized": dict(normalize_advantages=True, min_thought_length=1, thought_stop_string="1"),
     "positive": dict(positive_advantages_only=True, advantage_baseline="leave_one_out"),
     "reference": dict(beta=0.3, no_thought_model="reference"),
+    "weighted": dict(nll_weighting="share", thought_positions="3"),
     "two passes": dict(single_pass=False),
     "replay": dict(thought_path="replay"),
     "several updates": dict(num_iterations=2, max_steps=2),
@@ -102,20 +103,22 @@ def test_the_last_step_of_an_epoch_has_fewer_batches(tmp_path):
 
 
 def test_further_updates_reuse_the_thoughts(tmp_path, monkeypatch):
-    """Three updates a batch: thoughts are sampled once, and the rows of the next batch come after them."""
+    """Three updates a batch: thoughts are sampled and weighed once, and the rows of the next batch come after them."""
     from trl_quietstar.trainer import quietstar_loss
 
     calls = []
 
     def spy(inputs, *args, **kwargs):
-        calls.append((inputs.advantages, inputs.sampled_logps))
+        calls.append((inputs.advantages, inputs.sampled_logps, inputs.talk_weights))
         return quietstar_loss(inputs, *args, **kwargs)
 
     monkeypatch.setattr("trl_quietstar.trainer.quietstar_loss", spy)
-    _, trainer = run(tmp_path, 4, 1, num_iterations=3, max_steps=6, heads_learning_rate=1e-2)
+    options = dict(num_iterations=3, max_steps=6, heads_learning_rate=1e-2, nll_weighting="probability")
+    _, trainer = run(tmp_path, 4, 1, **options)
     for first in (0, 3):
+        assert all(given is not None for given in calls[first])
         for later in (1, 2):
-            assert calls[first + later][0] is calls[first][0] and calls[first + later][1] is calls[first][1]
+            assert all(ours is theirs for ours, theirs in zip(calls[first + later], calls[first], strict=True))
     assert not torch.equal(calls[0][1], calls[3][1])
     rewards = [entry["rl/reward"] for entry in logged(trainer)]
     assert rewards[0] == rewards[1] == rewards[2] != rewards[3]
@@ -134,6 +137,7 @@ def test_a_first_update_is_reinforce(tmp_path):
 def test_an_update_on_a_batch_resumes(step, tmp_path):
     """A checkpoint between a batch's updates or after them: the resumed run is the run, in a later epoch too."""
     options = dict(num_iterations=2, max_steps=8, save_strategy="steps", save_steps=step, beta=0.1)
+    options |= dict(nll_weighting="probability")
     _, whole = run(tmp_path / "run", 2, 2, **options)
     resumed = tiny_trainer(
         tmp_path / "again",

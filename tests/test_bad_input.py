@@ -64,6 +64,7 @@ VALUES = [
     (dict(reward_clip_range=[1.0, -1.0]), "reward_clip_range", "1.0", "lower one first"),
     (dict(reward_clip_range=[1.0]), "reward_clip_range", "two numbers"),
     (dict(reward_type="bleu"), "reward_type", "bleu", "probability", "log_likelihood", "accuracy", "binary"),
+    (dict(nll_weighting="none"), "nll_weighting", "none", "uniform", "gain", "probability", "share"),
     (dict(reward_prediction="both"), "reward_prediction", "both", "mixed", "thought"),
     (dict(no_thought_model="base"), "no_thought_model", "base", "policy", "reference"),
     (dict(advantage_baseline="critic"), "advantage_baseline", "critic", "value", "leave_one_out", "both", "none"),

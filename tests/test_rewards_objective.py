@@ -15,7 +15,14 @@ from trl_quietstar.learning.objective import (
     policy_terms,
     quietstar_loss,
 )
-from trl_quietstar.learning.rewards import REWARD_TYPES, coherence, masked_mean, thought_rewards
+from trl_quietstar.learning.rewards import (
+    REWARD_TYPES,
+    WEIGHTINGS,
+    coherence,
+    masked_mean,
+    talk_weights,
+    thought_rewards,
+)
 
 
 B, J, G, L, M = 2, 3, 2, 4, 3
@@ -113,6 +120,40 @@ def test_unknown_reward_is_refused():
     """An unknown reward type is an error that lists the known ones."""
     with pytest.raises(ValueError, match=r"'bleu'.*probability.*log_likelihood"):
         thought_rewards(**talk(0), reward_type="bleu")
+
+
+def weight_by_loop(
+    talk: dict[str, torch.Tensor], rewards: torch.Tensor, weighting: str, b: int, j: int, g: int
+) -> float:
+    """The definition, one thought at a time."""
+    likelihoods = [
+        math.prod(math.exp(talk["logps_with"][b, j, k, m].item()) for m in range(M) if talk["mask"][b, j, 0, m])
+        for k in range(G)
+    ]
+    if weighting == "gain":
+        return float(rewards[b, j, g] > 0)
+    return likelihoods[g] if weighting == "probability" else likelihoods[g] / (sum(likelihoods) / G)
+
+
+@given(seeds, st.sampled_from([name for name in WEIGHTINGS if name != "uniform"]))
+def test_talk_weights_are_their_definition(seed, weighting):
+    """Each weight equals a plain loop over the talk tokens that count; the shares of a group have the mean 1."""
+    numbers = talk(seed)
+    rewards = thought_rewards(**numbers, reward_type="probability")
+    numbers["logps_with"].requires_grad_()
+    weights = talk_weights(numbers["logps_with"], numbers["mask"], rewards, weighting)
+    assert weights is not None and weights.shape == (B, J, G) and not weights.requires_grad
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in (B, J, G))).tolist():
+        expected = weight_by_loop(numbers, rewards, weighting, *index)
+        assert weights[tuple(index)].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    if weighting == "share":
+        torch.testing.assert_close(weights.mean(-1), torch.ones(B, J, dtype=torch.float64))
+
+
+def test_uniform_weights_are_none_at_all():
+    """The objective of before is computed as before, without a product by 1."""
+    numbers = talk(0)
+    assert talk_weights(numbers["logps_with"], numbers["mask"], torch.ones(B, J, G), "uniform") is None
 
 
 @given(seeds)
@@ -272,6 +313,42 @@ def test_likelihoods_are_masked_means():
     assert terms["nll_with"].item() == pytest.approx(-said.mean().item())
     assert terms["nll_without"].item() == pytest.approx(-plain.mean().item())
     assert loss.item() == pytest.approx(-0.7 * said.mean().item() - 0.2 * plain.mean().item())
+
+
+# what the reader ascends, from the log-probabilities of the whole talk after each thought of a group, `(B, J, G)`
+OBJECTIVES = {
+    "uniform": lambda logps: logps.mean(-1),
+    "probability": lambda logps: logps.exp().mean(-1),
+    "share": lambda logps: logps.logsumexp(-1),  # and a constant: log of the mean
+}
+
+
+@pytest.mark.parametrize("weighting", OBJECTIVES)
+@pytest.mark.parametrize("term, leaf", [("nll", "talk_logps"), ("reader_nll", "reader_logps")])
+def test_weighted_likelihoods_are_the_gradient_of_their_objective(weighting, term, leaf):
+    """`E[log p]`, `E[p]` and `log mean p` of whole talks: autograd of each is the gradient of the weighted NLL."""
+    given_ = inputs()
+    # the weights are taken on the prediction that is rewarded; where the reader's is another, they are its weights all the same
+    given_["talk_logps"] = (-given_["talk_logps"].detach().abs()).requires_grad_()
+    given_["reader_logps"] = given_["talk_logps"].detach().clone().requires_grad_()
+    mask = given_["talk_mask"]
+    weights = talk_weights(given_["talk_logps"], mask, torch.ones(B, J, G), weighting)
+    loss, _ = quietstar_loss(LossInputs(**given_, talk_weights=weights), only(term))
+    objective = OBJECTIVES[weighting]((given_[leaf] * mask).sum(-1)).sum()
+    scale = mask.sum()  # the mean is over tokens, each once for each thought
+    torch.testing.assert_close(-gradient(loss, given_[leaf]) * scale, gradient(objective, given_[leaf]))
+
+
+def test_thoughts_without_gain_teach_no_reader():
+    """With `gain` the NLL after a thought that earned nothing has no gradient, and that after others has all of it."""
+    given_ = inputs()
+    rewards = torch.randn(B, J, G, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = talk_weights(given_["talk_logps"], given_["talk_mask"], rewards, "gain")
+    plain = gradient(quietstar_loss(LossInputs(**given_), only("nll"))[0], given_["talk_logps"])
+    weighted = gradient(
+        quietstar_loss(LossInputs(**given_, talk_weights=weights), only("nll"))[0], given_["talk_logps"]
+    )
+    assert torch.equal(weighted, torch.where((rewards > 0)[..., None], plain, 0.0)) and plain[rewards <= 0].any()
 
 
 def test_kl_is_a_masked_mean_of_its_estimate():

@@ -254,6 +254,7 @@ COMBINATIONS = [
     dict(reward_type="probability", advantage_baseline="value", use_gae=False, positive_advantages_only=True),
     dict(reward_type="log_likelihood", reward_prediction="thought", reward_clip_range=[-0.5, 0.5], beta=0.1),
     dict(no_thought_model="reference", advantage_baseline="both", beta=0.1, sync_ref_model=True),
+    dict(nll_weighting="gain", thought_positions="difficulty", difficulty_threshold=0.1),
     dict(value_head_type="linear", temperature=0.7, top_p=0.9, top_k=20, min_p=0.01),
     dict(value_head_type="transformer", thought_positions="difficulty", difficulty_threshold=0.1),
     dict(thought_positions="0.5", min_thought_length=1, thought_stop_string=" .", thought_path="replay"),

@@ -10,7 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
 from .learning.advantages import BASELINES
-from .learning.rewards import REWARD_TYPES
+from .learning.rewards import REWARD_TYPES, WEIGHTINGS
 from .model.heads import VALUE_HEADS
 from .rules import (
     READERS,
@@ -277,6 +277,12 @@ class QuietStarConfig(BaseConfig):
         "Weight of the text's negative log-likelihood by the prediction after a thought alone, without mixing. It "
         "goes on teaching the model to read thoughts while the mixing head is nearly closed. With "
         "`reward_prediction='thought'` it adds to `nll_coefficient`.",
+    )
+    nll_weighting: Annotated[str, Choices(*WEIGHTINGS), Staged()] = _option(
+        "uniform",
+        "Weight of each sampled thought in the two NLLs of the text after it: `uniform`: 1; `gain`: 1 where its reward is "
+        "above 0, else 0; `probability`: that of all M tokens after it; or `share`: that probability's share among the "
+        "thoughts of the position, times `num_thoughts`.",
     )
     distillation_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         0.0,

@@ -12,7 +12,7 @@ from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
 from .advantages import standardize, thought_advantages
 from .objective import TokenCounts
-from .rewards import RewardFunction, columns_taken, thought_rewards
+from .rewards import RewardFunction, columns_taken, talk_weights, thought_rewards
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Experience:
             Log-probabilities of the thought tokens under the policy that wrote them.
         reference_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
             Log-probabilities of the thought tokens under the reference, where there is a KL term.
+        talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            Weight of each thought in the NLLs of the talk after it, by `args.nll_weighting`. None: all are 1.
     """
 
     thoughts: Thoughts
@@ -48,6 +50,7 @@ class Experience:
     returns: torch.Tensor
     sampled_logps: torch.Tensor
     reference_logps: torch.Tensor | None = None
+    talk_weights: torch.Tensor | None = None
 
     @property
     def exists(self) -> torch.Tensor:
@@ -123,6 +126,7 @@ def experience_of(
         returns,
         scores.thought_logps.detach(),
         None if reference is None or args.beta == 0 else reference.thought_logps,
+        talk_weights(scores.talk_logps, gains["mask"], rewards, args.nll_weighting),
     )
 
 

@@ -123,6 +123,8 @@ class LossInputs:
             Load-balancing loss of a mixture of experts.
         sampled_logps (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
             Of the thought tokens under the policy that wrote them, as in [`policy_terms`].
+        talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            Weight of each thought in both NLLs of the talk after it. None: 1.
     """
 
     thought_logps: torch.Tensor
@@ -140,6 +142,7 @@ class LossInputs:
     reference_logps: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     sampled_logps: torch.Tensor | None = None
+    talk_weights: torch.Tensor | None = None
 
     @classmethod
     def of(cls, text: Text, scores: Scores, experience: "Experience", args: "QuietStarConfig") -> "LossInputs":
@@ -171,6 +174,7 @@ class LossInputs:
             reference_logps=experience.reference_logps,
             router_loss=scores.router_loss,
             sampled_logps=experience.sampled_logps if reuses else None,
+            talk_weights=experience.talk_weights,
         )
 
     def counts(self) -> TokenCounts:
@@ -269,12 +273,14 @@ def _terms(
     """The batch's part of each term, with gradient; a new term of the objective is one entry here and its weight."""
     policy = policy_terms(inputs.thought_logps, inputs.advantages.detach(), inputs.sampled_logps, clip_range)
     thought, talk, text = inputs.thought_mask, inputs.talk_mask, inputs.text_mask
+    weights = inputs.talk_weights
+    read = talk if weights is None else talk * weights.detach()[..., None]
     terms = {
         "policy_loss": _part(policy, thought, counts.thought),
         "value_loss": _part((inputs.values - inputs.returns.detach()) ** 2, thought, counts.thought),
         "entropy": _part(inputs.thought_entropies, thought, counts.thought),
-        "nll_with": -_part(inputs.talk_logps, talk, counts.talk),
-        "reader_nll": -_part(inputs.reader_logps, talk, counts.talk),
+        "nll_with": -_part(inputs.talk_logps, read, counts.talk),
+        "reader_nll": -_part(inputs.reader_logps, read, counts.talk),
         "nll_without": -_part(inputs.text_logps, text, counts.text),
     }
     if inputs.logps_without is not None:

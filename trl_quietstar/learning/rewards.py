@@ -1,4 +1,4 @@
-"""Rewards: what a thought adds to the prediction of the true next tokens."""
+"""Rewards: what a thought adds to the prediction of the true next tokens, and how much the reader learns from it."""
 
 import inspect
 from collections.abc import Callable
@@ -134,6 +134,56 @@ def thought_rewards(
         raise ValueError(f"`reward_type` is {reward_type!r}; choose one of {', '.join(REWARDS)}.")
     gains = Gains(logps_with.detach(), logps_without.detach(), correct_with, correct_without, mask)
     return REWARDS[reward_type](gains)
+
+
+def talk_log_likelihood(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Log-probability of a whole talk: the sum over its tokens.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, J, G, M)`):
+            Log-probabilities in nats of the talk tokens.
+        mask (`torch.Tensor` of shape `(B, J, 1, M)`, bool):
+            Talk tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, in nats; 0 where no talk token counts.
+    """
+    return torch.where(mask, logps, 0.0).sum(-1)
+
+
+# `nll_weighting` by its name: from the rewards and the log-probability of the whole talk after each thought, both `(B, J, G)`,
+# to the weight of the thought in the NLLs of that talk
+WEIGHTINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {
+    # 1: the gradient of `E[log p]` (LaTRO, huggingface.co/papers/2411.04282, eq. 4)
+    "uniform": None,
+    "gain": lambda rewards, logps: (rewards > 0).to(logps.dtype),
+    # the gradient of `E[p]` (VeriFree, huggingface.co/papers/2505.21493)
+    "probability": lambda rewards, logps: logps.exp(),
+    # the gradient of `log mean p` over the group (JEPO of several samples, huggingface.co/papers/2503.19618)
+    "share": lambda rewards, logps: logps.softmax(-1) * logps.shape[-1],
+}
+
+
+def talk_weights(
+    logps: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor, weighting: str
+) -> torch.Tensor | None:
+    """
+    Weight of each thought in the NLLs of the talk after it.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, J, G, M)`), mask (of shape `(B, J, 1, M)`, bool):
+            Log-probabilities in nats of the talk tokens after the thought, and which count.
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            Of the thoughts.
+        weighting (`str`):
+            A name in `WEIGHTINGS`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, without gradient; None: all weights are 1.
+    """
+    weigh = WEIGHTINGS[weighting]
+    return None if weigh is None else weigh(rewards.detach(), talk_log_likelihood(logps.detach(), mask))
 
 
 def coherence(
