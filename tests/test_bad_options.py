@@ -19,7 +19,7 @@ HINTS = get_type_hints(QuietStarConfig)
 OURS = [f.name for f in fields(QuietStarConfig) if f.name in QuietStarConfig.__annotations__]
 FREE = {  # no numbers and no choices: any text, any dictionary, a list that has a check of its own, `thought_positions`
     "model_init_kwargs", "dataset_text_field", "thought_stop_string", "thought_positions", "thought_start_text",
-    "thought_end_text", "reward_clip_range", "curriculum",
+    "thought_end_text", "reward_clip_range", "curriculum", "thought_pattern",
 }  # fmt: skip
 
 
@@ -71,6 +71,10 @@ def test_switches_are_on_or_off(name, tmp_path):
         (dict(thought_positions=True), "`thought_positions` is True"),
         (dict(thought_positions=[3]), "`thought_positions` is [3]"),
         (dict(truncation_mode="middle"), "`truncation_mode` is 'middle'"),
+        (dict(thought_pattern="["), "`thought_pattern` is '[', which is no regular expression (unterminated"),
+        (dict(thought_pattern=".*"), "`thought_pattern` is '.*', which matches the empty text"),
+        (dict(thought_pattern="<(.*?)>"), "set `min_thought_length`, with which the EOS token ends a thought"),
+        (dict(thought_pattern="<(.*?)>", thought_stop_string=">", packing=True), "set `packing=False`"),
     ],
     ids=str,
 )

@@ -93,6 +93,12 @@ class QuietStarConfig(BaseConfig):
         False, "Whether thoughts and losses are confined to the assistant's turns, which the chat template must mark."
     )
     shuffle_dataset: bool = _option(False, "Whether to shuffle the dataset before training.")
+    thought_pattern: str | None = _option(
+        None,
+        "Regular expression of thoughts that texts, completions or an assistant's turns hold. Each match is taken out, and its "
+        "group 1, or the whole match if there is no group, becomes a written thought at that place, e.g. "
+        "`<think>(.*?)</think>`. `.` matches line breaks too. None: texts are left as they are.",
+    )
     dataset_num_proc: Annotated[int | None, Limits(1)] = _option(
         None, "Number of processes that tokenize the data. None: the main process does."
     )

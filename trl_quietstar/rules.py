@@ -5,6 +5,7 @@ hold for its own fields, and calls the functions.
 """
 
 import math
+import re
 from collections.abc import Callable
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -88,6 +89,10 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "torch_compile_mode": ((None, ""), NO_COMPILING),
 }
 
+NO_EARLY_ENDS = (
+    "gives thoughts that end as their writers ended them, and sampled thoughts would not end early; set `min_thought_length`, "
+    "with which the EOS token ends a thought, or `thought_stop_string`."
+)
 POSITIONS = ("all", "difficulty", "prompt_end", "none")
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the optimizers that Muon and Grokfast go with
 LAYERED = ("galore", "apollo")  # the optimizers that have target modules
@@ -251,6 +256,7 @@ def check_training(args: "QuietStarConfig") -> None:
     """Refuses contradictions among the options of data, optimizers and evaluation."""
     if args.max_steps == 0:
         raise ValueError("`max_steps` is 0; give a number of optimizer steps, or -1 to train `num_train_epochs`.")
+    check_pattern(args)
     if args.packing and args.max_length is None:
         raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
@@ -270,6 +276,30 @@ def check_training(args: "QuietStarConfig") -> None:
             f"`optim_target_modules={args.optim_target_modules!r}` would be ignored by `optim={str(args.optim)!r}`; it goes "
             f"with {', '.join(LAYERED)}. Leave it out."
         )
+
+
+def check_pattern(args: "QuietStarConfig") -> None:
+    """Refuses a `thought_pattern` that is no pattern of thoughts, or whose thoughts the other options leave no place for."""
+    if args.thought_pattern is None:
+        return
+    try:
+        matches_nothing = re.compile(args.thought_pattern, re.DOTALL).match("") is not None
+    except re.error as error:
+        raise ValueError(
+            f"`thought_pattern` is {args.thought_pattern!r}, which is no regular expression ({error}); put a backslash before "
+            r"each character of ()[]{}.*+?|^$\ that stands for itself."
+        ) from error
+    if matches_nothing:
+        raise ValueError(
+            f"`thought_pattern` is {args.thought_pattern!r}, which matches the empty text, and so everywhere; give what stands "
+            r"around a thought, such as '<think>(.*?)</think>' or '\[(.*?)\]'."
+        )
+    if args.packing:
+        raise ValueError(
+            "`packing=True` joins texts, and `thought_pattern` finds thoughts at places of one; set `packing=False`."
+        )
+    if args.min_thought_length is None:
+        raise ValueError(f"`thought_pattern` {NO_EARLY_ENDS}")
 
 
 def check_processes_and_memory(args: "QuietStarConfig") -> None:

@@ -7,10 +7,15 @@ from trl.trainer.utils import RepeatSampler, pad
 from .._compat import DataCollatorForLanguageModeling
 
 
-# The columns that batches are made of.
-OWN_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
+# Written thoughts of each row, where data hold any: the token ids of each, and the index of the token that it follows.
+WRITTEN_COLUMNS = ("written_ids", "written_at")
 # All columns with a value for each token. No reward function takes them, since it is given the batch made of them.
-TOKEN_COLUMNS = (*OWN_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
+TOKEN_COLUMNS = (
+    *("input_ids", "labels", "seq_lengths", "thought_mask"),
+    *("attention_mask", "position_ids", "completion_mask", "assistant_masks"),
+)
+# The columns that batches are made of.
+OWN_COLUMNS = (*TOKEN_COLUMNS[:4], *WRITTEN_COLUMNS)
 
 
 class TextCollator(DataCollatorForLanguageModeling):
@@ -18,7 +23,8 @@ class TextCollator(DataCollatorForLanguageModeling):
     Pads rows to a batch as TRL's collator does, with position ids that restart at each packed document.
 
     A batch has `input_ids`, `labels`, `attention_mask` and `position_ids` of shape `(B, T)`, and `thought_mask` of that shape
-    where rows have one.
+    where rows have one. Where rows have written thoughts, it has `written_ids` of shape `(B, K, L)` and `written_at` of shape
+    `(B, K)`, with -1 where there is none; K is at least 1.
 
     Args:
         pad_token_id (`int`):
@@ -35,10 +41,24 @@ class TextCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         if "thought_mask" in examples[0]:
             batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
-        others = [name for name in examples[0] if name not in TOKEN_COLUMNS]
+        if "written_ids" in examples[0]:
+            batch["written_ids"], batch["written_at"] = padded_thoughts(examples)
+        others = [name for name in examples[0] if name not in (*TOKEN_COLUMNS, *WRITTEN_COLUMNS)]
         if self.with_columns and others:
             batch["columns"] = {name: [example[name] for example in examples] for name in others}
         return batch
+
+
+def padded_thoughts(examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`written_ids` of shape `(B, K, L)` and `written_at` of shape `(B, K)` of rows, padded with -1; K and L are at least 1."""
+    K = max(1, *(len(example["written_at"]) for example in examples))
+    L = max(1, *(len(ids) for example in examples for ids in example["written_ids"]))
+    token_ids, at = torch.full((len(examples), K, L), -1), torch.full((len(examples), K), -1)
+    for row, example in enumerate(examples):
+        at[row, : len(example["written_at"])] = torch.tensor(example["written_at"], dtype=torch.long)
+        for k, ids in enumerate(example["written_ids"]):
+            token_ids[row, k, : len(ids)] = torch.tensor(ids)
+    return token_ids, at
 
 
 class RepeatedRows(RepeatSampler):

@@ -15,8 +15,9 @@ from .._compat import prepare_dataset
 from ..config import QuietStarConfig
 from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
 from ..model.family import check_length, max_positions
-from .batches import OWN_COLUMNS, TOKEN_COLUMNS
+from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS
 from .rows import RowCheck, columns_read, has_position, has_prediction
+from .written import holds_thoughts, place, take_out
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ def prepare_texts(
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns `input_ids` and `labels`; `seq_lengths` when
-            packed; and those that [`kept_columns`] names.
+            packed; `written_ids` and `written_at` if rows hold written thoughts; and those that [`kept_columns`] names.
 
     Raises:
         `TypeError`: if it is not a dataset.
@@ -74,6 +75,7 @@ def prepare_texts(
     dataset, source = _opened(dataset, name, args)
     completion_only = _is_confined(source, args)
     _check_options(source, completion_only, tokenizer, args, packing)
+    is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
     kept = kept_columns(source.names, reward_function, args, name, packing)
     workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
     run = _Run(name) if source.is_stream else None
@@ -89,7 +91,12 @@ def prepare_texts(
 
     options = copy.copy(args)
     options.shuffle_dataset = args.shuffle_dataset and not packing  # which is for the rows that packing makes
+    if is_written:  # places of thoughts are found in whole rows
+        dataset = take_out(dataset, source.kind, source.is_conversation, tokenizer, args, name, **workers)
+        options.max_length = None
     dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
+    if is_written:
+        dataset = place(dataset, args, name, **workers)
     if "thought_mask" in source.columns or "seq_lengths" in source.columns:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
@@ -97,7 +104,8 @@ def prepare_texts(
     if packing:
         return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
     if kept:  # under their own names again
-        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *source.columns)]
+        made = dataset.column_names or WRITTEN_COLUMNS if is_written else ()
+        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *source.columns, *made)]
         dataset = dataset.select_columns([*own, *aside]).rename_columns(dict(zip(aside, kept, strict=True)))
     return dataset
 

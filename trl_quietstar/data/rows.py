@@ -31,9 +31,9 @@ EXTRAS = {
         "attention_mask",
         "position_ids",
     ),
-    "prompt": ("tools", "chat_template_kwargs"),
-    "messages": ("tools", "chat_template_kwargs"),
-    "conversations": ("tools", "chat_template_kwargs"),
+    "prompt": ("tools", "chat_template_kwargs", "thought"),
+    "messages": ("tools", "chat_template_kwargs", "thought"),
+    "conversations": ("tools", "chat_template_kwargs", "thought"),
 }
 MASKS = ("completion_mask", "assistant_masks", "thought_mask", "attention_mask")
 # Arguments of a chat template that are the preparation's, and that a row must not give.
@@ -130,7 +130,7 @@ class RowCheck:
             if column not in self.columns and row.get(column) is not None:
                 self._refuse(index, f"{column!r}, which the first row has not", "give it to each row, or to none")
         for column in self.columns:
-            if column not in row or (row[column] is None and column != "tools"):
+            if column not in row or (row[column] is None and column not in ("tools", "thought")):
                 self._refuse(index, f"nothing in {column!r}", "give it a value, or leave the row out")
         if self.kind == "input_ids":
             self._check_tokens(row, index)
@@ -143,7 +143,7 @@ class RowCheck:
         return True
 
     def _refuse(self, index: int, found: str, fix: str) -> None:
-        raise ValueError(f"Row {index} of the {self.name} dataset has {found}; {fix}.")
+        raise refusal(index, self.name, found, fix)
 
     def _check_string(self, index: int, column: str, value) -> None:
         if not isinstance(value, str):
@@ -277,6 +277,11 @@ class RowCheck:
                 fix = "give parts such as {'type': 'text', 'text': '...'}; only text is trained on"
                 self._refuse(index, f"{shown(part)} in {where!r}", fix)
             self._check_string(index, where, part.get("text"))
+
+
+def refusal(index: int, name: str, found: str, fix: str) -> ValueError:
+    """The error for a bad row of a dataset: what was found in it, and how to mend it."""
+    return ValueError(f"Row {index} of the {name} dataset has {found}; {fix}.")
 
 
 def has_half_pair(text: str) -> bool:

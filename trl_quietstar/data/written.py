@@ -1,0 +1,383 @@
+"""Written thoughts: those that data hold, to be imitated where the model will later write its own.
+
+Rows of prompts and messages give them in a column `thought`, and `thought_pattern` cuts them out of texts. [`TakeOut`] comes
+before TRL's preparation: it makes tokens of each thought, and of the text that stands before it. [`Place`] comes after: it
+finds where that text ends in the row's `input_ids`, and cuts rows to `max_length`, which TRL does not do here.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl.data_utils import common_prefix_length
+
+from ..config import QuietStarConfig
+from ..rules import NO_EARLY_ENDS
+from ..thinking.drawing import thought_end
+from .batches import WRITTEN_COLUMNS
+from .rows import KINDS, refusal
+
+
+logger = logging.get_logger(__name__)
+
+BEFORE = "text before written thoughts"  # columns that stand between the two steps, under names that no library knows
+TOKENS = "tokens of written thoughts"
+NUMBER = "number of the row"  # which TRL may shuffle
+NO_TOKEN = 2**31 - 1  # fills a row of token ids where there is no token; above the ids of any tokenizer
+MARK = "\ue000"  # of a place in a message; a character that Unicode leaves to private use
+
+
+def holds_thoughts(
+    names: list[str],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    name: str,
+    packing: bool,
+) -> bool:
+    """
+    Whether rows of a dataset may hold written thoughts, by its columns and the options.
+
+    Args:
+        names (`list[str]`):
+            All columns of the dataset.
+        kind (`str`):
+            Kind of data, as [`~data.rows.columns_read`] gives it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        args ([`QuietStarConfig`]):
+            Configuration of the trainer.
+        name (`str`):
+            Name of the dataset, for messages.
+        packing (`bool`):
+            Whether several texts are packed into a row.
+
+    Raises:
+        `ValueError`: if the data or the options have no place for such thoughts.
+    """
+    for column in WRITTEN_COLUMNS:
+        if column in names:
+            raise ValueError(
+                f"The {name} dataset has the column {column!r}, which preparation itself makes of thoughts that are text; "
+                "rename it, or give texts with thoughts."
+            )
+    has_column, has_pattern = "thought" in names, args.thought_pattern is not None
+    if not has_column and not has_pattern:
+        return False
+    if has_column and (has_pattern or kind in ("text", "input_ids")):
+        beside = "`thought_pattern` is set" if has_pattern else f"{kind!r}, where such thoughts have no place"
+        fix = (
+            "leave out the one or the other" if has_pattern else "give 'prompt' and 'completion', or rename the column"
+        )
+        raise ValueError(f"The {name} dataset has the column 'thought', and {beside}; {fix}.")
+    if kind == "input_ids":
+        raise ValueError(
+            f"The {name} dataset holds token ids, in which `thought_pattern` finds nothing; leave it out, or give text."
+        )
+    if packing:
+        raise ValueError(f"The {name} dataset has the column 'thought', which packing loses; set `packing=False`.")
+    if args.min_thought_length is None:
+        raise ValueError(f"The column 'thought' of the {name} dataset {NO_EARLY_ENDS}")
+    if args.thought_stop_string is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token that could end a written thought; set `thought_stop_string`, or "
+            "`tokenizer.eos_token`."
+        )
+    return True
+
+
+def take_out(
+    dataset: Dataset | IterableDataset,
+    kind: str,
+    is_conversation: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    name: str,
+    **workers,
+) -> Dataset | IterableDataset:
+    """The dataset without its written thoughts, which stand in two columns of their own, for [`place`]."""
+    step = TakeOut(
+        name,
+        kind,
+        args.dataset_text_field,
+        is_conversation,
+        tokenizer,
+        args.thought_pattern,
+        args.thought_stop_string,
+        args.min_thought_length or 1,
+        args.longest_thought,
+    )
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(step, with_indices=True)
+    ids = List(List(Value("int64")))  # which the first rows, without thoughts, may not tell
+    features = Features({**dataset.features, BEFORE: ids, TOKENS: ids, NUMBER: Value("int64")})
+    return dataset.map(step, with_indices=True, features=features, **workers)
+
+
+def place(
+    dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, **workers
+) -> Dataset | IterableDataset:
+    """
+    The prepared dataset, cut to `max_length`, with the columns `written_ids` and `written_at`; without them if no row has a
+    written thought, as far as one can tell at once.
+    """
+    step = Place(name, args.max_length, args.truncation_mode == "keep_end")
+    dataset = dataset.map(step, remove_columns=[BEFORE, TOKENS, NUMBER], **workers)
+    if isinstance(dataset, IterableDataset) or any(dataset["written_at"]):
+        return dataset
+    logger.warning(f"No row of the {name} dataset has a written thought.")
+    return dataset.remove_columns(list(WRITTEN_COLUMNS))
+
+
+@dataclass
+class TakeOut:
+    """
+    Takes the written thoughts of a row out of it: a function for `dataset.map(..., with_indices=True)`.
+
+    Args:
+        name (`str`):
+            Name of the dataset, for messages.
+        kind (`str`), text_field (`str`), is_conversation (`bool`):
+            Kind of data, name of the column of plain text, and whether rows hold messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        pattern (`str`, *optional*):
+            Regular expression of thoughts within texts; without one they are in the column `thought`.
+        stop_string (`str`, *optional*):
+            String that ends a thought; without one the EOS token does.
+        least (`int`), most (`int`):
+            Limits of a thought's length, with its ending, in tokens.
+
+    Raises:
+        `ValueError`: for a thought that sampling could not have written, or that has no place.
+    """
+
+    name: str
+    kind: str
+    text_field: str
+    is_conversation: bool
+    tokenizer: PreTrainedTokenizerBase
+    pattern: str | None
+    stop_string: str | None
+    least: int
+    most: int
+
+    def __call__(self, row: dict, index: int) -> dict:
+        changed, thoughts = (
+            ({}, self._from_column(row, index))
+            if self.pattern is None
+            else self._from_pattern(row, index, self.pattern)
+        )
+        row = {**row, **changed}
+        before = {at: self._tokens_before(row, index, *at) for at, _ in thoughts}
+        tokens = [self._tokens(thought, index) for _, thought in thoughts]
+        return {**changed, BEFORE: [before[at] for at, _ in thoughts], TOKENS: tokens, NUMBER: index}
+
+    # Thoughts, each with its place: the message and the character of its content, or of the text
+
+    def _from_column(self, row: dict, index: int) -> list[tuple[tuple[int, int], str]]:
+        given = row["thought"]
+        thoughts = [given] if isinstance(given, str) else given or []
+        if not thoughts:
+            return []
+        if not self.is_conversation:
+            return [((0, len(row["prompt"])), thought) for thought in thoughts if thought]
+        turns = self._turns(row)
+        if not turns:
+            raise self._refusal(
+                index, "a 'thought' and no turn of the assistant's", "leave out the one, or add the other"
+            )
+        return [((turns[-1], 0), thought) for thought in thoughts if thought]
+
+    def _from_pattern(self, row: dict, index: int, pattern: str) -> tuple[dict, list[tuple[tuple[int, int], str]]]:
+        """Also the columns that hold less now."""
+        if self.is_conversation:
+            return self._from_turns(row, index, pattern)
+        column = self.text_field if self.kind == "text" else "completion"
+        first = len(row["prompt"]) if self.kind == "prompt" else 0
+        text, found = without_thoughts(row[column], pattern)
+        return {column: text}, [((0, first + place), thought) for place, thought in found]
+
+    def _from_turns(self, row: dict, index: int, pattern: str) -> tuple[dict, list[tuple[tuple[int, int], str]]]:
+        column = KINDS[self.kind][-1]
+        key = "value" if self.kind == "conversations" else "content"
+        messages, first = list(row[column]), len(row["prompt"]) if self.kind == "prompt" else 0
+        thoughts = []
+        for turn in self._turns(row):
+            message = messages[turn - first]
+            if not isinstance(message[key], str):
+                if message[key] and re.search(pattern, "".join(part["text"] for part in message[key]), re.DOTALL):
+                    fix = "give the content of that message as a string"
+                    raise self._refusal(index, "parts of a message in which `thought_pattern` finds a thought", fix)
+                continue
+            text, found = without_thoughts(message[key], pattern)
+            messages[turn - first] = {**message, key: text}
+            thoughts += [((turn, place), thought) for place, thought in found]
+        return {column: messages}, thoughts
+
+    def _turns(self, row: dict) -> list[int]:
+        """Numbers of the messages that the assistant wrote; of a prompt and a completion, those in the completion."""
+        first = len(row["prompt"]) if self.kind == "prompt" else 0
+        messages = self._messages(row)
+        return [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
+
+    def _messages(self, row: dict) -> list[dict]:
+        """All messages of a row, as TRL gives them to the chat template."""
+        names = {"from": "role", "value": "content"} if self.kind == "conversations" else {}
+        messages = sum((list(row[column]) for column in KINDS[self.kind]), [])
+        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+
+    # Tokens
+
+    def _tokens_before(self, row: dict, index: int, turn: int, place: int) -> list[int]:
+        """
+        Tokens of all that stands before a place. What stands before a turn is what generation would be asked to go on from; only
+        a turn without anything before it begins where its content does.
+        """
+        if not self.is_conversation:
+            text = row[self.text_field] if self.kind == "text" else row["prompt"] + row["completion"]
+            return self.tokenizer(text[:place])["input_ids"]
+        messages = self._messages(row)
+        if place == 0 and turn > 0:
+            prompt = self._rendered(row, index, messages[:turn], add_generation_prompt=True)
+        else:
+            content = messages[turn]["content"]
+            marked = {**messages[turn], "content": content[:place] + MARK + content[place:]}
+            both = [
+                self._rendered(row, index, x) for x in (messages, [*messages[:turn], marked, *messages[turn + 1 :]])
+            ]
+            prompt = os.path.commonprefix(both)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def _rendered(self, row: dict, index: int, messages: list[dict], **options) -> str:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options |= dict(tools=tools, **row.get("chat_template_kwargs", {}))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # a template is a program of its own, and may fail in any way
+            words = (
+                f"messages before a written thought that the chat template refuses ({type(error).__name__}: {error})"
+            )
+            raise self._refusal(index, words, "change the one or the other") from error
+
+    def _tokens(self, thought: str, index: int) -> list[int]:
+        """Token ids of a thought with its ending, as sampling would have ended it."""
+        stop = self.stop_string
+        if stop is None:
+            ids = [*self._ids(thought), self.tokenizer.eos_token_id]
+        else:
+            ids = self._ids(thought if thought.endswith(stop) else thought + stop)
+        ending = "the EOS token" if stop is None else f"`thought_stop_string` ({stop!r})"
+        what = f"the written thought {thought if len(thought) <= 60 else thought[:57] + '...'!r}"
+        if len(ids) > self.most:
+            fix = "raise `thought_length`, or shorten or leave out the thought"
+            found = f"{what} of {len(ids)} tokens with its ending, above the limit of {self.most} (`thought_length`)"
+            raise self._refusal(index, found, fix)
+        if len(ids) < self.least:
+            fix = "lower `min_thought_length`, or leave out the thought"
+            found = f"{what} of {len(ids)} tokens with its ending, below `min_thought_length` ({self.least})"
+            raise self._refusal(index, found, fix)
+        *early, last = self._ends(ids)
+        if any(early):
+            fix = "a sampled thought would end there: take it out of the thought"
+            raise self._refusal(index, f"{what}, which holds {ending} before its end", fix)
+        if not last:
+            fix = "end thoughts by another string, or by the EOS token (`thought_stop_string=None`)"
+            raise self._refusal(index, f"{what}, whose last token does not end it by {ending}", fix)
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _ends(self, ids: list[int]) -> list[bool]:
+        """Whether a sampled thought would have ended, for each number of tokens at which it may."""
+        rows = torch.full((len(ids), len(ids)), NO_TOKEN)
+        for length in range(1, len(ids) + 1):
+            rows[length - 1, -length:] = torch.tensor(ids[:length])
+        return _end(self.tokenizer, self.stop_string)(rows[self.least - 1 :]).tolist()
+
+    def _refusal(self, index: int, found: str, fix: str) -> ValueError:
+        return refusal(index, self.name, found, fix)
+
+
+@dataclass
+class Place:
+    """
+    Finds the token that each written thought of a row follows, and cuts the row: a function for `dataset.map`.
+
+    The token is the last one that the whole row shares with the text before the thought. Where a token reaches over the place
+    itself, the thought stands before that token.
+
+    Args:
+        name (`str`):
+            Name of the dataset, for messages.
+        max_length (`int`, *optional*):
+            Most tokens of a row. Thoughts that stand in what is cut are left out.
+        keep_end (`bool`):
+            Whether a longer row is cut at its beginning.
+
+    Raises:
+        `ValueError`: for a thought that no token stands before, or no label after.
+    """
+
+    name: str
+    max_length: int | None
+    keep_end: bool
+
+    def __call__(self, row: dict) -> dict:
+        places = [common_prefix_length(ids, row["input_ids"]) - 1 for ids in row[BEFORE]]
+        for place in places:
+            self._check(row, place)
+        first, end = 0, len(row["input_ids"])
+        if self.max_length is not None:
+            first, end = (max(end - self.max_length, 0), end) if self.keep_end else (0, min(end, self.max_length))
+        kept = [k for k, place in enumerate(places) if first <= place < end - 1]
+        if len(kept) < len(places):
+            logger.warning_once(
+                f"Some written thoughts of the {self.name} dataset are left out: they stand where `max_length` "
+                f"({self.max_length}) cuts their text."
+            )
+        return {
+            "input_ids": row["input_ids"][first:end],
+            "labels": row["labels"][first:end],
+            "written_ids": [row[TOKENS][k] for k in kept],
+            "written_at": [places[k] - first for k in kept],
+        }
+
+    def _check(self, row: dict, place: int) -> None:
+        if place < 0:
+            fix = "a thought follows a token: put text before it, or leave the row out"
+            raise refusal(row[NUMBER], self.name, "a written thought before its first token", fix)
+        if row["labels"][place + 1 : place + 2] in ([], [-100]):
+            fix = "put a thought before text that is to be predicted, or leave the row out"
+            raise refusal(
+                row[NUMBER], self.name, f"a written thought after token {place}, whose next token is no label", fix
+            )
+
+
+def without_thoughts(text: str, pattern: str) -> tuple[str, list[tuple[int, str]]]:
+    """
+    A text without what a pattern matches, and the thoughts in there: the place of each in the text that is left, and the
+    pattern's group 1, or the whole match if the pattern has no group. A match without a thought is taken out all the same.
+    """
+    kept, thoughts, end = "", [], 0
+    for match in re.finditer(pattern, text, re.DOTALL):
+        kept += text[end : match.start()]
+        end = match.end()
+        thought = match[1] if match.re.groups else match[0]
+        if thought:
+            thoughts.append((len(kept), thought))
+    return kept + text[end:], thoughts
+
+
+@functools.lru_cache(maxsize=2)
+def _end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return thought_end(tokenizer, stop_string)
