@@ -1,9 +1,11 @@
 """Reward collapse is measured and warned about, once each time it begins."""
 
+import json
+
 import pytest
 import torch
 
-from trl_quietstar.training.collapse import DRIFT, WINDOWS, ZERO_STD, CollapseWatch
+from trl_quietstar.training.collapse import DRIFT, MIXED, WINDOWS, ZERO_STD, CollapseWatch
 
 from .training import logged, plain_model, text_data, tiny_trainer
 
@@ -104,6 +106,65 @@ def test_harder_texts_do_not_warn(messages):
     nlls = (2 + 0.3 * torch.randn(1_000, 1)).expand(-1, 2).tolist()
     assert max(drift for drift in feed(CollapseWatch(), nlls) if drift is not None) > 2 * DRIFT
     assert messages() == []
+
+
+def feed_groups(watch: CollapseWatch, mixed: float | None, windows: int = WINDOWS, useful: float = 0.0) -> None:
+    """Logging windows with the given shares of mixed groups and useful thoughts."""
+    for step in range(windows):
+        watch.training({"rl/mixed_groups": mixed, "rl/useful_thoughts": useful}, step)
+
+
+@pytest.mark.parametrize(
+    ("useful", "advised"),
+    [(0.0, "written thoughts first"), (1.0, "Take harder ones"), (0.5, "either settled or out of reach")],
+)
+def test_mixed_groups_that_die_warn_once(useful, advised, messages):
+    """The advice goes by how many thoughts are useful; windows without thoughts say nothing."""
+    watch = CollapseWatch()
+    feed_groups(watch, 2 * MIXED)
+    feed_groups(watch, 0.5 * MIXED, WINDOWS - 1)
+    feed_groups(watch, None)
+    assert messages() == []
+    feed_groups(watch, 0.5 * MIXED, 10, useful)
+    (message,) = messages()
+    assert advised in message and "`rl/mixed_groups` 1.0%" in message
+
+
+def test_groups_that_were_never_mixed_do_not_warn(messages):
+    """Single mixed windows are no life that could end."""
+    watch = CollapseWatch()
+    for _ in range(4):
+        feed_groups(watch, 0.0, 2 * WINDOWS)
+        feed_groups(watch, 0.5, WINDOWS - 1)
+    assert messages() == []
+
+
+def test_mixed_groups_are_warned_of_again_after_they_lived_again(messages):
+    """A few mixed windows are no recovery, as many as it takes to be alive are one."""
+    watch = CollapseWatch()
+    for mixed, windows, warnings in ((0.5, WINDOWS, 0), (0.0, WINDOWS, 1), (0.5, 1, 1), (0.0, WINDOWS, 1)):
+        feed_groups(watch, mixed, windows)
+        assert len(messages()) == warnings
+    feed_groups(watch, 0.5)
+    feed_groups(watch, 0.0)
+    assert len(messages()) == 2
+
+
+def test_the_life_of_groups_is_kept_in_checkpoints(messages):
+    """A run that goes on warns as the whole run would; states of before there was this watch load."""
+    watch, again = CollapseWatch(), CollapseWatch()
+    feed_groups(watch, 0.5)
+    feed_groups(watch, 0.0, WINDOWS - 1)
+    again.load(json.loads(json.dumps(watch.state())))
+    feed_groups(again, 0.0, 1)
+    assert len(messages()) == 1
+    old = {name: value for name, value in watch.state().items() if name not in ("mixed", "was_mixed")}
+    again.load(old)
+    feed_groups(again, 0.0)
+    assert len(messages()) == 1
+    again.begin_run()
+    feed_groups(again, 0.0)
+    assert len(messages()) == 1
 
 
 # Real runs

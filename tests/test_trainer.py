@@ -1,5 +1,6 @@
 """The trainer end to end on tiny models: metrics, data formats, options, adapters, schedules and reports."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_quietstar import QuietStarConfig
+from trl_quietstar.learning.metrics import BatchResult
 from trl_quietstar.model.adapters import base_of
+from trl_quietstar.training.runlog import RunLog
 
 from .tiny import sums
 from .training import (
@@ -27,7 +30,8 @@ from .training import (
 METRICS = (
     "episode reward avg_reward_100 policy_loss value_loss entropy entropy_coefficient advantages kl_divergence "
     "total_loss num_thoughts coherence learning_rate reward_std mixing_weight nll_with nll_without "
-    "explained_variance grad_norm thought_length tokens_per_second"
+    "explained_variance grad_norm thought_length tokens_per_second useful_thoughts mixed_groups exact_match_with "
+    "exact_match_without"
 ).split()
 
 
@@ -78,6 +82,54 @@ def test_a_logging_window_averages_its_steps(tmp_path):
             mean = sum(entry[f"rl/{name}"] for entry in pair) / 2
             assert window[f"rl/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-9), name
         assert window["rl/avg_reward_100"] == pytest.approx(pair[-1]["rl/avg_reward_100"], abs=1e-9)
+
+
+def shares_by_loop(batch: BatchResult, useful_gain: float) -> dict[str, float]:
+    """Useful thoughts, mixed groups and exact matches of a batch, one thought at a time."""
+    useful, mixed, with_, without = [], [], [], []
+    experience, scores, reader_logps = batch.experience, batch.scores, batch.scores.reader_logps.detach()
+    B, J, G, M = scores.talk_logps.shape
+    for b, j in itertools.product(range(B), range(J)):
+        if not experience.thoughts.positions.mask[b, j]:
+            continue
+        said = [m for m in range(M) if experience.talk_mask[b, j, 0, m]]
+        plain = math.prod(math.exp(experience.logps_without[b, j, 0, m]) for m in said)
+        group = [math.prod(math.exp(reader_logps[b, j, g, m]) for m in said) - plain for g in range(G)]
+        useful += [gain > useful_gain for gain in group]
+        mixed.append(len({gain > useful_gain for gain in group}) == 2)
+        with_ += [all(scores.talk_correct[b, j, g, m] for m in said) for g in range(G)]
+        without += [all(experience.correct_without[b, j, 0, m] for m in said)] * G
+    shares = {
+        "useful_thoughts": useful,
+        "mixed_groups": mixed,
+        "exact_match_with": with_,
+        "exact_match_without": without,
+    }
+    return {f"rl/{name}": sum(flags) / len(flags) for name, flags in shares.items()}
+
+
+@pytest.mark.parametrize("options", [{}, dict(thought_positions="all", num_thoughts=3, reward_prediction="thought")])
+def test_shares_of_thoughts_are_their_definition(options, tmp_path, monkeypatch):
+    """Useful thoughts, mixed groups and exact matches in the log equal a loop, also where rows have fewer positions."""
+    batches, add = [], RunLog.add
+    monkeypatch.setattr(RunLog, "add", lambda self, batch, *args: (batches.append(batch), add(self, batch, *args)))
+    data = Dataset.from_dict({"text": [*sums()[:6], "5", "1 plus"]})
+    trainer = tiny_trainer(tmp_path, data=data, max_steps=4, useful_gain=1e-3, talk_length=3, **options)
+    trainer.train()
+    assert len(batches) == len(logged(trainer)) == 4
+    for batch, entry in zip(batches, logged(trainer), strict=True):
+        for name, share in shares_by_loop(batch, 1e-3).items():
+            assert entry[name] == pytest.approx(share), name
+    for name in ("useful_thoughts", "mixed_groups"):
+        assert any(0 < entry[f"rl/{name}"] < 1 for entry in logged(trainer)), name
+
+
+def test_single_thoughts_are_no_groups(tmp_path):
+    """With one thought at a position there is nothing to mix; whether it is useful can still be said."""
+    trainer = tiny_trainer(tmp_path, num_thoughts=1, max_steps=1)
+    trainer.train()
+    (entry,) = logged(trainer)
+    assert "rl/mixed_groups" not in entry and finite(entry["rl/useful_thoughts"])
 
 
 def test_evaluation_metrics(tmp_path):

@@ -31,7 +31,10 @@ DEFAULTS = dict(
     disable_tqdm=True,
 )
 OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_function")
-EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
+EVAL_METRICS = (
+    *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
+    *("exact_match_with", "exact_match_without", "useful_thoughts"),
+)
 LORA = dict(r=4, target_modules="all-linear")
 # metrics that no two runs share
 CLOCK = ("rl/tokens_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")

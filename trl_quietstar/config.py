@@ -355,6 +355,11 @@ class QuietStarConfig(BaseConfig):
     )
 
     # Logging
+    useful_gain: Annotated[float, Limits(0, 1)] = _option(
+        0.1,
+        "By how much a thought must raise the probability of all M tokens after it to count as useful in "
+        "`rl/useful_thoughts` and `rl/mixed_groups`. It changes no training.",
+    )
     log_thoughts: bool = _option(
         False, "Whether to print a few thoughts at each log, and to send them to W&B or trackio as a table."
     )

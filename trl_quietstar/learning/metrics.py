@@ -10,6 +10,7 @@ from ..text.batch import Text
 from ..text.transfer import exact_dtype, to_device
 from ..thinking.scoring import Scores
 from .experience import Experience
+from .rewards import useful
 
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class BatchResult:
 Measured = tuple[torch.Tensor, torch.Tensor] | None
 
 # metrics of an evaluation
-EVAL_METRICS = ("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence")
+EVAL_METRICS = (
+    *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
+    *("exact_match_with", "exact_match_without", "useful_thoughts"),
+)
 # terms of the objective, of which a batch holds its part of the step's mean
 PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
 
@@ -85,9 +89,36 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "nll_without": (-experience.logps_without.expand_as(scores.talk_logps), said),
         "accuracy_with": (scores.talk_correct, said),
         "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
+        # all tokens of a talk are the most likely ones: what greedy decoding would write
+        "exact_match_with": ((scores.talk_correct | ~said).all(-1), exists),
+        "exact_match_without": ((experience.correct_without | ~said).all(-1), exists),
         "thought_length": (tokens.sum(-1), exists),
         **{f"_{name}": (values.to(exact), mask) for name, (values, mask) in moments.items()},
         **{f"_{name}_square": (values.to(exact) ** 2, mask) for name, (values, mask) in moments.items()},
+    }
+
+
+def group_metrics(batch: BatchResult, useful_gain: float) -> dict[str, Measured]:
+    """
+    How many thoughts help, and in how many groups some do and some do not: what reinforcement lives on.
+
+    Thoughts are judged by the prediction after the thought alone, so that a mixing head that is nearly closed hides nothing.
+
+    Args:
+        batch ([`BatchResult`]):
+            The batch.
+        useful_gain (`float`):
+            Above which gain in the probability of the whole talk a thought is useful.
+
+    Returns:
+        As [`batch_metrics`].
+    """
+    experience = batch.experience
+    is_useful = useful(batch.scores.reader_logps, experience.logps_without, experience.talk_mask, useful_gain)
+    mixed = is_useful.any(-1) & ~is_useful.all(-1)
+    return {
+        "useful_thoughts": (is_useful, experience.exists),
+        "mixed_groups": (mixed, experience.thoughts.positions.mask) if is_useful.shape[-1] > 1 else None,
     }
 
 
@@ -104,7 +135,7 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
     Returns:
         As [`batch_metrics`].
     """
-    metrics = batch_metrics(batch)
+    metrics = {**batch_metrics(batch), **group_metrics(batch, args.useful_gain)}
     if not args.uses_value_head:
         metrics["value_loss"] = metrics["_residual"] = None
     if args.thought_positions == "none":  # no talk to take them on: of all text

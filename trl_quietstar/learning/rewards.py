@@ -152,6 +152,25 @@ def talk_log_likelihood(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return torch.where(mask, logps, 0.0).sum(-1)
 
 
+def useful(
+    logps_with: torch.Tensor, logps_without: torch.Tensor, mask: torch.Tensor, least_gain: float
+) -> torch.Tensor:
+    """
+    Which thoughts make their whole talk more probable by more than `least_gain`.
+
+    Args:
+        logps_with (`torch.Tensor` of shape `(B, J, G, M)`), logps_without, mask (of shape `(B, J, 1, M)`):
+            Log-probabilities in nats of the talk tokens with and without a thought, and which count.
+        least_gain (`float`):
+            In probability, of 0 to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, bool.
+    """
+    gain = talk_log_likelihood(logps_with, mask).exp() - talk_log_likelihood(logps_without, mask).exp()
+    return gain > least_gain
+
+
 # `nll_weighting` by its name: from the rewards and the log-probability of the whole talk after each thought, both `(B, J, G)`,
 # to the weight of the thought in the NLLs of that talk
 WEIGHTINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {
