@@ -295,6 +295,11 @@ class QuietStarConfig(BaseConfig):
         "Weight of a REINFORCE term by which the thinking model teaches the plain one. Its action is the true token, "
         "predicted without thoughts; its reward is how much likelier thinking made that token, or 0 where it did not.",
     )
+    written_thought_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+        1.0,
+        "Weight of the negative log-likelihood of written thoughts, which the data hold. Rows that hold any are trained by "
+        "them, and not by sampled thoughts. 0: written thoughts are not read, and all rows are sampled.",
+    )
     base_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0, "Weight of the text's negative log-likelihood without thoughts."
     )

@@ -26,7 +26,7 @@ from trl import SyncRefModelCallback
 from .branches.base import BranchPath
 from .config import QuietStarConfig
 from .learning.metrics import BatchResult
-from .learning.objective import Coefficients, LossInputs, quietstar_loss
+from .learning.objective import Coefficients, LossInputs, WrittenInputs, quietstar_loss
 from .learning.rewards import RewardFunction
 from .loading import build_model, check_kinds, default_args, prepare_to_train
 from .model.routing import use_router_loss
@@ -240,13 +240,15 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
         """From a batch to the loss, through every step of the method; metrics are noted on the way."""
         args = self.args
-        text, part = self.step.take(model, inputs, self.state.global_step)
-        request = self.thinker.request(text, part)
-        scores = request.scores(model)
-        experience, counts = self.step.judge(part, request, scores, inputs.get("columns"))
-        numbers = LossInputs.of(text, scores, experience, args)
+        rows, part = self.step.take(model, inputs, self.state.global_step)
+        request = self.thinker.request(rows.sampled, part)
+        lesson = self.thinker.written_request(rows.written) if rows.written is not None else None
+        scores, of_lesson = request.scores_beside(model, lesson)
+        written = WrittenInputs.of(lesson.text, of_lesson) if lesson is not None and of_lesson is not None else None
+        experience, counts = self.step.judge(part, request, scores, rows.columns(inputs), written)
+        numbers = LossInputs.of(rows.sampled, scores, experience, args, written)
         loss, terms = quietstar_loss(numbers, self.coefficients(), args.clip_range, counts, part.share)
-        batch = BatchResult(text, scores, experience, loss, terms, part.share)
+        batch = BatchResult(rows.sampled, scores, experience, loss, terms, part.share, written=written)
         finite = self.guard.check(batch, part)
         if finite is not None:
             self.runlog.add(replace(batch, finite=finite), request.plan, part.training)

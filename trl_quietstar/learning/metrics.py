@@ -10,6 +10,7 @@ from ..text.batch import Text
 from ..text.transfer import exact_dtype, to_device
 from ..thinking.scoring import Scores
 from .experience import Experience
+from .objective import WrittenInputs
 from .rewards import useful
 
 
@@ -31,6 +32,8 @@ class BatchResult:
             Share of this batch among the batches of the step, on all processes.
         finite (`torch.Tensor`, scalar bool, *optional*):
             Whether reward, loss and terms are finite on all processes; it lies on the device, so that the host does not wait.
+        written ([`~learning.objective.WrittenInputs`], *optional*):
+            Of the batch's rows with written thoughts.
     """
 
     text: Text
@@ -40,6 +43,7 @@ class BatchResult:
     terms: dict[str, torch.Tensor]
     share: float = 1.0
     finite: torch.Tensor | None = None
+    written: WrittenInputs | None = None
 
 
 # values, and the mask or weight of each value; None where there is nothing to measure
@@ -67,7 +71,7 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         `dict`: for each metric its values and their mask, whose mean is the metric; None where it is undefined.
     """
     scores, experience = batch.scores, batch.experience
-    tokens, exists = experience.thoughts.mask, experience.exists
+    tokens, exists, written = experience.thoughts.mask, experience.exists, batch.written
     said = experience.talk_mask.expand_as(scores.talk_logps)
     exact = exact_dtype(tokens.device)
     share = torch.full((), batch.share, dtype=exact, device=tokens.device)
@@ -93,6 +97,8 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "exact_match_with": ((scores.talk_correct | ~said).all(-1), exists),
         "exact_match_without": ((experience.correct_without | ~said).all(-1), exists),
         "thought_length": (tokens.sum(-1), exists),
+        "written_nll": None if written is None else (-written.thought_logps, written.thought_mask),
+        "written_reader_nll": None if written is None else (-written.reader_logps, written.talk_mask),
         **{f"_{name}": (values.to(exact), mask) for name, (values, mask) in moments.items()},
         **{f"_{name}_square": (values.to(exact) ** 2, mask) for name, (values, mask) in moments.items()},
     }

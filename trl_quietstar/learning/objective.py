@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..text.batch import Text
+from ..text.batch import Text, talk_after
 from ..thinking.scoring import Scores, at_talk
 
 
@@ -21,16 +21,20 @@ class TokenCounts:
     How many tokens the objective's means are taken over.
 
     Parameters:
-        thought, talk, text (`torch.Tensor`, scalar):
-            Thought tokens; talk tokens that count, once for each thought; text tokens that are predicted.
+        thought, talk, text, written (`torch.Tensor`, scalar):
+            Tokens of sampled thoughts; talk tokens that count, once for each thought; text tokens that are predicted; tokens of
+            written thoughts.
     """
 
     thought: torch.Tensor
     talk: torch.Tensor
     text: torch.Tensor
+    written: torch.Tensor
 
     @classmethod
-    def of(cls, thought_mask: torch.Tensor, talk_mask: torch.Tensor, text_mask: torch.Tensor) -> "TokenCounts":
+    def of(
+        cls, thought_mask: torch.Tensor, talk_mask: torch.Tensor, text_mask: torch.Tensor, written: bool = False
+    ) -> "TokenCounts":
         """
         Counts the tokens of one batch.
 
@@ -38,13 +42,17 @@ class TokenCounts:
             thought_mask (`torch.Tensor` of shape `(B, J, G, L)`), talk_mask (of shape `(B, J, 1, M)`), text_mask (of
             shape `(B, T - 1)`):
                 Which tokens count.
+            written (`bool`):
+                Whether the thoughts are written, and not sampled.
         """
-        return cls(thought_mask.sum(), talk_mask.sum() * thought_mask.shape[2], text_mask.sum())
+        thought, none = thought_mask.sum(), torch.zeros_like(thought_mask.sum())
+        talk, text = talk_mask.sum() * thought_mask.shape[2], text_mask.sum()
+        return cls(none, talk, text, thought) if written else cls(thought, talk, text, none)
 
     @classmethod
     def total(cls, parts: list["TokenCounts"], reduce: Callable[[torch.Tensor], torch.Tensor]) -> "TokenCounts":
         """Adds up the counts of batches, and those of all processes, over which `reduce` sums a tensor."""
-        return cls(*reduce(torch.stack([torch.stack([x.thought, x.talk, x.text]) for x in parts]).sum(0)))
+        return cls(*reduce(torch.stack([torch.stack([x.thought, x.talk, x.text, x.written]) for x in parts]).sum(0)))
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Coefficients:
     reader_nll: float = 1.0
     base_nll: float = 1.0
     distillation: float = 0.0
+    written: float = 1.0
     router: float = 0.0
 
     @classmethod
@@ -85,6 +94,7 @@ class Coefficients:
             reader_nll=args.reader_nll_coefficient,
             base_nll=args.base_nll_coefficient,
             distillation=args.distillation_coefficient,
+            written=args.written_thought_coefficient,
             router=router,
         )
 
@@ -98,9 +108,56 @@ class Coefficients:
             "reader_nll": self.reader_nll,
             "nll_without": self.base_nll,
             "distillation_loss": self.distillation,
+            "written_nll": self.written,
             "kl_divergence": self.kl,
             "router_loss": self.router,
         }
+
+
+@dataclass(frozen=True)
+class WrittenInputs:
+    """
+    The numbers of a batch's written thoughts that the objective is made of. Log-probabilities are in nats.
+
+    Parameters:
+        thought_logps, thought_mask (shape `(R, J, 1, L)`):
+            Of the thought tokens.
+        talk_logps, reader_logps, talk_mask (shape `(R, J, 1, M)`):
+            Of the text after a thought: by the rewarded prediction, and by the thought's alone.
+        text_logps, text_mask (shape `(R, T - 1)`):
+            Of the text without thoughts.
+        router_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss of a mixture of experts.
+    """
+
+    thought_logps: torch.Tensor
+    thought_mask: torch.Tensor
+    talk_logps: torch.Tensor
+    reader_logps: torch.Tensor
+    talk_mask: torch.Tensor
+    text_logps: torch.Tensor
+    text_mask: torch.Tensor
+    router_loss: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, text: Text, scores: Scores) -> "WrittenInputs":
+        """Collects the numbers of rows with written thoughts from their scores."""
+        thoughts, talk_length = scores.thoughts, scores.talk_logps.shape[-1]
+        talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
+        return cls(
+            scores.thought_logps,
+            thoughts.mask,
+            scores.talk_logps,
+            scores.reader_logps,
+            talk_mask,
+            scores.text_logps,
+            text.predicted(),
+            scores.router_loss,
+        )
+
+    def counts(self) -> TokenCounts:
+        """Tokens of these rows."""
+        return TokenCounts.of(self.thought_mask, self.talk_mask, self.text_mask, written=True)
 
 
 @dataclass(frozen=True)
@@ -125,6 +182,8 @@ class LossInputs:
             Of the thought tokens under the policy that wrote them, as in [`policy_terms`].
         talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             Weight of each thought in both NLLs of the talk after it. None: 1.
+        written ([`WrittenInputs`], *optional*):
+            Of the rows with written thoughts. None: there are none.
     """
 
     thought_logps: torch.Tensor
@@ -143,9 +202,17 @@ class LossInputs:
     router_loss: torch.Tensor | None = None
     sampled_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
+    written: WrittenInputs | None = None
 
     @classmethod
-    def of(cls, text: Text, scores: Scores, experience: "Experience", args: "QuietStarConfig") -> "LossInputs":
+    def of(
+        cls,
+        text: Text,
+        scores: Scores,
+        experience: "Experience",
+        args: "QuietStarConfig",
+        written: WrittenInputs | None = None,
+    ) -> "LossInputs":
         """
         Collects the numbers of a batch.
 
@@ -155,6 +222,8 @@ class LossInputs:
             args ([`QuietStarConfig`]):
                 Tells whether thinking teaches the prediction without thoughts, and whether thoughts are reused in further
                 updates, which calls for the clipped surrogate.
+            written ([`WrittenInputs`], *optional*):
+                Of the batch's rows with written thoughts.
         """
         distills, reuses = args.distillation_coefficient != 0, args.num_iterations > 1
         talk_length = scores.talk_logps.shape[-1]
@@ -175,11 +244,13 @@ class LossInputs:
             router_loss=scores.router_loss,
             sampled_logps=experience.sampled_logps if reuses else None,
             talk_weights=experience.talk_weights,
+            written=written,
         )
 
     def counts(self) -> TokenCounts:
         """Tokens of this batch."""
-        return TokenCounts.of(self.thought_mask, self.talk_mask, self.text_mask)
+        own = TokenCounts.of(self.thought_mask, self.talk_mask, self.text_mask)
+        return own if self.written is None else TokenCounts.total([own, self.written.counts()], lambda counts: counts)
 
 
 def entropy_coefficient(step: int, initial: float, decay: float, floor: float) -> float:
@@ -236,8 +307,9 @@ def quietstar_loss(
     share: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    `policy + c_v value - c_e entropy + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without) + c_d distillation + beta KL +
-    c_x router`, each a masked mean.
+    `policy + c_v value - c_e entropy + c_n NLL(with) + c_r NLL(reader) + c_b NLL(without) + c_d distillation + c_w NLL(written
+    thoughts) + beta KL + c_x router`, each a masked mean. The NLL of text is taken over rows with sampled and with written
+    thoughts alike.
 
     With the `counts` of a whole optimizer step this is one batch's part of the step's loss: the parts of all batches on all
     processes add up to the loss of one batch that holds them all, however unequal their numbers of tokens.
@@ -292,7 +364,24 @@ def _terms(
         terms["kl_divergence"] = _part(divergence, thought, counts.thought)
     if inputs.router_loss is not None:
         terms["router_loss"] = inputs.router_loss * share
-    return terms
+    return terms if inputs.written is None else _with_written(terms, inputs.written, counts, share)
+
+
+def _with_written(
+    terms: dict[str, torch.Tensor], own: WrittenInputs, counts: TokenCounts, share: float
+) -> dict[str, torch.Tensor]:
+    """Adds what rows with written thoughts contribute to the terms of the sampled ones."""
+    talk, text = own.talk_mask, own.text_mask
+    added = {
+        "written_nll": -_part(own.thought_logps, own.thought_mask, counts.written),
+        "nll_with": -_part(own.talk_logps, talk, counts.talk),
+        "reader_nll": -_part(own.reader_logps, talk, counts.talk),
+        "nll_without": -_part(own.text_logps, text, counts.text),
+    }
+    if own.router_loss is not None:  # of a forward of its own, which counts as much as the other one
+        terms["router_loss"] = terms["router_loss"] / 2
+        added["router_loss"] = own.router_loss * share / 2
+    return terms | {name: term + terms[name] if name in terms else term for name, term in added.items()}
 
 
 def _part(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

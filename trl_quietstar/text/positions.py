@@ -28,10 +28,12 @@ def usable_positions(text: Text, thought_positions: int | float | str = "all") -
     return usable & (text.labels[:, :-1] == -100) if thought_positions == "prompt_end" else usable
 
 
-def talk_span(text: Text, talk_length: int | str, thought_positions: int | float | str) -> int:
+def talk_span(
+    text: Text, talk_length: int | str, thought_positions: int | float | str, positions: Positions | None = None
+) -> int:
     """
     M for a batch. With `"completion"` a thought is read up to the last label of its document, so that M is the greatest distance
-    of a usable position from there.
+    of a position from there.
 
     Args:
         text ([`Text`]):
@@ -40,6 +42,8 @@ def talk_span(text: Text, talk_length: int | str, thought_positions: int | float
             M, or `"completion"`.
         thought_positions (`int`, `float` or `str`):
             Which positions are usable, as in [`usable_positions`].
+        positions ([`Positions`], *optional*):
+            Where the thoughts are. By default they may be at all usable positions.
     """
     if talk_length != "completion":
         return int(talk_length)
@@ -48,6 +52,8 @@ def talk_span(text: Text, talk_length: int | str, thought_positions: int | float
     ends = torch.where(text.labels != -100, index, 0)
     last = torch.zeros_like(ends).scatter_reduce(1, text.document_ids, ends, "amax")  # by document
     spans = (gather(last, text.document_ids) - index)[:, :-1]
+    if positions is not None:
+        return max(int((gather(spans, positions.host.index) * positions.host.mask).max()), 1)
     return max(int((spans * usable_positions(text, thought_positions)).max()), 1)
 
 

@@ -113,6 +113,8 @@ class RunLog:
                 self._inspected = inspect_texts(tokenizer, batch.text, batch.experience.thoughts, batch.scores)
         if training:
             tokens = batch.text.predicted().sum() + batch.experience.thoughts.mask.sum()
+            if batch.written is not None:
+                tokens = tokens + batch.written.text_mask.sum() + batch.written.thought_mask.sum()
             metrics["num_thoughts"] = (batch.experience.exists.sum(), torch.ones((), device=tokens.device))
             metrics["tokens"] = (tokens, torch.ones_like(tokens))
         grown = self._sums[mode].add(metrics, lambda sums: summed(sums, self.accelerator), batch.finite)

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..config import QuietStarConfig
 from ..learning.experience import Experience, StepPart, experience_of, finish_advantages, flat, unflat
-from ..learning.objective import TokenCounts
+from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.rewards import RewardFunction
 from ..text.batch import Text, talk_after
+from ..text.written import Divided, Written
 from ..thinking.scoring import Scores
 from .distributed import summed
 from .reference import Reference
@@ -51,7 +52,7 @@ class OptimizerStep:
     def begin_run(self) -> None:
         """Forgets the batches of the run before."""
         self._batches: list[dict] = []
-        self._texts: list[Text] = []
+        self._divided: list[Divided] = []
         self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch, for further updates on it
 
@@ -62,12 +63,12 @@ class OptimizerStep:
     def begin(self, batches: list[dict]) -> list[dict]:
         """Takes in the batches of a step; returns them with a number each, by which [`OptimizerStep.take`] knows them."""
         # not looked at yet: a callback may change settings as the step begins
-        self._batches, self._texts, self._parts = batches, [], []
+        self._batches, self._divided, self._parts = batches, [], []
         return [{**batch, "part": i} for i, batch in enumerate(batches)]
 
-    def take(self, model: nn.Module, inputs: dict, step: int) -> tuple[Text, StepPart]:
+    def take(self, model: nn.Module, inputs: dict, step: int) -> tuple[Divided, StepPart]:
         """
-        The text of a batch and its part of the step. The first batch of a step has all of its batches looked at: sampled or
+        A batch by what happens to its rows, and its part of the step. The first batch of a step has all of its batches looked at: sampled or
         judged ahead, where the step's means depend on that.
 
         Args:
@@ -80,11 +81,11 @@ class OptimizerStep:
         """
         if "part" not in inputs:
             text = self.thinker.text(inputs)
-            return text, self.alone(text, model.training, step)
+            return Divided(text, list(range(len(text.input_ids)))), self.alone(text, model.training, step)
         if not self._parts:
-            self._texts = [self.thinker.text(batch) for batch in self._batches]
+            self._divided = [self.thinker.divide(batch) for batch in self._batches]
             self._parts = self._divide(model, step)
-        return self._texts[inputs["part"]], self._parts[inputs["part"]]
+        return self._divided[inputs["part"]], self._parts[inputs["part"]]
 
     def alone(self, text: Text, training: bool, step: int = 0) -> StepPart:
         """The part of a batch that is evaluated, or that `compute_loss` got by hand."""
@@ -94,7 +95,12 @@ class OptimizerStep:
         return StepPart(self._row_indices(rows, before), step=step, training=training)
 
     def judge(
-        self, part: StepPart, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None = None
+        self,
+        part: StepPart,
+        request: ThoughtRequest,
+        scores: Scores,
+        columns: dict[str, list] | None = None,
+        written: WrittenInputs | None = None,
     ) -> tuple[Experience, TokenCounts]:
         """
         What the thoughts of a batch are worth, and what the means of its step are taken over; as far as that is not known from
@@ -105,24 +111,29 @@ class OptimizerStep:
                 The batch's part of the step, what was asked, and the answer.
             columns (`dict`, *optional*):
                 Columns of the data, for the reward function.
+            written ([`~learning.objective.WrittenInputs`], *optional*):
+                Of the batch's rows with written thoughts, whose tokens count as well.
         """
         experience, reduce = part.experience, self._sum if part.training else _alone
         if experience is None:
             (experience,) = finish_advantages([self._experience(request, scores, columns)], self.args, reduce)
             if part.training and self.args.num_iterations > 1:
                 self._experiences.append(experience)
-        return experience, part.counts or TokenCounts.total([experience.counts(request.text)], reduce)
+        own = [experience.counts(request.text), *([] if written is None else [written.counts()])]
+        return experience, part.counts or TokenCounts.total(own, reduce)
 
     # The batches of a step
 
     def _divide(self, model: nn.Module, step: int) -> list[StepPart]:
         """The part of each batch, with what the step's means are taken over as far as several batches need to know it
         ahead."""
-        args, texts = self.args, self._texts
+        args, texts = self.args, [divided.sampled for divided in self._divided]
         share = 1 / max(len(texts) * self.accelerator.num_processes, 1)
-        rows = [len(text.input_ids) for text in texts]
-        parts = [StepPart(self._row_indices(n, sum(rows[:i])), share, step) for i, n in enumerate(rows)]
-        if step % args.num_iterations == 0 or [len(x.rewards) for x in self._experiences] != rows:
+        sizes = [len(batch["input_ids"]) for batch in self._batches]
+        indices = [self._row_indices(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
+        rows = [[own[row] for row in x.rows] for own, x in zip(indices, self._divided, strict=True)]
+        parts = [StepPart(own, share, step) for own in rows]
+        if step % args.num_iterations == 0 or [len(x.rewards) for x in self._experiences] != [len(x) for x in rows]:
             self._experiences = []  # of another sampling, or of other processes
         if self._experiences:
             parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
@@ -133,8 +144,10 @@ class OptimizerStep:
         elif args.thought_positions == "difficulty" or self.thinker.sampling.stop is not None:
             pairs = zip(texts, parts, strict=True)
             parts = [replace(part, thoughts=self.thinker.sample(text, part)) for text, part in pairs]
-        counts = TokenCounts.total([self._counts(*x) for x in zip(texts, parts, strict=True)], self._sum)
-        return [replace(part, counts=counts) for part in parts]
+        counts = [self._counts(*x) for x in zip(texts, parts, strict=True)]
+        counts += [self._written_counts(x.written) for x in self._divided if x.written is not None]
+        total = TokenCounts.total(counts, self._sum)
+        return [replace(part, counts=total) for part in parts]
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
         """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
@@ -154,14 +167,22 @@ class OptimizerStep:
         talk_mask = talk_after(text, positions, self.thinker.talk_length(text)).target_mask[:, :, None]
         return TokenCounts.of(mask, talk_mask, text.predicted())
 
+    def _written_counts(self, written: Written) -> TokenCounts:
+        """Tokens of a batch's rows with written thoughts."""
+        text, thoughts = written.text, written.thoughts
+        talk = talk_after(text, thoughts.positions, self.thinker.talk_length(text, thoughts.positions))
+        return TokenCounts.of(thoughts.mask, talk.target_mask[:, :, None], text.predicted(), written=True)
+
     @torch.no_grad()
     def _judged_ahead(self, model: nn.Module, parts: list[StepPart]) -> list[StepPart]:
         """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
         of them, before the first one is trained on."""
         experiences = []
-        for batch, text, part in zip(self._batches, self._texts, parts, strict=True):
+        for batch, divided, part in zip(self._batches, self._divided, parts, strict=True):
+            text = divided.sampled
             request = self.thinker.request(text, replace(part, thoughts=self.thinker.sample(text, part)))
-            experiences.append(self._experience(request, request.scores(model), batch.get("columns")))
+            columns = divided.columns(batch)
+            experiences.append(self._experience(request, request.scores(model), columns))
         experiences = finish_advantages(experiences, self.args, self._sum)
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 

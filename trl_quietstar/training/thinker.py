@@ -23,8 +23,9 @@ from ..learning.rewards import coherence
 from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..model.routing import has_router_loss
-from ..text.batch import Text, Thoughts
-from ..text.positions import most_positions, seeded_generators, talk_span
+from ..text.batch import Positions, Text, Thoughts
+from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
+from ..text.written import Divided, Written, divide, has_written, no_thoughts
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
@@ -47,6 +48,13 @@ class ThoughtRequest(ScoreRequest):
     def scores(self, model: nn.Module) -> Scores:
         """Scores by the policy, given as its engine has wrapped it."""
         return call_inside(model, self.text, self)
+
+    def scores_beside(self, model: nn.Module, other: ScoreRequest | None) -> tuple[Scores, Scores | None]:
+        """Scores of this and of another request in one forward of the wrapped model, as engines want it."""
+        if other is None:
+            return self.scores(model), None
+        own, others = call_inside(model, self.text, lambda base: [self(base), other(base)])
+        return own, others
 
 
 def call_inside(model: nn.Module, text: Text, function: Callable[[Any], Any]) -> Any:
@@ -150,6 +158,14 @@ class Thinker:
 
     # Batches
 
+    def divide(self, inputs: dict) -> Divided:
+        """A collated batch to train on, by what happens to its rows."""
+        text = self.text(inputs)
+        if not has_written(inputs) or self.args.written_thought_coefficient == 0:
+            return Divided(text, list(range(len(text.input_ids))))
+        held = int((inputs["written_at"] >= 0).any())
+        return divide(text, inputs, always=self.greatest(held) > 0)
+
     def text(self, inputs: dict) -> Text:
         """
         The text of a collated batch, on the device.
@@ -157,14 +173,15 @@ class Thinker:
         Raises:
             `ValueError`: if it is longer than the model can read, where no `max_length` has seen to that.
         """
-        text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in ("part", "columns")})
+        aside = ("part", "columns", "written_ids", "written_at")
+        text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in aside})
         if self.args.max_length is None:
             check_longest(int(text.host.position_ids.max()) + 1, self.args, self.base.config)
         return text.to(self.accelerator.device)
 
-    def talk_length(self, text: Text) -> int:
-        """M of a batch."""
-        return talk_span(text, self.args.talk_length, self.args.thought_positions)
+    def talk_length(self, text: Text, positions: Positions | None = None) -> int:
+        """M of a batch, whose thoughts may be at all usable positions or are at those given."""
+        return talk_span(text, self.args.talk_length, self.args.thought_positions, positions)
 
     def sampler(self, part: StepPart) -> ThoughtSampler:
         """How the thoughts of a batch are drawn, each row's from its own random numbers."""
@@ -182,6 +199,8 @@ class Thinker:
 
     def sample(self, text: Text, part: StepPart, plan: Plan | None = None) -> Thoughts:
         """Draws the thoughts of a batch, without gradient; by default by a plan of its own."""
+        if self._writes_nothing(text):
+            return no_thoughts(text, self.args.num_thoughts)
         plan = plan or self.plan(text, part.training)
         training = self.base.training
         self.base.eval()  # no dropout, and a cache even where layers are checkpointed
@@ -195,17 +214,41 @@ class Thinker:
         args, plan = self.args, self.plan(text, part.training)
         thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
         if thoughts is None:
-            thoughts = self.sampler(part) if plan.single_pass else self.sample(text, part, plan)
+            one_pass = plan.single_pass and not self._writes_nothing(text)
+            thoughts = self.sampler(part) if one_pass else self.sample(text, part, plan)
+        return self._request(text, thoughts, self.talk_length(text), args.logps_temperature, plan, part.training)
+
+    def written_request(self, written: Written) -> ThoughtRequest:
+        """What to score of the rows with written thoughts: their likelihood is taken at temperature 1."""
+        text, thoughts = written.text, written.thoughts
+        talk_length = self.talk_length(text, thoughts.positions)
+        plan = self._planned(text, thoughts.mask.shape[1], thoughts.mask.shape[3] + talk_length + 1, training=True)
+        return self._request(text, thoughts, talk_length, 1.0, plan, training=True)
+
+    def _request(
+        self,
+        text: Text,
+        thoughts: Thoughts | ThoughtSampler,
+        talk_length: int,
+        temperature: float,
+        plan: Plan,
+        training,
+    ) -> ThoughtRequest:
         return ThoughtRequest(
             text=text,
             thoughts=thoughts,
-            talk_length=self.talk_length(text),
+            talk_length=talk_length,
             path=self.path,
-            temperature=args.logps_temperature,
-            prediction=args.reward_prediction,
-            branch_batch_size=plan.training if part.training else plan.scoring,
+            temperature=temperature,
+            prediction=self.args.reward_prediction,
+            branch_batch_size=plan.training if training else plan.scoring,
             plan=plan,
         )
+
+    def _writes_nothing(self, text: Text) -> bool:
+        """Whether no row has a place for a thought, so that none need be sampled. Not asked where each process must run the
+        layers as often as the others."""
+        return not self.is_sharded and not bool(usable_positions(text.host, self.args.thought_positions).any())
 
     def ask(self, text: Text, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls a function of the policy's base model without gradient; see [`ask`]."""
@@ -229,12 +272,16 @@ class Thinker:
 
     def plan(self, text: Text, training: bool) -> Plan:
         """Whether one pass is enough for a batch, and how many branches to run at once if not."""
+        args = self.args
+        branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
+        return self._planned(text, branches, args.thought_length + self.talk_length(text) + 1, training)
+
+    def _planned(self, text: Text, branches: int, slots: int, training: bool) -> Plan:
+        """The plan for a text with so many branches a row, of so many slots."""
         args, size = self.args, self.args.branch_batch_size
         if args.single_pass:
             return Plan(self.samples_in_graph)
         B, T = text.input_ids.shape
-        branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
-        slots = args.thought_length + self.talk_length(text) + 1
         with self.accelerator.autocast():
             kept, free = self._memory(training)
             plan = plan_batch(

@@ -1,0 +1,106 @@
+"""Written thoughts: rows that hold any are set apart, and imitated in the very branch that a thought is sampled in."""
+
+import pytest
+import torch
+
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.learning.objective import TokenCounts, WrittenInputs
+from trl_quietstar.text.batch import Text
+from trl_quietstar.text.positions import talk_span
+from trl_quietstar.text.written import divide
+from trl_quietstar.thinking.scoring import ScoreRequest, score
+
+from .tiny import exact_model
+
+
+PROMPT, LENGTHS = 4, (9, 7, 8)
+WRITTEN_IDS = torch.tensor([[[3, 5, 8], [7, -1, -1]], [[-1] * 3] * 2, [[2, 9, -1], [-1] * 3]])
+WRITTEN_AT = torch.tensor([[3, 3], [-1, -1], [3, -1]])
+
+
+def batch() -> Text:
+    """Three prompts with completions; the first and the third have written thoughts after the prompt, two and one."""
+    ids = torch.randint(10, 90, (3, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    labels = ids.masked_fill(torch.arange(max(LENGTHS)) < PROMPT, -100)
+    return Text.from_batch(ids, mask, labels)
+
+
+def inputs(rows=(0, 1, 2)) -> dict[str, torch.Tensor]:
+    """The collated columns of some rows."""
+    index = torch.tensor(rows)
+    return {"written_ids": WRITTEN_IDS[index], "written_at": WRITTEN_AT[index]}
+
+
+def test_rows_are_set_apart():
+    """Rows with written thoughts go to the one side with their thoughts, the others to be sampled."""
+    divided = divide(batch(), inputs())
+    assert divided.rows == [1] and divided.columns({"columns": {"name": list("abc")}}) == {"name": ["b"]}
+    assert torch.equal(divided.sampled.input_ids, batch().input_ids[[1]])
+    written = divided.written
+    assert torch.equal(written.text.labels, batch().labels[[0, 2]])
+    assert written.thoughts.mask[:, :, 0].sum(-1).tolist() == [[3, 1], [2, 0]]
+    assert written.thoughts.positions.mask.tolist() == [[True, True], [True, False]]
+    assert written.thoughts.token_ids[0, 0, 0].tolist() == [3, 5, 8]
+
+
+def test_a_batch_of_one_kind():
+    """Without written thoughts the batch is as it was; with nothing to sample, one row stays that predicts nothing."""
+    text = batch().rows(torch.tensor([1]))
+    divided = divide(text, inputs([1]))
+    assert divided.sampled is text and divided.rows == [0] and divided.written is None
+    always = divide(text, inputs([1]), always=True).written
+    assert not always.thoughts.mask.any() and not always.text.predicted().any()
+    divided = divide(batch().rows(torch.tensor([0, 2])), inputs([0, 2]))
+    assert divided.rows == [0] and not divided.sampled.predicted().any() and len(divided.written.text.input_ids) == 2
+
+
+def by_hand(model, text: Text, row: int, thought: list[int]) -> list[torch.Tensor]:
+    """Log-probabilities of a thought's tokens and of the talk after it, by an ordinary forward over the whole sequence."""
+    embed, heads, end = model.get_input_embeddings(), model.quietstar, LENGTHS[row]
+    ids = text.input_ids[row, :end]
+    embeds = [
+        embed(ids[:PROMPT]),
+        heads.start_embedding[None],
+        embed(torch.tensor(thought)),
+        heads.end_embedding[None],
+    ]
+    hidden = model.base_model(inputs_embeds=torch.cat([*embeds, embed(ids[PROMPT:-1])])[None]).last_hidden_state[0]
+    logps = model.lm_head(hidden).log_softmax(-1)
+    targets = torch.cat([torch.tensor(thought), torch.tensor([0]), ids[PROMPT:]])
+    found = logps[PROMPT : PROMPT + len(targets)].gather(1, targets[:, None])[:, 0]
+    return [found[: len(thought)], found[len(thought) + 1 :]]
+
+
+def of_written(model, path, prediction: str = "thought") -> WrittenInputs:
+    """What the objective gets of the rows with written thoughts."""
+    written = divide(batch(), inputs()).written
+    talk_length = talk_span(written.text, "completion", "prompt_end", written.thoughts.positions)
+    return WrittenInputs.of(
+        written.text, score(model, ScoreRequest(written.text, written.thoughts, talk_length, path, 1.0, prediction))
+    )
+
+
+@pytest.mark.parametrize("path", [SharedPrefix(), Replay()], ids=["shared", "replay"])
+def test_imitation_is_by_hand(path):
+    """NLL of written thoughts and of the text after them, and its gradient, are those of ordinary sequences, to 1e-9."""
+    model = exact_model()
+    ours = of_written(model, path)
+    assert ours.counts().written == 6 and ours.counts().talk == 5 + 5 + 4 and ours.counts().thought == 0
+    loss = -(ours.thought_logps * ours.thought_mask).sum() - 0.5 * (ours.reader_logps * ours.talk_mask).sum()
+    thoughts = [(0, [3, 5, 8]), (0, [7]), (2, [2, 9])]
+    hand = [by_hand(model, batch(), row, thought) for row, thought in thoughts]
+    oracle = -sum(x[0].sum() for x in hand) - 0.5 * sum(x[1].sum() for x in hand)
+    torch.testing.assert_close(loss, oracle, rtol=1e-9, atol=1e-9)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if "quietstar" not in n), strict=True)
+    pairs = (torch.autograd.grad(x, parameters, materialize_grads=True, allow_unused=True) for x in (loss, oracle))
+    for name, mine, theirs in zip(names, *pairs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_counts_add_up():
+    """Tokens of written thoughts are counted apart, and their talk with all other talk."""
+    counts = of_written(exact_model(), SharedPrefix()).counts()
+    total = TokenCounts.total([counts, counts], lambda x: x)
+    assert (total.written, total.talk, total.thought) == (12, 28, 0)

@@ -1,0 +1,119 @@
+"""Written thoughts: those that the data hold, to be imitated. Rows that hold any are set apart from those that are sampled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .batch import Positions, Text, Thoughts
+from .positions import positions_at
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    The rows of a batch that hold written thoughts.
+
+    Parameters:
+        text ([`Text`]):
+            Those rows, R of them.
+        thoughts ([`Thoughts`] of shape `(R, J, 1, L)`):
+            The thoughts that are written for them. Several at one place are several positions with the same index.
+    """
+
+    text: Text
+    thoughts: Thoughts
+
+
+@dataclass(frozen=True)
+class Divided:
+    """
+    A batch by what happens to its rows.
+
+    Parameters:
+        sampled ([`Text`]):
+            The rows whose thoughts are sampled. Where there are none, the first row with nothing to predict, so that every
+            process and every step computes the same terms.
+        rows (`list[int]`):
+            The index of each sampled row in the batch.
+        written ([`Written`], *optional*):
+            The rows whose thoughts are written in the data. None: there are none.
+    """
+
+    sampled: Text
+    rows: list[int]
+    written: Written | None = None
+
+    def columns(self, inputs: Mapping) -> dict[str, list] | None:
+        """Columns of the data for the sampled rows, where the collated batch has columns."""
+        columns = inputs.get("columns")
+        return columns and {name: [values[row] for row in self.rows] for name, values in columns.items()}
+
+
+def no_thoughts(text: Text, num_thoughts: int) -> Thoughts:
+    """
+    The thoughts of a batch without a place for any: one slot each, which holds nothing.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        num_thoughts (`int`):
+            G.
+    """
+    B, T = text.input_ids.shape
+    positions = positions_at(torch.zeros(B, T - 1, dtype=torch.bool)).to(text.input_ids.device)
+    nothing = torch.zeros(B, 1, num_thoughts, 1, dtype=torch.long, device=text.input_ids.device)
+    thoughts = Thoughts(positions, nothing, nothing.bool())
+    vars(thoughts)["host_mask"] = torch.zeros(nothing.shape, dtype=torch.bool)
+    return thoughts
+
+
+def has_written(inputs: Mapping) -> bool:
+    """Whether a collated batch comes from data with written thoughts; the same on every process."""
+    return "written_ids" in inputs
+
+
+def divide(text: Text, inputs: Mapping, always: bool = False) -> Divided:
+    """
+    Sets the rows with written thoughts apart.
+
+    Args:
+        text ([`Text`]):
+            The batch.
+        inputs (`Mapping`):
+            The collated batch. Its `written_ids`, of shape `(B, K, L)`, are the tokens of the thoughts; its `written_at`, of shape
+            `(B, K)`, are the indices of the text tokens that they follow. Both hold -1 where there is nothing.
+        always (`bool`):
+            Whether a batch without written thoughts gives a row with none of them, for processes that must run as many
+            layers as others.
+
+    Returns:
+        [`Divided`].
+    """
+    exists = inputs["written_at"] >= 0
+    holds = exists.any(1)
+    if not holds.any():
+        rows = list(range(len(holds)))
+        return Divided(text, rows, _of_rows(_without_labels(text), inputs, torch.tensor([0])) if always else None)
+    written = _of_rows(text, inputs, holds.nonzero().flatten())
+    left = (~holds).nonzero().flatten()
+    if len(left) == 0:
+        return Divided(_without_labels(text), [0], written)
+    return Divided(text.rows(left), left.tolist(), written)
+
+
+def _of_rows(text: Text, inputs: Mapping, rows: torch.Tensor) -> Written:
+    """The written thoughts of some rows, in as few slots as hold them."""
+    at, ids = inputs["written_at"][rows], inputs["written_ids"][rows]
+    mask = (ids >= 0) & (at >= 0)[..., None]
+    ids, mask = (x[..., : max(int(mask.sum(-1).max()), 1)][:, :, None] for x in (ids.clamp(min=0), mask))
+    device = text.input_ids.device
+    thoughts = Thoughts(Positions(at.clamp(min=0), at >= 0).to(device), (ids * mask).to(device), mask.to(device))
+    vars(thoughts)["host_mask"] = mask  # no field: `dataclasses.replace` must not carry it to another mask
+    return Written(text.rows(rows) if len(text.input_ids) > 1 else text, thoughts)
+
+
+def _without_labels(text: Text) -> Text:
+    """The first row, with nothing to predict and no place for a thought."""
+    row = text.rows(torch.tensor([0])).host
+    return replace(row, labels=torch.full_like(row.labels, -100)).to(text.input_ids.device)
