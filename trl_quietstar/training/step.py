@@ -13,7 +13,7 @@ from ..learning.experience import Experience, StepPart, experience_of, finish_ad
 from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.rewards import RewardFunction
 from ..text.batch import Text, talk_after
-from ..text.written import Divided, Written
+from ..text.divided import Divided, Written
 from ..thinking.scoring import Scores
 from .distributed import summed
 from .reference import Reference
