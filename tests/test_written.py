@@ -7,8 +7,8 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.learning.objective import TokenCounts, WrittenInputs
 from trl_quietstar.text.batch import Text
-from trl_quietstar.text.positions import talk_span
 from trl_quietstar.text.divided import divide
+from trl_quietstar.text.positions import talk_span
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import exact_model

@@ -24,8 +24,8 @@ from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..model.routing import has_router_loss
 from ..text.batch import Positions, Text, Thoughts
-from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
 from ..text.divided import Divided, Written, divide, has_written, no_thoughts
+from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
