@@ -51,8 +51,8 @@ class TextCollator(DataCollatorForLanguageModeling):
 
 def padded_thoughts(examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """`written_ids` of shape `(B, K, L)` and `written_at` of shape `(B, K)` of rows, padded with -1; K and L are at least 1."""
-    K = max(1, *(len(example["written_at"]) for example in examples))
-    L = max(1, *(len(ids) for example in examples for ids in example["written_ids"]))
+    K = max([1, *(len(example["written_at"]) for example in examples)])
+    L = max([1, *(len(ids) for example in examples for ids in example["written_ids"])])
     token_ids, at = torch.full((len(examples), K, L), -1), torch.full((len(examples), K), -1)
     for row, example in enumerate(examples):
         at[row, : len(example["written_at"])] = torch.tensor(example["written_at"], dtype=torch.long)

@@ -3,7 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -347,9 +347,10 @@ class _Usable:
     run: _Run | None = None
 
     def __call__(self, row: dict) -> bool:
-        if max(row["input_ids"], default=0) >= self.vocab_size:
+        greatest = max(chain(row["input_ids"], *row.get("written_ids", ())), default=0)
+        if greatest >= self.vocab_size:
             raise ValueError(
-                f"The tokenizer gives the id {max(row['input_ids'])} in the {self.name} dataset, and the model's vocabulary "
+                f"The tokenizer gives the id {greatest} in the {self.name} dataset, and the model's vocabulary "
                 f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
             )
         usable = has_prediction(row)

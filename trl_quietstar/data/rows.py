@@ -132,6 +132,9 @@ class RowCheck:
         for column in self.columns:
             if column not in row or (row[column] is None and column not in ("tools", "thought")):
                 self._refuse(index, f"nothing in {column!r}", "give it a value, or leave the row out")
+        thoughts = row["thought"] if "thought" in self.columns and row["thought"] is not None else []
+        for thought in thoughts if isinstance(thoughts, list) else [thoughts]:
+            self._check_string(index, "thought", thought)
         if self.kind == "input_ids":
             self._check_tokens(row, index)
         elif self.is_conversation:

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 BEFORE = "text before written thoughts"  # columns that stand between the two steps, under names that no library knows
 TOKENS = "tokens of written thoughts"
 NUMBER = "number of the row"  # which TRL may shuffle
+LISTS = List(List(Value("int64")))  # of token ids; the first rows, if they hold no thoughts, do not tell
 NO_TOKEN = 2**31 - 1  # fills a row of token ids where there is no token; above the ids of any tokenizer
 MARK = "\ue000"  # of a place in a message; a character that Unicode leaves to private use
 
@@ -116,8 +117,7 @@ def take_out(
     )
     if isinstance(dataset, IterableDataset):
         return dataset.map(step, with_indices=True)
-    ids = List(List(Value("int64")))  # which the first rows, without thoughts, may not tell
-    features = Features({**dataset.features, BEFORE: ids, TOKENS: ids, NUMBER: Value("int64")})
+    features = Features({**dataset.features, BEFORE: LISTS, TOKENS: LISTS, NUMBER: Value("int64")})
     return dataset.map(step, with_indices=True, features=features, **workers)
 
 
@@ -129,8 +129,13 @@ def place(
     written thought, as far as one can tell at once.
     """
     step = Place(name, args.max_length, args.truncation_mode == "keep_end")
-    dataset = dataset.map(step, remove_columns=[BEFORE, TOKENS, NUMBER], **workers)
-    if isinstance(dataset, IterableDataset) or any(dataset["written_at"]):
+    between = [BEFORE, TOKENS, NUMBER]
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(step, remove_columns=between)
+    others = {column: feature for column, feature in dataset.features.items() if column not in between}
+    features = Features({**others, "written_ids": LISTS, "written_at": List(Value("int64"))})
+    dataset = dataset.map(step, remove_columns=between, features=features, **workers)
+    if any(dataset["written_at"]):
         return dataset
     logger.warning(f"No row of the {name} dataset has a written thought.")
     return dataset.remove_columns(list(WRITTEN_COLUMNS))
@@ -212,12 +217,15 @@ class TakeOut:
         thoughts = []
         for turn in self._turns(row):
             message = messages[turn - first]
-            if not isinstance(message[key], str):
-                if message[key] and re.search(pattern, "".join(part["text"] for part in message[key]), re.DOTALL):
+            content = message.get(key) or ""
+            if not isinstance(content, str):
+                if re.search(pattern, "".join(part["text"] for part in content), re.DOTALL):
                     fix = "give the content of that message as a string"
                     raise self._refusal(index, "parts of a message in which `thought_pattern` finds a thought", fix)
                 continue
-            text, found = without_thoughts(message[key], pattern)
+            text, found = without_thoughts(content, pattern)
+            if text == content:
+                continue
             messages[turn - first] = {**message, key: text}
             thoughts += [((turn, place), thought) for place, thought in found]
         return {column: messages}, thoughts
@@ -238,8 +246,8 @@ class TakeOut:
 
     def _tokens_before(self, row: dict, index: int, turn: int, place: int) -> list[int]:
         """
-        Tokens of all that stands before a place. What stands before a turn is what generation would be asked to go on from; only
-        a turn without anything before it begins where its content does.
+        Tokens of all that stands before a place. What stands before a turn is what generation would be asked to go on from; a turn
+        without anything before it begins where its content does.
         """
         if not self.is_conversation:
             text = row[self.text_field] if self.kind == "text" else row["prompt"] + row["completion"]
@@ -248,7 +256,10 @@ class TakeOut:
         if place == 0 and turn > 0:
             prompt = self._rendered(row, index, messages[:turn], add_generation_prompt=True)
         else:
-            content = messages[turn]["content"]
+            content = messages[turn].get("content")
+            if not isinstance(content, str):
+                fix = "give the content of that message as a string"
+                raise self._refusal(index, "a thought before its first message, which holds no string", fix)
             marked = {**messages[turn], "content": content[:place] + MARK + content[place:]}
             both = [
                 self._rendered(row, index, x) for x in (messages, [*messages[:turn], marked, *messages[turn + 1 :]])
@@ -299,10 +310,8 @@ class TakeOut:
 
     def _ends(self, ids: list[int]) -> list[bool]:
         """Whether a sampled thought would have ended, for each number of tokens at which it may."""
-        rows = torch.full((len(ids), len(ids)), NO_TOKEN)
-        for length in range(1, len(ids) + 1):
-            rows[length - 1, -length:] = torch.tensor(ids[:length])
-        return _end(self.tokenizer, self.stop_string)(rows[self.least - 1 :]).tolist()
+        rows = [[NO_TOKEN] * (len(ids) - length) + ids[:length] for length in range(self.least, len(ids) + 1)]
+        return _end(self.tokenizer, self.stop_string)(torch.tensor(rows)).tolist()
 
     def _refusal(self, index: int, found: str, fix: str) -> ValueError:
         return refusal(index, self.name, found, fix)
