@@ -17,7 +17,7 @@ from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
 from ..model.family import check_length, max_positions
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS
 from .rows import RowCheck, columns_read, has_position, has_prediction
-from .written import holds_thoughts, place, take_out
+from .written import cut, holds_thoughts, take_out
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ def prepare_texts(
         options.max_length = None
     dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
     if is_written:
-        dataset = place(dataset, args, name, **workers)
+        dataset = cut(dataset, args, name, **workers)
     if "thought_mask" in source.columns or "seq_lengths" in source.columns:
         dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)

@@ -1,8 +1,8 @@
 """Written thoughts: those that data hold, to be imitated where the model will later write its own.
 
-Rows of prompts and messages give them in a column `thought`, and `thought_pattern` cuts them out of texts. [`TakeOut`] comes
-before TRL's preparation: it makes tokens of each thought, and of the text that stands before it. [`Place`] comes after: it
-finds where that text ends in the row's `input_ids`, and cuts rows to `max_length`, which TRL does not do here.
+Rows of prompts and messages give them in a column `thought`, and `thought_pattern` takes them out of texts. [`TakeOut`] comes
+before TRL's preparation: it makes tokens of each thought, and finds the token of the text that it follows. [`Cut`] comes after:
+it cuts rows and their thoughts to `max_length`, which TRL then does not do.
 """
 
 import functools
@@ -27,12 +27,14 @@ from .rows import KINDS, refusal
 
 logger = logging.get_logger(__name__)
 
-BEFORE = "text before written thoughts"  # columns that stand between the two steps, under names that no library knows
-TOKENS = "tokens of written thoughts"
-NUMBER = "number of the row"  # which TRL may shuffle
+NUMBER = "number of the row"  # a column between the two steps, since TRL may shuffle rows
 LISTS = List(List(Value("int64")))  # of token ids; the first rows, if they hold no thoughts, do not tell
 NO_TOKEN = 2**31 - 1  # fills a row of token ids where there is no token; above the ids of any tokenizer
 MARK = "\ue000"  # of a place in a message; a character that Unicode leaves to private use
+
+Found = tuple[
+    tuple[int, int], str
+]  # a thought's place, which is a message and a character of it (or of the text), and the thought
 
 
 def holds_thoughts(
@@ -103,7 +105,7 @@ def take_out(
     name: str,
     **workers,
 ) -> Dataset | IterableDataset:
-    """The dataset without its written thoughts, which stand in two columns of their own, for [`place`]."""
+    """The dataset, its texts without their written thoughts, which stand in `written_ids` and `written_at` for [`cut`]."""
     step = TakeOut(
         name,
         kind,
@@ -117,25 +119,18 @@ def take_out(
     )
     if isinstance(dataset, IterableDataset):
         return dataset.map(step, with_indices=True)
-    features = Features({**dataset.features, BEFORE: LISTS, TOKENS: LISTS, NUMBER: Value("int64")})
-    return dataset.map(step, with_indices=True, features=features, **workers)
+    own = {"written_ids": LISTS, "written_at": List(Value("int64")), NUMBER: Value("int64")}
+    return dataset.map(step, with_indices=True, features=Features({**dataset.features, **own}), **workers)
 
 
-def place(
-    dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, **workers
-) -> Dataset | IterableDataset:
+def cut(dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, **workers) -> Dataset | IterableDataset:
     """
-    The prepared dataset, cut to `max_length`, with the columns `written_ids` and `written_at`; without them if no row has a
-    written thought, as far as one can tell at once.
+    The prepared dataset, cut to `max_length`. The columns of written thoughts stay, unless it is known at once that no row has
+    one.
     """
-    step = Place(name, args.max_length, args.truncation_mode == "keep_end")
-    between = [BEFORE, TOKENS, NUMBER]
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(step, remove_columns=between)
-    others = {column: feature for column, feature in dataset.features.items() if column not in between}
-    features = Features({**others, "written_ids": LISTS, "written_at": List(Value("int64"))})
-    dataset = dataset.map(step, remove_columns=between, features=features, **workers)
-    if any(dataset["written_at"]):
+    dataset = dataset.map(Cut(name, args.max_length, args.truncation_mode == "keep_end"), **workers)
+    dataset = dataset.remove_columns(NUMBER)
+    if isinstance(dataset, IterableDataset) or any(dataset["written_at"]):
         return dataset
     logger.warning(f"No row of the {name} dataset has a written thought.")
     return dataset.remove_columns(list(WRITTEN_COLUMNS))
@@ -181,13 +176,12 @@ class TakeOut:
             else self._from_pattern(row, index, self.pattern)
         )
         row = {**row, **changed}
-        before = {at: self._tokens_before(row, index, *at) for at, _ in thoughts}
         tokens = [self._tokens(thought, index) for _, thought in thoughts]
-        return {**changed, BEFORE: [before[at] for at, _ in thoughts], TOKENS: tokens, NUMBER: index}
+        return {**changed, "written_ids": tokens, "written_at": self._places(row, index, thoughts), NUMBER: index}
 
-    # Thoughts, each with its place: the message and the character of its content, or of the text
+    # Thoughts
 
-    def _from_column(self, row: dict, index: int) -> list[tuple[tuple[int, int], str]]:
+    def _from_column(self, row: dict, index: int) -> list[Found]:
         given = row["thought"]
         thoughts = [given] if isinstance(given, str) else given or []
         if not thoughts:
@@ -201,7 +195,7 @@ class TakeOut:
             )
         return [((turns[-1], 0), thought) for thought in thoughts if thought]
 
-    def _from_pattern(self, row: dict, index: int, pattern: str) -> tuple[dict, list[tuple[tuple[int, int], str]]]:
+    def _from_pattern(self, row: dict, index: int, pattern: str) -> tuple[dict, list[Found]]:
         """Also the columns that hold less now."""
         if self.is_conversation:
             return self._from_turns(row, index, pattern)
@@ -210,7 +204,7 @@ class TakeOut:
         text, found = without_thoughts(row[column], pattern)
         return {column: text}, [((0, first + place), thought) for place, thought in found]
 
-    def _from_turns(self, row: dict, index: int, pattern: str) -> tuple[dict, list[tuple[tuple[int, int], str]]]:
+    def _from_turns(self, row: dict, index: int, pattern: str) -> tuple[dict, list[Found]]:
         column = KINDS[self.kind][-1]
         key = "value" if self.kind == "conversations" else "content"
         messages, first = list(row[column]), len(row["prompt"]) if self.kind == "prompt" else 0
@@ -242,30 +236,47 @@ class TakeOut:
         messages = sum((list(row[column]) for column in KINDS[self.kind]), [])
         return [{names.get(key, key): value for key, value in message.items()} for message in messages]
 
-    # Tokens
+    # Places
 
-    def _tokens_before(self, row: dict, index: int, turn: int, place: int) -> list[int]:
+    def _places(self, row: dict, index: int, thoughts: list[Found]) -> list[int]:
         """
-        Tokens of all that stands before a place. What stands before a turn is what generation would be asked to go on from; a turn
-        without anything before it begins where its content does.
+        Index of the token that each thought follows: the last one that the row shares with the text before the thought. Where a
+        token reaches over the place itself, the thought stands before that token.
         """
-        if not self.is_conversation:
-            text = row[self.text_field] if self.kind == "text" else row["prompt"] + row["completion"]
-            return self.tokenizer(text[:place])["input_ids"]
+        if not thoughts:
+            return []
+        whole = self._text(row, index)
+        ids = self._ids(whole, add_special_tokens=not self.is_conversation)
+        places = {}
+        for place, _ in thoughts:
+            before = self._text_before(row, index, whole, *place) if self.is_conversation else whole[: place[1]]
+            own = self._ids(before, add_special_tokens=not self.is_conversation)
+            places[place] = common_prefix_length(own, ids) - 1
+        if min(places.values()) < 0:
+            fix = "a thought follows a token: put text before it, or leave the row out"
+            raise self._refusal(index, "a written thought before its first token", fix)
+        return [places[place] for place, _ in thoughts]
+
+    def _text(self, row: dict, index: int) -> str:
+        """The text that TRL makes tokens of, up to the EOS token that it adds."""
+        if self.is_conversation:
+            return self._rendered(row, index, self._messages(row))
+        return row[self.text_field] if self.kind == "text" else row["prompt"] + row["completion"]
+
+    def _text_before(self, row: dict, index: int, whole: str, turn: int, character: int) -> str:
+        """
+        What stands before a place in a conversation: before a turn, what generation would be asked to go on from. A turn without
+        anything before it begins where its content does.
+        """
         messages = self._messages(row)
-        if place == 0 and turn > 0:
-            prompt = self._rendered(row, index, messages[:turn], add_generation_prompt=True)
-        else:
-            content = messages[turn].get("content")
-            if not isinstance(content, str):
-                fix = "give the content of that message as a string"
-                raise self._refusal(index, "a thought before its first message, which holds no string", fix)
-            marked = {**messages[turn], "content": content[:place] + MARK + content[place:]}
-            both = [
-                self._rendered(row, index, x) for x in (messages, [*messages[:turn], marked, *messages[turn + 1 :]])
-            ]
-            prompt = os.path.commonprefix(both)
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if character == 0 and turn > 0:
+            return self._rendered(row, index, messages[:turn], add_generation_prompt=True)
+        content = messages[turn].get("content")
+        if not isinstance(content, str):
+            fix = "give the content of that message as a string"
+            raise self._refusal(index, "a thought before its first message, which holds no string", fix)
+        messages[turn] = {**messages[turn], "content": content[:character] + MARK + content[character:]}
+        return os.path.commonprefix([whole, self._rendered(row, index, messages)])
 
     def _rendered(self, row: dict, index: int, messages: list[dict], **options) -> str:
         tools = row.get("tools")
@@ -278,6 +289,8 @@ class TakeOut:
                 f"messages before a written thought that the chat template refuses ({type(error).__name__}: {error})"
             )
             raise self._refusal(index, words, "change the one or the other") from error
+
+    # Tokens
 
     def _tokens(self, thought: str, index: int) -> list[int]:
         """Token ids of a thought with its ending, as sampling would have ended it."""
@@ -305,8 +318,8 @@ class TakeOut:
             raise self._refusal(index, f"{what}, whose last token does not end it by {ending}", fix)
         return ids
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _ends(self, ids: list[int]) -> list[bool]:
         """Whether a sampled thought would have ended, for each number of tokens at which it may."""
@@ -318,23 +331,20 @@ class TakeOut:
 
 
 @dataclass
-class Place:
+class Cut:
     """
-    Finds the token that each written thought of a row follows, and cuts the row: a function for `dataset.map`.
-
-    The token is the last one that the whole row shares with the text before the thought. Where a token reaches over the place
-    itself, the thought stands before that token.
+    Cuts a row and leaves out the thoughts that stood in what is cut: a function for `dataset.map`.
 
     Args:
         name (`str`):
             Name of the dataset, for messages.
         max_length (`int`, *optional*):
-            Most tokens of a row. Thoughts that stand in what is cut are left out.
+            Most tokens of a row.
         keep_end (`bool`):
             Whether a longer row is cut at its beginning.
 
     Raises:
-        `ValueError`: for a thought that no token stands before, or no label after.
+        `ValueError`: for a thought that no label follows.
     """
 
     name: str
@@ -342,10 +352,13 @@ class Place:
     keep_end: bool
 
     def __call__(self, row: dict) -> dict:
-        places = [common_prefix_length(ids, row["input_ids"]) - 1 for ids in row[BEFORE]]
+        ids, labels, places = row["input_ids"], row["labels"], row["written_at"]
         for place in places:
-            self._check(row, place)
-        first, end = 0, len(row["input_ids"])
+            if labels[place + 1 : place + 2] in ([], [-100]):
+                found = f"a written thought after token {place}, whose next token is no label"
+                fix = "put a thought before text that is to be predicted, or leave the row out"
+                raise refusal(row[NUMBER], self.name, found, fix)
+        first, end = 0, len(ids)
         if self.max_length is not None:
             first, end = (max(end - self.max_length, 0), end) if self.keep_end else (0, min(end, self.max_length))
         kept = [k for k, place in enumerate(places) if first <= place < end - 1]
@@ -355,21 +368,11 @@ class Place:
                 f"({self.max_length}) cuts their text."
             )
         return {
-            "input_ids": row["input_ids"][first:end],
-            "labels": row["labels"][first:end],
-            "written_ids": [row[TOKENS][k] for k in kept],
+            "input_ids": ids[first:end],
+            "labels": labels[first:end],
+            "written_ids": [row["written_ids"][k] for k in kept],
             "written_at": [places[k] - first for k in kept],
         }
-
-    def _check(self, row: dict, place: int) -> None:
-        if place < 0:
-            fix = "a thought follows a token: put text before it, or leave the row out"
-            raise refusal(row[NUMBER], self.name, "a written thought before its first token", fix)
-        if row["labels"][place + 1 : place + 2] in ([], [-100]):
-            fix = "put a thought before text that is to be predicted, or leave the row out"
-            raise refusal(
-                row[NUMBER], self.name, f"a written thought after token {place}, whose next token is no label", fix
-            )
 
 
 def without_thoughts(text: str, pattern: str) -> tuple[str, list[tuple[int, str]]]:
