@@ -29,6 +29,7 @@ PROBLEM = {
         "<<43+1=44>>44.\nEach shop has 44/4 = <<44/4=11>>11 jars.\n#### 11"
     ),
 }
+COLUMN = {"prompt": "3 plus 4 is", "completion": " 7"}
 TALK = [{"role": "user", "content": "3 plus 4 is"}, {"role": "assistant", "content": "7 ."}]
 TEMPLATES = sorted(
     str(path.name) for path in files("trl").joinpath("chat_templates").iterdir() if path.suffix == ".jinja"
@@ -250,6 +251,16 @@ def test_cut_rows_of_prompts(tmp_path):
     assert len(prepare([*rows, {"prompt": "1", "completion": " 2", "thought": "z"}], tmp_path, max_length=20)) == 1
 
 
+def test_thoughts_where_the_model_will_not_think(tmp_path, caplog):
+    """A thought within a completion is no example for a model that only thinks before it; a warning says so, once."""
+    rows = [COLUMN | {"completion": " [so]7 [and]."}, COLUMN | {"completion": "[so] 7"}]
+    for row, warns in zip(rows, (True, False), strict=True):
+        for positions in ("prompt_end", "all"):
+            prepare([row], tmp_path, name=f"{positions} {warns}", thought_positions=positions, **BRACKETS)
+    found = [record.message for record in caplog.records if "the model will think once, before it" in record.message]
+    assert len(found) == 1 and "Some written thoughts of the prompt_end True dataset" in found[0]
+
+
 def test_streams_and_datasets_agree(tmp_path):
     """Row by row; a stream has the columns whether or not a row has thoughts, and its own rows stay as they were."""
     rows = [PROBLEM, {"prompt": "1 plus 1 is", "completion": " 2"}]
@@ -341,7 +352,7 @@ def test_the_trainer_keeps_them(options, tmp_path):
 
 # What is refused
 
-COLUMN = {"prompt": "3 plus 4 is", "completion": " 7"}
+
 BAD_ROWS = {
     "too long": (COLUMN | {"thought": "3 plus " * 30}, {}, "tokens with its ending, above the limit of 40 (`thought"),
     "too short": (

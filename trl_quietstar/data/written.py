@@ -128,7 +128,10 @@ def cut(dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, **
     The prepared dataset, cut to `max_length`. The columns of written thoughts stay, unless it is known at once that no row has
     one.
     """
-    dataset = dataset.map(Cut(name, args.max_length, args.truncation_mode == "keep_end"), **workers)
+    dataset = dataset.map(
+        Cut(name, args.max_length, args.truncation_mode == "keep_end", args.thought_positions == "prompt_end"),
+        **workers,
+    )
     dataset = dataset.remove_columns(NUMBER)
     if isinstance(dataset, IterableDataset) or any(dataset["written_at"]):
         return dataset
@@ -342,6 +345,8 @@ class Cut:
             Most tokens of a row.
         keep_end (`bool`):
             Whether a longer row is cut at its beginning.
+        prompt_end (`bool`):
+            Whether the model itself only thinks at the end of a prompt; of thoughts elsewhere a warning says so.
 
     Raises:
         `ValueError`: for a thought that no label follows.
@@ -350,6 +355,7 @@ class Cut:
     name: str
     max_length: int | None
     keep_end: bool
+    prompt_end: bool
 
     def __call__(self, row: dict) -> dict:
         ids, labels, places = row["input_ids"], row["labels"], row["written_at"]
@@ -358,6 +364,12 @@ class Cut:
                 found = f"a written thought after token {place}, whose next token is no label"
                 fix = "put a thought before text that is to be predicted, or leave the row out"
                 raise refusal(row[NUMBER], self.name, found, fix)
+        if self.prompt_end and any(labels[place] != -100 for place in places):
+            logger.warning_once(
+                f"Some written thoughts of the {self.name} dataset stand within the text that is predicted, and with "
+                "`thought_positions='prompt_end'` the model will think once, before it; set `thought_positions='all'`, or give "
+                "thoughts that belong before the whole completion."
+            )
         first, end = 0, len(ids)
         if self.max_length is not None:
             first, end = (max(end - self.max_length, 0), end) if self.keep_end else (0, min(end, self.max_length))
