@@ -103,6 +103,7 @@ SMALL = {
     "value_head_hidden_size": st.integers(1, 16),
     "thought_positions": st.sampled_from(["all", "difficulty", "prompt_end", 1, 3, 0.5, 1.0, "2", "0.3"]),
     "thought_stop_string": st.sampled_from([None, " ", "plus"]),
+    "thought_pattern": st.sampled_from([None, None, "us(.*?)is", " is .", "a|", "("]),
     "curriculum": st.sampled_from(
         [None, None, {"0": {"thought_length": 2}}, {"1": {"talk_length": "completion"}}, {"x": {}}]
     ),
@@ -223,9 +224,9 @@ def row(draw, kind: str, odd: bool):
     """A row of one kind of data; an odd one has a value of any type, or lacks a column."""
     if kind == "text":
         made = {"text": draw(WORDS)}
-    elif kind == "prompt":
+    elif kind.startswith("prompt"):
         made = {"prompt": draw(WORDS), "completion": draw(WORDS)}
-    elif kind == "messages":
+    elif kind.startswith("messages"):
         made = {"messages": draw(MESSAGES)}
     elif kind == "conversation":
         made = {"prompt": draw(MESSAGES), "completion": draw(MESSAGES)}
@@ -240,17 +241,35 @@ def row(draw, kind: str, odd: bool):
             made["thought_mask"] = [i % 2 for i in ids]
         if "lengths" in kind:
             made["seq_lengths"] = [n for n in (len(ids) // 2, len(ids) - len(ids) // 2) if n]
+    if "with thoughts" in kind:
+        made["thought"] = draw(st.one_of(st.none(), WORDS))
     if odd:
         column = draw(st.sampled_from(sorted(made)))
         if draw(st.integers(1, 5)) == 5:
             del made[column]
         else:
             pools = {"input_ids": ODD_IDS, "labels": ODD_IDS, "seq_lengths": ODD_IDS, "thought_mask": ODD_IDS}
-            pool = ODD_MESSAGES if kind in ("messages", "conversation", "conversations") else pools.get(column, WEIRD)
+            is_talk = kind.startswith(("messages", "conversation"))
+            pool = ODD_MESSAGES if is_talk else pools.get(column, WEIRD)
             made[column] = draw(st.one_of(pool, WEIRD))
     if odd and draw(st.booleans()):
         made[
-            draw(st.sampled_from(["label", "text", "prompt", "labels", "input_ids", "id", "image", "position_ids"]))
+            draw(
+                st.sampled_from(
+                    [
+                        "label",
+                        "text",
+                        "prompt",
+                        "labels",
+                        "input_ids",
+                        "id",
+                        "image",
+                        "position_ids",
+                        "thought",
+                        "written_at",
+                    ]
+                )
+            )
         ] = draw(st.one_of(WORDS, WEIRD))
     return made
 
@@ -262,6 +281,8 @@ KINDS = [
     "messages",
     "conversation",
     "conversations",
+    "prompt with thoughts",
+    "messages with thoughts",
     "ids",
     "ids labels",
     "ids mask labels",
@@ -302,6 +323,9 @@ def check_data(given_data, args):
             assert sum(found.get("seq_lengths") or [len(ids)]) == len(ids)
             assert len(found.get("thought_mask") or ids) == len(ids)
             assert args.max_length is None or len(ids) <= args.max_length
+            for at, thought in zip(found.get("written_at", ()), found.get("written_ids", ()), strict=True):
+                assert at >= 0 and labels[at + 1] != -100 and all(0 <= i < VOCABULARY for i in thought)
+                assert args.min_thought_length <= len(thought) <= args.thought_length
 
 
 # Training
@@ -348,8 +372,13 @@ DATA_OPTIONS = (
     "assistant_only_loss",
     "truncation_mode",
     "shuffle_dataset",
+    "thought_pattern",
+    "thought_stop_string",
 )
-data_options = st.fixed_dictionaries({}, optional={name: good(name) for name in DATA_OPTIONS})
+data_options = st.fixed_dictionaries(
+    {"min_thought_length": st.sampled_from([None, 1, 2]), "thought_length": st.sampled_from([3, 50, 500])},
+    optional={name: good(name) for name in DATA_OPTIONS},
+)
 
 
 def options_property(count: int):

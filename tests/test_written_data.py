@@ -1,18 +1,19 @@
 """Written thoughts in data: taken out of texts or given beside them, at their places, with the ending that sampling knows."""
 
 import logging
+import pickle
 import re
 from importlib.resources import files
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_quietstar.data.batches import TextCollator
 from trl_quietstar.data.prepare import prepare_texts
-from trl_quietstar.data.written import without_thoughts
+from trl_quietstar.data.written import TakeOut, without_thoughts
 from trl_quietstar.thinking.drawing import thought_end
 
 from .tiny import byte_tokenizer, sums
@@ -121,18 +122,21 @@ def test_text_and_thoughts_reassemble(kind, tmp_path_factory):
     place = st.sampled_from(["{} ", " {}", "{}", " {} "])
     piece = st.one_of(word.map(" {}".format), st.tuples(place, thought).map(lambda x: x[0].format(x[1])))
 
-    @given(st.lists(piece, max_size=12).map("".join))
-    def check(tail):
-        text = f"2 plus 2{tail} 9"
-        (row,) = prepare([{"text": text}], folder, tokenizer, thought_pattern="X(.*?)Z", thought_stop_string="Z")
-        parts, end = [], 0
-        for at, ids in zip(row.get("written_at", ()), row.get("written_ids", ()), strict=True):
-            parts += [tokenizer.decode(row["input_ids"][end : at + 1]), "X", tokenizer.decode(ids)]
-            end = at + 1
-        again = "".join([*parts, tokenizer.decode(row["input_ids"][end:])])
-        for special in ("<eos>", "<bos>", "<s>", "</s>"):
-            again = again.replace(special, "")
-        assert again.replace(" ", "") == text.replace(" ", "")
+    options = dict(thought_pattern="X(.*?)Z", thought_stop_string="Z")
+
+    @settings(max_examples=8)
+    @given(st.lists(st.lists(piece, max_size=12).map("".join), min_size=5, max_size=12))
+    def check(tails):
+        texts = [f"2 plus 2{tail} 9" for tail in tails]
+        for text, row in zip(
+            texts, prepare([{"text": text} for text in texts], folder, tokenizer, **options), strict=True
+        ):
+            parts, end = [], 0
+            for at, ids in zip(row.get("written_at", ()), row.get("written_ids", ()), strict=True):
+                parts += [tokenizer.decode(row["input_ids"][end : at + 1]), "X", tokenizer.decode(ids)]
+                end = at + 1
+            again = "".join([*parts, tokenizer.decode(row["input_ids"][end:])])
+            assert re.sub("<eos>|<bos>|</?s>| ", "", again) == text.replace(" ", "")
 
     check()
 
@@ -295,6 +299,25 @@ def test_thoughts_that_begin_late(tmp_path):
     for workers in (None, 2):
         found = prepare(rows, tmp_path, dataset_num_proc=workers, **BRACKETS)
         assert len(found) == 1101 and found[1100]["written_at"] == [1] and found[0]["written_at"] == []
+
+
+def test_a_column_of_thoughts_may_be_kept(tmp_path):
+    """As it was given, beside what became of it."""
+    row = COLUMN | {"thought": ["a", "b"], "score": 1}
+    for data in ([row], stream([row])):
+        (found,) = prepare(data, tmp_path, remove_unused_columns=False)
+        assert {name: found[name] for name in row} == row
+        assert set(found) == {*row, "input_ids", "labels", "written_ids", "written_at"}
+
+
+def test_a_stream_goes_to_other_processes():
+    """After its first rows were read, as the workers of a data loader get it where they are spawned."""
+    step, row = (
+        TakeOut("train", "prompt", "text", False, byte_tokenizer(), None, "]", 1, 9),
+        COLUMN | {"thought": "a]"},
+    )
+    wanted = step(row, 0)
+    assert pickle.loads(pickle.dumps(step))(row, 0) == wanted
 
 
 def test_batches_are_padded(tmp_path):

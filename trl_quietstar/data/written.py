@@ -32,9 +32,8 @@ LISTS = List(List(Value("int64")))  # of token ids; the first rows, if they hold
 NO_TOKEN = 2**31 - 1  # fills a row of token ids where there is no token; above the ids of any tokenizer
 MARK = "\ue000"  # of a place in a message; a character that Unicode leaves to private use
 
-Found = tuple[
-    tuple[int, int], str
-]  # a thought's place, which is a message and a character of it (or of the text), and the thought
+# a thought's place, which is the number of a message (0 in plain text) and of a character of it, and the thought
+Found = tuple[tuple[int, int], str]
 
 
 def holds_thoughts(
@@ -173,11 +172,11 @@ class TakeOut:
     most: int
 
     def __call__(self, row: dict, index: int) -> dict:
-        changed, thoughts = (
-            ({}, self._from_column(row, index))
-            if self.pattern is None
-            else self._from_pattern(row, index, self.pattern)
-        )
+        changed: dict = {}
+        if self.pattern is None:
+            thoughts = self._from_column(row, index)
+        else:
+            changed, thoughts = self._from_pattern(row, index, self.pattern)
         row = {**row, **changed}
         tokens = [self._tokens(thought, index) for _, thought in thoughts]
         return {**changed, "written_ids": tokens, "written_at": self._places(row, index, thoughts), NUMBER: index}
@@ -327,7 +326,14 @@ class TakeOut:
     def _ends(self, ids: list[int]) -> list[bool]:
         """Whether a sampled thought would have ended, for each number of tokens at which it may."""
         rows = [[NO_TOKEN] * (len(ids) - length) + ids[:length] for length in range(self.least, len(ids) + 1)]
-        return _end(self.tokenizer, self.stop_string)(torch.tensor(rows)).tolist()
+        return self._end(torch.tensor(rows)).tolist()
+
+    @functools.cached_property
+    def _end(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return thought_end(self.tokenizer, self.stop_string)
+
+    def __getstate__(self) -> dict:  # without what tells an end, which no process can send to another
+        return {name: value for name, value in vars(self).items() if name != "_end"}
 
     def _refusal(self, index: int, found: str, fix: str) -> ValueError:
         return refusal(index, self.name, found, fix)
@@ -400,8 +406,3 @@ def without_thoughts(text: str, pattern: str) -> tuple[str, list[tuple[int, str]
         if thought:
             thoughts.append((len(kept), thought))
     return kept + text[end:], thoughts
-
-
-@functools.lru_cache(maxsize=2)
-def _end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    return thought_end(tokenizer, stop_string)
