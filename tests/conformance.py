@@ -282,7 +282,9 @@ def _trainer(model: PreTrainedModel, folder: Path, adapter: LoraConfig | None = 
     """Two steps on texts of twelve tokens, and as many texts to evaluate on."""
     options = dict(thought_length=3, talk_length=2, thought_positions=3, value_head_hidden_size=256, max_steps=2)
     options |= dict(learning_rate=1e-3, per_device_train_batch_size=2, per_device_eval_batch_size=2, use_cpu=True)
-    options |= dict(save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False)
+    options |= dict(
+        save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False, preflight_thoughts=None
+    )
     ids = torch.randint(1, VOCAB, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
     return QuietStarREINFORCETrainer(
         model,

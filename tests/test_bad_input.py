@@ -53,6 +53,7 @@ VALUES = [
     (dict(heads_learning_rate=-1.0), "heads_learning_rate", "-1.0"),
     (dict(muon_learning_rate=-1.0), "muon_learning_rate", "-1.0", "0"),
     (dict(grokfast_lambda=-0.1), "grokfast_lambda", "-0.1", "0"),
+    (dict(preflight_thoughts=0), "preflight_thoughts", "0", "1"),
     (dict(useful_gain=-0.1), "useful_gain", "-0.1", "0"),
     (dict(useful_gain=1.5), "useful_gain", "1.5", "1"),
     (dict(grokfast_alpha=1.1), "grokfast_alpha", "1.1", "1"),

@@ -40,6 +40,8 @@ OPTIONS = {
         gradient_accumulation_steps=1,
         eval_strategy="steps",
         eval_steps=2,
+        preflight_thoughts=20,
+        useful_gain=1e-3,
     ),
     # of another seed: with the default, a draw of the third step lies so near a threshold that rounding decides it
     "tied": dict(model=dict(tie_word_embeddings=True), gradient_accumulation_steps=2, seed=1),

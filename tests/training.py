@@ -25,6 +25,7 @@ DEFAULTS = dict(
     thought_positions=3,
     value_head_hidden_size=16,
     gradient_checkpointing=False,
+    preflight_thoughts=None,
     save_strategy="no",
     report_to="none",
     use_cpu=True,

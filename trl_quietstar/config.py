@@ -359,6 +359,12 @@ class QuietStarConfig(BaseConfig):
         "any did, and stop.",
     )
 
+    preflight_thoughts: Annotated[int | None, Limits(1)] = _option(
+        64,
+        "Number of thoughts, about, that are tried on the first training rows before the first step: how many are useful, "
+        "and in how many groups some are and some are not. Hardly any: a warning says what to do. None: off.",
+    )
+
     # Logging
     useful_gain: Annotated[float, Limits(0, 1)] = _option(
         0.1,

@@ -37,6 +37,7 @@ from .training.data import collator, prepared, prepared_evaluation
 from .training.evaluation import EvaluationTrainer
 from .training.faults import FaultGuard
 from .training.optimizers import combine, hold_all, set_heads_apart
+from .training.preflight import PreflightCallback
 from .training.reference import Reference
 from .training.resuming import optimizer_fields
 from .training.runlog import RunLog
@@ -183,6 +184,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         if args.anti_theater_steps is not None:
             callbacks.insert(0, self.anti_theater)  # ahead of the loggers, which close at the end of training
         callbacks.insert(0, self.guard)  # drops gradients before others see them
+        self.add_callback(PreflightCallback(self))
         self.add_callback(EmptyEpochCallback())
         self.add_callback(LastWindowCallback())
         if args.early_stopping_patience is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..text.batch import Text
+from ..text.batch import Positions, Text
 from ..text.transfer import exact_dtype, to_device
 from ..thinking.scoring import Scores
 from .experience import Experience
@@ -104,27 +104,34 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     }
 
 
-def group_metrics(batch: BatchResult, useful_gain: float) -> dict[str, Measured]:
+def group_metrics(
+    reader_logps: torch.Tensor,
+    logps_without: torch.Tensor,
+    talk_mask: torch.Tensor,
+    positions: Positions,
+    useful_gain: float,
+) -> dict[str, Measured]:
     """
     How many thoughts help, and in how many groups some do and some do not: what reinforcement lives on.
 
     Thoughts are judged by the prediction after the thought alone, so that a mixing head that is nearly closed hides nothing.
 
     Args:
-        batch ([`BatchResult`]):
-            The batch.
+        reader_logps (`torch.Tensor` of shape `(B, J, G, M)`), logps_without, talk_mask (of shape `(B, J, 1, M)`):
+            Log-probabilities in nats of the talk tokens by the thought's prediction and without a thought, and which count.
+        positions ([`Positions`]):
+            Where the thoughts were written.
         useful_gain (`float`):
             Above which gain in the probability of the whole talk a thought is useful.
 
     Returns:
         As [`batch_metrics`].
     """
-    experience = batch.experience
-    is_useful = useful(batch.scores.reader_logps, experience.logps_without, experience.talk_mask, useful_gain)
+    is_useful = useful(reader_logps, logps_without, talk_mask, useful_gain)
     mixed = is_useful.any(-1) & ~is_useful.all(-1)
     return {
-        "useful_thoughts": (is_useful, experience.exists),
-        "mixed_groups": (mixed, experience.thoughts.positions.mask) if is_useful.shape[-1] > 1 else None,
+        "useful_thoughts": (is_useful, positions.mask[..., None].expand_as(is_useful)),
+        "mixed_groups": (mixed, positions.mask) if is_useful.shape[-1] > 1 else None,
     }
 
 
@@ -141,7 +148,12 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
     Returns:
         As [`batch_metrics`].
     """
-    metrics = {**batch_metrics(batch), **group_metrics(batch, args.useful_gain)}
+    experience = batch.experience
+    talk = (batch.scores.reader_logps, experience.logps_without, experience.talk_mask)
+    metrics = {
+        **batch_metrics(batch),
+        **group_metrics(*talk, experience.thoughts.positions, args.useful_gain),
+    }
     if not args.uses_value_head:
         metrics["value_loss"] = metrics["_residual"] = None
     if args.thought_positions == "none":  # no talk to take them on: of all text
