@@ -17,6 +17,11 @@ TEXTS = [
     "5",
     "2 plus 19 is 21 . 6 plus 6 is 12 .",
 ]
+WRITTEN = {
+    "prompt": ["1 plus 1 is", "7 plus 12 is 19 . 3 plus 4 is", "5 plus", "2 plus 19 is"],
+    "completion": [" 2 .", " 7 . 8 plus 0 is 8 .", " 0 is 5", " 21 ."],
+    "thought": [[" 1"], None, [" 5", " 0 plus 5"], None],
+}
 CASES = {
     "default": {},
     "random positions": dict(thought_positions="3"),
@@ -29,6 +34,11 @@ CASES = {
     "two passes": dict(single_pass=False),
     "replay": dict(thought_path="replay"),
     "several updates": dict(num_iterations=2, max_steps=2),
+    "written": dict(data=WRITTEN, min_thought_length=1, thought_length=6),
+    "written, standardized": dict(data=WRITTEN, min_thought_length=1, thought_length=6, normalize_advantages=True),
+    "written, several updates": dict(
+        data=WRITTEN, min_thought_length=1, thought_length=6, num_iterations=2, max_steps=2
+    ),
 }
 IN_HALVES = ("default", "standardized")
 
@@ -49,7 +59,7 @@ def run(folder, rows: int, batches: int, **options):
     trainer = tiny_trainer(
         folder,
         model=exact_model(vocab_size=len(byte_tokenizer())),
-        data=Dataset.from_dict({"text": TEXTS * 2}),
+        data=Dataset.from_dict({name: values * 2 for name, values in options.pop("data", {"text": TEXTS}).items()}),
         **{"max_steps": 1, **options},
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=batches,

@@ -17,7 +17,7 @@ from trl_quietstar.training.checks import check_streams
 from trl_quietstar.training.distributed import check_engine, check_optimizer_file
 from trl_quietstar.training.folders import check_checkpoint
 
-from .engines import UNSHARED, Run, has_deepspeed
+from .engines import UNSHARED, Run, has_deepspeed, written_texts
 from .training import plain_model, saved_model
 
 
@@ -57,6 +57,15 @@ OPTIONS = {
         validate=True,
     ),
     "replay": dict(thought_path="replay"),
+    "written": dict(
+        data=written_texts,
+        thought_positions="prompt_end",
+        talk_length="completion",
+        min_thought_length=1,
+        thought_length=8,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+    ),
     "lora": dict(peft_config=LoraConfig(target_modules="all-linear", r=4), beta=0.1),
     "reference": REFERENCE,
     "validation": dict(validate=True, max_steps=1),

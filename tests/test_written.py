@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
@@ -12,6 +13,7 @@ from trl_quietstar.text.positions import talk_span
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import exact_model
+from .training import assert_same_state, log_of, logged, tiny_trainer
 
 
 PROMPT, LENGTHS = 4, (9, 7, 8)
@@ -104,3 +106,64 @@ def test_counts_add_up():
     counts = of_written(exact_model(), SharedPrefix()).counts()
     total = TokenCounts.total([counts, counts], lambda x: x)
     assert (total.written, total.talk, total.thought) == (12, 28, 0)
+
+
+# In training
+
+SUMS = {
+    "prompt": [f"{i} plus 1 is" for i in range(8)],
+    "completion": [f" {i + 1} ." for i in range(8)],
+    "thought": [None if i % 2 else f" {i + 1}" for i in range(8)],
+}
+ENDING = dict(thought_positions="prompt_end", talk_length="completion", min_thought_length=1, thought_length=4)
+
+
+def trained(folder, data: dict, **options):
+    """A trainer after three steps."""
+    trainer = tiny_trainer(folder, data=Dataset.from_dict(data), **{**ENDING, **options})
+    trainer.train()
+    return trainer
+
+
+def test_weight_zero_samples_every_row(tmp_path):
+    """With `written_thought_coefficient=0` training is bit for bit what it is without written thoughts, and not otherwise."""
+    bare = trained(tmp_path, {name: SUMS[name] for name in ("prompt", "completion")})
+    off = trained(tmp_path, SUMS, written_thought_coefficient=0.0)
+    assert_same_state(off.model, bare.model)
+    assert log_of(off) == log_of(bare)
+    on = trained(tmp_path, SUMS)
+    assert any(not torch.equal(x, y) for x, y in zip(on.model.parameters(), bare.model.parameters(), strict=True))
+
+
+def test_a_row_is_sampled_as_it_is_alone(tmp_path):
+    """The thoughts of a row do not depend on whether other rows of its batch are imitated."""
+    taken = {}
+    for name, data in (("bare", {**SUMS, "thought": [None] * 8}), ("mixed", SUMS)):
+        trainer = tiny_trainer(tmp_path, data=Dataset.from_dict(data), train_sampling_strategy="sequential", **ENDING)
+        inputs = trainer.step.begin([next(iter(trainer.get_train_dataloader()))])[0]
+        rows, part = trainer.step.take(trainer.model, inputs, 0)
+        thoughts = trainer.thinker.sample(rows.sampled, part)
+        taken[name] = dict(zip(rows.rows, thoughts.token_ids, strict=True))
+    assert list(taken["bare"]) == [0, 1, 2, 3] and list(taken["mixed"]) == [1, 3]
+    for row, ids in taken["mixed"].items():
+        assert torch.equal(ids, taken["bare"][row])
+
+
+def test_a_cold_start_is_learned(tmp_path):
+    """A stage of imitation alone: the model then writes the thoughts that it was taught; and a stage of sampling follows."""
+    data = {name: SUMS[name][::2] * 2 for name in SUMS}
+    stages = {"0": {"written_thought_coefficient": 1.0}, "60": {"written_thought_coefficient": 0.0}}
+    trainer = trained(tmp_path, data, curriculum=stages, max_steps=62, learning_rate=1e-2, eval_do_sample=False)
+    taught, sampled = logged(trainer, "rl/written_nll"), logged(trainer, "rl/reward")
+    assert [entry["step"] for entry in taught] == list(range(1, 61))
+    assert [entry["step"] for entry in sampled] == [61, 62]
+    assert taught[0]["rl/written_nll"] > 3 and taught[-1]["rl/written_nll"] < 0.3
+    assert taught[-1]["rl/written_reader_nll"] < 0.3
+
+
+def test_evaluation_samples(tmp_path):
+    """Evaluation data with written thoughts are evaluated by the model's own."""
+    data = Dataset.from_dict(SUMS)
+    bare = tiny_trainer(tmp_path, data=data, evaluation=data.remove_columns("thought"), **ENDING).evaluate()
+    ours = tiny_trainer(tmp_path, data=data, evaluation=data, **ENDING).evaluate()
+    assert ours["eval_reward"] == bare["eval_reward"] != 0
