@@ -113,15 +113,16 @@ def preflight(trainer) -> None:
 
 def test_it_warns_where_hardly_any_thought_is_useful(tmp_path, messages, caplog):
     """What was measured and what helps, in a warning; where thoughts are useful, or the data bring written ones, only the
-    former."""
+    former. Rows with written thoughts are not sampled in training either, and alone they are nothing to measure."""
     caplog.set_level("INFO", "trl_quietstar.training.preflight")
     preflight(tiny_trainer(tmp_path, data=ANSWERS, preflight_thoughts=16, useful_gain=1.0, **AT_ONCE))
     preflight(tiny_trainer(tmp_path, data=ANSWERS, preflight_thoughts=16, useful_gain=0.0, **AT_ONCE))
-    written = ANSWERS.add_column("thought", ["1 2"] * len(ANSWERS))
     options = dict(preflight_thoughts=16, useful_gain=1.0, min_thought_length=1)
-    preflight(tiny_trainer(tmp_path, data=written, **options, **AT_ONCE))
+    for share in (2, 1):
+        written = [["1 2"] if i % share == 0 else [] for i in range(len(ANSWERS))]
+        preflight(tiny_trainer(tmp_path, data=ANSWERS.add_column("thought", written), **options, **AT_ONCE))
     (bad, complaint), (good, praise), (taught, silence) = messages()
-    assert (bad, good, taught) == ("WARNING", "INFO", "INFO")
+    assert (bad, good, taught) == ("WARNING", "INFO", "INFO") and " of 16 thoughts" in silence
     assert complaint.startswith("Before training, 0% of 16 thoughts") and "written thoughts first" in complaint
     assert "`num_thoughts`" in complaint and "`temperature`" in complaint
     assert "reinforce" not in praise and "reinforce" not in silence

@@ -57,13 +57,15 @@ class PreflightCallback(TrainerCallback):
         self._tell(self._measured(rows), written)
 
     def _rows(self, count: int) -> tuple[list[dict], bool]:
-        """The first rows of the training data that hold `count` positions together, as many for each process, and whether any
-        row looked at has a written thought. A stream is read from its beginning, by an iterator of its own."""
+        """The first rows of the training data that thoughts are sampled in and that hold `count` positions together, as many for
+        each process; and whether other rows bring written thoughts. A stream is read from its beginning, by an iterator of its
+        own."""
         processes, positions, written = self.trainer.accelerator.num_processes, 0, False
         rows: list[dict] = []
         for row in itertools.islice(self.trainer.train_dataset, READ_AHEAD * count):  # type: ignore[arg-type]  # there is one
-            written = written or bool(row.get("written_ids"))
-            usable = int(self._usable(self._collated([row])).sum())
+            is_written = self.trainer.args.written_thought_coefficient > 0 and bool(row.get("written_ids"))
+            written = written or is_written
+            usable = 0 if is_written else int(self._usable(self._collated([row])).sum())
             if usable:
                 rows.append(row)
                 positions += min(usable, POSITIONS)
