@@ -196,6 +196,16 @@ def test_frozen_weights_are_in_bf16_where_autocast_is(tmp_path):
     assert trainer.model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 2
 
 
+def test_a_model_in_mixed_precision_is_checked_in_its_own(tmp_path):
+    """The trainer's model has a forward under autocast, and may first generate after its training."""
+    trainer = tiny_trainer(tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    wrapped = vars(trainer.model)["forward"]
+    with trainer.accelerator.autocast():
+        assert type(trainer.model.thought_path) is SharedPrefix and trainer.model.branches_in_cache
+    assert vars(trainer.model)["forward"] is wrapped
+
+
 @pytest.mark.parametrize(
     "options",
     [

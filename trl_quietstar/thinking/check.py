@@ -4,7 +4,8 @@ It stands above the paths that it judges, since it judges them by what sampling 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -154,8 +155,7 @@ def choose_path(model: ThinkingModel, wanted: str = "auto", with_dropout: bool =
     paths = PATHS if wanted == "auto" else PATHS_OF[wanted]
     if with_dropout:
         paths = tuple(path for path in paths if type(path) is not SharedPrefix)
-    # in the model's own precision, even where the check is asked for under autocast
-    with eval_mode(model), torch.autocast(model.device.type, enabled=False):
+    with eval_mode(model):
         path, problems = _first_exact(model, paths)
     if path is None and wanted == "shared_prefix":
         raise ValueError(f"The shared prefix is not exact on this model: {problems[-1]}. Use `thought_path='auto'`.")
@@ -191,12 +191,24 @@ def _first_exact(model: ThinkingModel, paths: Sequence[BranchPath]) -> tuple[Bra
     return None, problems
 
 
+@contextmanager
+def _own_precision(model: ThinkingModel) -> Iterator[None]:
+    """Without autocast: neither that around the check, nor that which accelerate puts around the forward of a model in training."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
 def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
     """What is wrong with a path on this model, in words that follow its name; None if nothing is."""
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
-        with full_float32():  # TF32 rounds by more than a wrong mask may differ
+        with full_float32(), _own_precision(model):  # TF32 rounds by more than a wrong mask may differ
             difference = path_difference(model, path)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         if is_fault_of_device(error):
