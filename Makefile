@@ -16,10 +16,11 @@ EVAL_TASKS ?= chain_sum,chain_sum_choice,gsm_symbolic_solution
 EVAL_LIMIT ?= 20
 GSM8K ?=
 
-.PHONY: help train demo-data report eval test test-all bench gpu models lint format clean
+.PHONY: help train prove demo-data report eval test test-all bench gpu models lint format clean
 
 help:
 	@echo "make train     train a real small model on generated problems (about 6 minutes on 2 cores)"
+	@echo "make prove     hold thinking against plain and supervised training of equal time, on a real model (about 14 hours)"
 	@echo "make report    look at the thoughts of what was trained: out/report.html, and its picture for the README"
 	@echo "make eval      what was trained, with and without thoughts, on tasks of examples/tasks (some minutes)"
 	@echo "make test      run the fast tests"
@@ -51,6 +52,14 @@ train test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 train: demo-data
 	$(OFFLINE) $(BIN)/trl-quietstar train --config recipes/demo.yaml
+
+# four arms and two seeds, one after the other; a run that was stopped goes on by the same command
+PROVE_MINUTES ?= 90
+PROVE_SEEDS ?= 0 1
+prove: demo-data
+	@echo "$(PROVE_MINUTES) minutes of processor time for each of four arms and each seed ($(PROVE_SEEDS)), and a fifth more for measuring."
+	$(OFFLINE) $(BIN)/python -m benchmarks.real --task chain_sum --minutes $(PROVE_MINUTES) --seeds $(PROVE_SEEDS) \
+		--output out/prove --plot out/prove.png
 
 # after `make train`; Chromium takes the picture, and refuses its sandbox to root
 report: $(VENV)/demo

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback, Trainer
+from transformers import AutoTokenizer, PrinterCallback, Trainer
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -126,7 +126,7 @@ COMMON = {
     "max_length": 64,
     "thought_positions": "prompt_end",
     "talk_length": "completion",
-    "thought_length": 40,
+    "thought_length": 32,
     "thought_start_text": " [",
     "thought_end_text": "]",
     "thought_stop_string": "]",
@@ -267,10 +267,12 @@ class Runs:
         if stage == "plain":
             known = {field.name for field in fields(SFTConfig)}
             args = SFTConfig(str(folder), **PLAIN, **{x: value for x, value in options.items() if x in known})
-            trainer = SFTTrainer(model, args, train_dataset=self._rows(False), eval_dataset=held_out)
+            trainer = SFTTrainer(model, args, train_dataset=self._rows(0), eval_dataset=held_out)
         else:
             args = QuietStarConfig(str(folder), **options)
-            trainer = QuietStarREINFORCETrainer(model, args, self._rows(has_written), held_out)
+            trainer = QuietStarREINFORCETrainer(
+                model, args, self._rows(args.thought_length if has_written else 0), held_out
+            )
         if len(trainer.eval_dataset) != len(self.held_out):
             raise ValueError(f"Some held-out problems do not fit `max_length` ({args.max_length}); raise it.")
         trainer.remove_callback(PrinterCallback)
@@ -282,12 +284,12 @@ class Runs:
         trainer.train_dataset = data.select(order(others, taught, step, mix, self.seed))
         return trainer
 
-    def _rows(self, uses_written: bool) -> Dataset:
-        """All problems by their answers; and, after them, those with a written thought."""
-        rows = [answered(row) for row in self.train_rows]
-        if uses_written:
-            rows = [{**row, "thought": None} for row in rows] + self.taught_rows
-        return Dataset.from_list(rows)
+    def _rows(self, longest: int) -> Dataset:
+        """All problems by their answers; and, after them, those with a written thought of at most `longest` tokens, if any."""
+        rows: list[dict] = [{**answered(row), "thought": None} for row in self.train_rows]
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        fitting = [row for row in self.taught_rows if len(tokenizer(f"{row['thought']}]")["input_ids"]) <= longest]
+        return Dataset.from_list(rows + fitting if longest else [answered(row) for row in rows])
 
     # Measuring
 
