@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from trl_quietstar.data.batches import TextCollator
 from trl_quietstar.data.prepare import prepare_texts
@@ -467,6 +468,14 @@ def test_a_thought_needs_an_ending(tmp_path):
     tokenizer = KINDS["characters"](tmp_path)
     with pytest.raises(ValueError, match="no EOS token that could end a written thought; set `thought_stop_string`"):
         prepare([COLUMN | {"thought": "a"}], tmp_path, tokenizer)
+
+
+def test_an_ending_that_the_tokenizer_does_not_write(tmp_path):
+    """Sampling would look for a string that the thought's tokens do not spell."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"Row 0 .*'a', whose last token does not end it by .*'Z'.*; end thoughts by"):
+        prepare([COLUMN | {"thought": "a"}], tmp_path, tokenizer, thought_stop_string="Z")
 
 
 def test_thoughts_beyond_the_models_vocabulary(tmp_path):
