@@ -59,8 +59,6 @@ OPTIONS = {
     "replay": dict(thought_path="replay"),
     "written": dict(
         data=written_texts,
-        thought_positions="prompt_end",
-        talk_length="completion",
         min_thought_length=1,
         thought_length=8,
         gradient_accumulation_steps=2,

@@ -129,10 +129,18 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
     Returns:
         [`Scores`].
     """
-    if isinstance(request.thoughts, ThoughtSampler):
-        encoded = _sample_and_encode(model, request, request.thoughts)
-    else:
-        encoded = _encode(model, request, request.thoughts)
+    return score_each(model, [request])[0]
+
+
+def score_each(model: ThinkingModel, requests: list[ScoreRequest]) -> list[Scores]:
+    """Does what [`score`] does, for several batches. All of them are encoded first: FSDP2 frees the LM head once the backward has
+    come to the layer below it, so that no head's gradient may be left for later."""
+    encoded = [_encoded(model, request) for request in requests]
+    return [_scored(model, *pair) for pair in zip(requests, encoded, strict=True)]
+
+
+def _scored(model: ThinkingModel, request: ScoreRequest, encoded: "_Encoding") -> Scores:
+    """Every statistic of a batch, from its hidden states."""
     thoughts, hidden, L = encoded.thoughts, encoded.branches, encoded.thoughts.mask.shape[3]
     drawn_from = hidden[..., :L, :]
     policy = token_statistics(
@@ -216,9 +224,11 @@ class _Encoding:
     drawn: Drawn | None = None
 
 
-def _encode(model: ThinkingModel, request: ScoreRequest, thoughts: Thoughts) -> _Encoding:
-    """Runs text and branches of thoughts that were sampled before."""
-    text = request.text
+def _encoded(model: ThinkingModel, request: ScoreRequest) -> _Encoding:
+    """Runs text and branches; of thoughts that were sampled before, or that are sampled now."""
+    text, thoughts = request.text, request.thoughts
+    if isinstance(thoughts, ThoughtSampler):
+        return _sample_and_encode(model, request, thoughts)
     talk = talk_after(text, thoughts.positions, request.talk_length)
     branches = _full_branches(model, thoughts, talk, functools.partial(embed_tokens, model))
     L = thoughts.mask.shape[3]

@@ -29,7 +29,7 @@ from ..text.positions import most_positions, seeded_generators, talk_span, usabl
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
-from ..thinking.scoring import ScoreRequest, Scores, score_thoughts
+from ..thinking.scoring import ScoreRequest, Scores, score_each, score_thoughts
 from .distributed import greatest, is_sharded
 
 
@@ -53,7 +53,7 @@ class ThoughtRequest(ScoreRequest):
         """Scores of this and of another request in one forward of the wrapped model, as engines want it."""
         if other is None:
             return self.scores(model), None
-        own, others = call_inside(model, self.text, lambda base: [self(base), other(base)])
+        own, others = call_inside(model, self.text, lambda base: score_each(base, [self, other]))
         return own, others
 
 
