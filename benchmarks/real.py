@@ -133,6 +133,7 @@ COMMON = {
     "reward_prediction": "thought",
     "advantage_baseline": "leave_one_out",
     "heads_learning_rate": 1e-3,
+    "preflight_thoughts": None,  # the first point of the curve tells more
     "per_device_eval_batch_size": 50,
     "bf16": True,
 }

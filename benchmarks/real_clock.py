@@ -57,7 +57,7 @@ class Clock(TrainerCallback):
         write: Callable,
         now: Callable[[], float] = time.process_time,
     ):
-        self.start, self.until, self.total = start, until, total
+        self.start, self.until, self.total, self.used = start, until, total, start
         self.warmup, self.interval, self.checkpoints = warmup * total, total / points, checkpoints
         self.measure, self.write, self.now = measure, write, now
 
