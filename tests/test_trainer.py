@@ -21,6 +21,7 @@ from .training import (
     assert_same_logs,
     finite,
     logged,
+    plain_model,
     text_data,
     tiny_args,
     tiny_trainer,
@@ -122,6 +123,26 @@ def test_shares_of_thoughts_are_their_definition(options, tmp_path, monkeypatch)
             assert entry[name] == pytest.approx(share), name
     for name in ("useful_thoughts", "mixed_groups"):
         assert any(0 < entry[f"rl/{name}"] < 1 for entry in logged(trainer)), name
+
+
+def test_exact_matches_are_what_greedy_decoding_writes(tmp_path):
+    """On texts that the model itself wrote greedily, all talk without thoughts is an exact match, and some is not with them."""
+    model = plain_model()
+    prompts = torch.arange(1, 9)[:, None]
+    texts = model.generate(input_ids=prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    trainer = tiny_trainer(
+        tmp_path,
+        model,
+        Dataset.from_dict({"input_ids": texts.tolist()}),
+        max_steps=1,
+        thought_positions="all",
+        talk_length=3,
+        reward_prediction="thought",
+    )
+    trainer.train()
+    (entry,) = logged(trainer)
+    assert entry["rl/exact_match_without"] == entry["rl/accuracy_without"] == 1
+    assert entry["rl/exact_match_with"] < entry["rl/accuracy_with"] < 1
 
 
 def test_single_thoughts_are_no_groups(tmp_path):
