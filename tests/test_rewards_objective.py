@@ -59,6 +59,10 @@ def talk(seed: int, tied: bool = False) -> dict[str, torch.Tensor]:
 
 def reward_by_loop(talk: dict[str, torch.Tensor], reward_type: str, b: int, j: int, g: int) -> float:
     """The definition, one thought at a time."""
+    if reward_type == "sequence_probability":
+        said = [m for m in range(M) if talk["mask"][b, j, 0, m]]
+        with_ = math.prod(math.exp(talk["logps_with"][b, j, g, m]) for m in said)
+        return with_ - math.prod(math.exp(talk["logps_without"][b, j, 0, m]) for m in said)
     gains = []
     for m in range(M):
         if not talk["mask"][b, j, 0, m]:

@@ -190,7 +190,8 @@ class QuietStarConfig(BaseConfig):
     reward_type: Annotated[str, Choices(*REWARD_TYPES)] = _option(
         "probability",
         "Measure of what a thought adds to the prediction of the M true tokens after it: `probability`, "
-        "`log_likelihood`, `accuracy`, or `binary`, which is 1 where accuracy rises and 0 elsewhere.",
+        "`sequence_probability` (of all of them together: for answers), `log_likelihood`, `accuracy`, or `binary`, which "
+        "is 1 where accuracy rises and 0 elsewhere.",
     )
     reward_prediction: Annotated[str, Choices("mixed", "thought")] = _option(
         SAVED.prediction,

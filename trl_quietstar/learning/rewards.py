@@ -96,10 +96,18 @@ def binary(gains: Gains) -> torch.Tensor:
     return (rewards > 0).to(rewards.dtype)
 
 
-# `reward_type` by its name: each gives the mean over a thought's talk, `(B, J, G)`, and 0 where no talk token counts. A new
+def sequence_probability(gains: Gains) -> torch.Tensor:
+    """Probability of the whole talk, the product over its tokens, with minus without, in [-1, 1] (VeriFree,
+    huggingface.co/papers/2505.21493): a talk with one wrong token earns next to nothing."""
+    with_, without = (talk_log_likelihood(x, gains.mask).exp() for x in (gains.logps_with, gains.logps_without))
+    return with_ - without
+
+
+# `reward_type` by its name: each gives one number for a thought's talk, `(B, J, G)`, and 0 where no talk token counts. A new
 # one is a function above and its name here
 REWARDS: dict[str, Callable[[Gains], torch.Tensor]] = {
     "probability": probability,
+    "sequence_probability": sequence_probability,
     "log_likelihood": log_likelihood,
     "accuracy": accuracy,
     "binary": binary,
@@ -116,7 +124,7 @@ def thought_rewards(
     reward_type: str,
 ) -> torch.Tensor:
     """
-    The gain of each thought, averaged over its talk.
+    The gain of each thought.
 
     Args:
         logps_with, logps_without, correct_with, correct_without, mask:
