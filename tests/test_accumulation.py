@@ -3,12 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from trl_quietstar.learning.experience import StepPart
 
 from .tiny import byte_tokenizer, exact_model
-from .training import log_of, logged, tiny_trainer
+from .training import Gradients, log_of, logged, tiny_trainer
 
 
 TEXTS = [
@@ -41,16 +40,6 @@ CASES = {
     ),
 }
 IN_HALVES = ("default", "standardized")
-
-
-class Gradients(TrainerCallback):
-    """Keeps those of every step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 def run(folder, rows: int, batches: int, **options):

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.config import _has_bf16
+from trl_quietstar.rules import has_bf16
 from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
@@ -169,10 +169,10 @@ def test_bf16_is_for_an_accelerator_that_has_it(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(module, name, lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert _has_bf16()
+    assert has_bf16()
     assert not QuietStarConfig(str(tmp_path), use_cpu=True).bf16
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
-    assert not _has_bf16()
+    assert not has_bf16()
 
 
 def loaded(tmp_path, **options):

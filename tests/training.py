@@ -117,6 +117,16 @@ class States(TrainerCallback):
         return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
 def finite(value) -> bool:
     """Whether something is a number, and none that means a fault."""
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-import torch
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import logging
 
 from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
@@ -26,6 +25,7 @@ from .rules import (
     check_thinking,
     check_training,
     check_type,
+    has_bf16,
 )
 from .settings import OPTIONS, QuietStarSettings
 
@@ -227,6 +227,11 @@ class QuietStarConfig(BaseConfig):
         "Whether to normalise advantages over the batch of an optimizer step. With gradient accumulation, all "
         "thoughts of a step are then sampled and judged first, which costs one more forward pass.",
     )
+    advantage_threshold: Annotated[float | None, Limits(0)] = _option(
+        None,
+        "Least size of an advantage that is trained on. Thoughts below it are left out of the update once they have been "
+        "judged, with groups that are solved or hopeless. None: all thoughts are trained on.",
+    )
     positive_advantages_only: bool = _option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
     )
@@ -389,7 +394,7 @@ class QuietStarConfig(BaseConfig):
     def __post_init__(self):
         self._check_types({**QuietStarConfig.__annotations__, **LIMITS})
         if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and _has_bf16()
+            self.bf16 = not self.use_cpu and has_bf16()
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
         for name, read in READERS.items():
             setattr(self, name, read(getattr(self, name)))
@@ -492,9 +497,3 @@ def _notes(kind: type[_Note]) -> dict[str, _Note]:
 LIMITS: dict[str, Limits] = {**_notes(Limits), **TRAINER_LIMITS}
 CHOICES: dict[str, Choices] = _notes(Choices)
 STAGE_FIELDS = tuple(_notes(Staged))
-
-
-def _has_bf16() -> bool:
-    """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()

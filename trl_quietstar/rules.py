@@ -11,6 +11,9 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
 
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
 from .learning.advantages import BASELINES
 
 
@@ -243,6 +246,21 @@ def check_thinking(args: "QuietStarConfig") -> None:
             f"`unfinished_thought_penalty={args.unfinished_thought_penalty}` is for thoughts that may end by themselves; "
             "set `min_thought_length` or `thought_stop_string`."
         )
+    if args.advantage_threshold is not None:
+        contradicts = {"num_iterations": 1, "distillation_coefficient": 0}
+        wrong = [
+            f"`{name}={getattr(args, name)}`" for name, value in contradicts.items() if getattr(args, name) != value
+        ]
+        if BASELINES[args.advantage_baseline].uses_value_head:
+            wrong.append(
+                f"`advantage_baseline={args.advantage_baseline!r}`, whose value head learns from every thought"
+            )
+        if wrong:
+            raise ValueError(
+                f"`advantage_threshold={args.advantage_threshold}` leaves thoughts out of the update, and does not go with "
+                f"{' and '.join(wrong)}; set `advantage_baseline='leave_one_out'`, one update on a batch and no "
+                "distillation, or leave the threshold out."
+            )
     bounds = args.reward_clip_range
     if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
         raise ValueError(f"`reward_clip_range` is {bounds}; give two numbers, the lower one first.")
@@ -326,3 +344,12 @@ def check_processes_and_memory(args: "QuietStarConfig") -> None:
             "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
             "they read; leave it out."
         )
+
+
+# What a machine can do
+
+
+def has_bf16() -> bool:
+    """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()

@@ -253,7 +253,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         batch = BatchResult(rows.sampled, scores, experience, loss, terms, part.share, written=written)
         finite = self.guard.check(batch, part)
         if finite is not None:
-            self.runlog.add(replace(batch, finite=finite), request.plan, part.training)
+            self.runlog.add(replace(batch, finite=finite, **part.judged), request.plan, part.training)
         # engines average gradients over processes, whose parts add up
         return loss * self.accelerator.num_processes if part.training else loss
 

@@ -1,7 +1,7 @@
 """What sampling and judging a batch's thoughts gave: all that an update needs beside the scores of the current policy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -161,6 +161,65 @@ def finish_advantages(
     return [replace(x, advantages=values) for x, values in zip(experiences, advantages, strict=True)]
 
 
+@torch.no_grad()
+def worth_training_on(
+    experience: Experience, threshold: float, talk_length: Callable[[torch.Tensor], int], keeps_rows: bool
+) -> tuple[torch.Tensor, Experience]:
+    """
+    The part of a batch's experience whose advantages are large enough to be trained on.
+
+    A thought whose advantage is 0 adds nothing to the policy gradient. So groups in which all thoughts earn the same, solved
+    or hopeless, only cost time.
+
+    Args:
+        experience ([`Experience`]):
+            Of the batch, with one advantage for all tokens of a thought.
+        threshold (`float`):
+            The least size of an advantage that is kept; one that is no number is kept too, for the fault to be found.
+        talk_length (`Callable`):
+            From the index of rows to M of a batch of them.
+        keeps_rows (`bool`):
+            Whether rows without a thought that is kept stay, for their text.
+
+    Returns:
+        `tuple`: the index of the rows, `(rows,)`, in the host's memory, at least one; and their experience. Slots of thoughts
+            that are left out are empty, with a talk of weight 0.
+    """
+    thoughts, L = experience.thoughts, experience.thoughts.mask.shape[3]
+    kept = thoughts.mask[..., 0] & ~(experience.advantages.abs().amax(-1) < threshold)  # (B, J, G)
+    kept = kept.cpu()
+    rows = torch.arange(len(kept)) if keeps_rows else kept.flatten(1).any(1).nonzero().flatten()
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    kept = kept[rows]
+    J, G = max(int(kept.any(2).sum(1).max()), 1), max(int(kept.sum(2).max()), 1)
+    columns = torch.argsort((~kept.any(2)).int(), dim=1, stable=True)[:, :J]
+    kept = kept.gather(1, columns[..., None].expand(-1, -1, kept.shape[2]))
+    places = torch.argsort((~kept).int(), dim=2, stable=True)[..., :G]
+    kept = kept.gather(2, places)
+    lengths = thoughts.host_mask[rows[:, None, None], columns[..., None], places].sum(-1) * kept
+    cut, M = max(int(lengths.max()), 1) if L else L, talk_length(rows)
+    device = thoughts.mask.device
+    at, each, kept = (rows.to(device), columns.to(device)), places.to(device), kept.to(device)
+    of_thought = (at[0][:, None, None], at[1][..., None], each)
+    of_talk = (at[0][:, None], at[1])
+    positions = Positions(thoughts.positions.index[of_talk], thoughts.positions.mask[of_talk] & kept.any(2))
+    mask = thoughts.mask[of_thought][..., :cut] & kept[..., None]
+    weights = 1.0 if experience.talk_weights is None else experience.talk_weights[of_thought]
+    reference = experience.reference_logps
+    return rows, Experience(
+        Thoughts(positions, thoughts.token_ids[of_thought][..., :cut] * mask, mask),
+        experience.talk_mask[of_talk][..., :M],
+        experience.logps_without[of_talk][..., :M],
+        experience.correct_without[of_talk][..., :M],
+        experience.rewards[of_thought],
+        experience.advantages[of_thought][..., :cut],
+        experience.returns[of_thought][..., :cut],
+        experience.sampled_logps[of_thought][..., :cut],
+        None if reference is None else reference[of_thought][..., :cut],
+        weights * kept.to(experience.rewards.dtype),
+    )
+
+
 def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:
     """The tensors of a step's batches by name, for a file; [`unflat`] takes them back."""
     tensors: dict[str, torch.Tensor] = {}
@@ -207,6 +266,9 @@ class StepPart:
             The batch's thoughts, where they had to be sampled ahead of the step.
         experience ([`Experience`], *optional*):
             The batch's experience, where thoughts had to be judged ahead, or were in an earlier update.
+        judged (`dict`):
+            Text, scores and experience of all thoughts of the batch, by the names of [`~learning.metrics.BatchResult`], where
+            only some of them are trained on: what is logged is of all.
     """
 
     rows: list[int]
@@ -216,3 +278,4 @@ class StepPart:
     counts: TokenCounts | None = None
     thoughts: Thoughts | None = None
     experience: Experience | None = None
+    judged: dict = field(default_factory=dict)

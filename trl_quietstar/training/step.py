@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import QuietStarConfig
-from ..learning.experience import Experience, StepPart, experience_of, finish_advantages, flat, unflat
+from ..learning.experience import (
+    Experience,
+    StepPart,
+    experience_of,
+    finish_advantages,
+    flat,
+    unflat,
+    worth_training_on,
+)
 from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.rewards import RewardFunction
 from ..text.batch import Text, talk_after
@@ -137,9 +145,9 @@ class OptimizerStep:
             self._experiences = []  # of another sampling, or of other processes
         if self._experiences:
             parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
-        elif len(texts) < 2:
+        elif args.advantage_threshold is None and len(texts) < 2:
             return parts
-        elif args.normalize_advantages:
+        elif args.normalize_advantages or args.advantage_threshold is not None:
             parts = self._judged_ahead(model, parts)
         elif args.thought_positions == "difficulty" or self.thinker.sampling.stop is not None:
             pairs = zip(texts, parts, strict=True)
@@ -147,7 +155,25 @@ class OptimizerStep:
         counts = [self._counts(*x) for x in zip(texts, parts, strict=True)]
         counts += [self._written_counts(x.written) for x in self._divided if x.written is not None]
         total = TokenCounts.total(counts, self._sum)
-        return [replace(part, counts=total) for part in parts]
+        parts = [replace(part, counts=total) for part in parts]
+        if args.advantage_threshold is not None:  # the means stay those over all thoughts
+            parts = [self._worth_training_on(i, part) for i, part in enumerate(parts)]
+        return parts
+
+    def _worth_training_on(self, number: int, part: StepPart) -> StepPart:
+        """Leaves the thoughts with small advantages out of a batch that was judged ahead, with rows that have no others."""
+        divided, args = self._divided[number], self.args
+        assert part.experience is not None and args.advantage_threshold is not None
+        text = divided.sampled
+
+        def talk_length(rows: torch.Tensor) -> int:
+            return self.thinker.talk_length(text.rows(rows))
+
+        keeps_rows = args.base_nll_coefficient > 0
+        rows, experience = worth_training_on(part.experience, args.advantage_threshold, talk_length, keeps_rows)
+        kept = rows.tolist()
+        self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in kept])
+        return replace(part, rows=[part.rows[row] for row in kept], experience=experience)
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
         """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
@@ -175,16 +201,24 @@ class OptimizerStep:
 
     @torch.no_grad()
     def _judged_ahead(self, model: nn.Module, parts: list[StepPart]) -> list[StepPart]:
-        """Thoughts of all batches and what they are worth, in a pass of their own: advantages are standardized over all
-        of them, before the first one is trained on."""
-        experiences = []
+        """Thoughts of all batches and what they are worth, in a pass of their own, before the first one is trained on: advantages
+        are standardized over all of them, or tell which are trained on."""
+        experiences, judged = [], []
         for batch, divided, part in zip(self._batches, self._divided, parts, strict=True):
             text = divided.sampled
             request = self.thinker.request(text, replace(part, thoughts=self.thinker.sample(text, part)))
-            columns = divided.columns(batch)
-            experiences.append(self._experience(request, request.scores(model), columns))
+            scores = request.scores(model)
+            experiences.append(self._experience(request, scores, divided.columns(batch)))
+            judged.append({"text": text, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
-        return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
+        if self.args.num_iterations > 1:
+            self._experiences = experiences
+        if self.args.advantage_threshold is None:
+            judged = [{} for _ in parts]
+        return [
+            replace(part, experience=x, judged={**seen, "experience": x} if seen else {})
+            for part, x, seen in zip(parts, experiences, judged, strict=True)
+        ]
 
     def _experience(self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling

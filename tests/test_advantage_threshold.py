@@ -1,0 +1,149 @@
+"""Thoughts whose advantage is too small to be trained on are left out of the update, and of nothing else."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_quietstar.learning.experience import Experience, worth_training_on
+from trl_quietstar.text.batch import Positions, Thoughts
+
+from .tiny import byte_tokenizer, exact_model
+from .training import Gradients, logged, tiny_args, tiny_trainer
+
+
+TEXTS = [
+    "1 plus 1 is 2 .",
+    "7 plus 12 is 19 . 3 plus 4 is 7 . 8 plus 0 is 8 .",
+    "5",
+    "2 plus 19 is 21 . 6 plus 6 is 12 .",
+]
+POLICY = dict(
+    advantage_baseline="leave_one_out",
+    positive_advantages_only=True,
+    num_thoughts=4,
+    policy_coefficient=300.0,  # rewards of random weights are tiny
+    nll_coefficient=0.0,
+    reader_nll_coefficient=0.0,
+    base_nll_coefficient=0.0,
+    entropy_coefficient=0.0,
+    min_entropy_coefficient=0.0,
+)
+CASES = {
+    "policy": {},
+    "early ends": dict(min_thought_length=1, thought_stop_string="1"),
+    "text": dict(base_nll_coefficient=1.0),
+    "standardized": dict(normalize_advantages=True),
+    "reference": dict(no_thought_model="reference"),
+    "replay": dict(thought_path="replay"),
+}
+
+
+def run(folder, rows: int = 4, batches: int = 1, **options):
+    """Gradients of one step, and the trainer."""
+    gradients = Gradients()
+    trainer = tiny_trainer(
+        folder,
+        model=exact_model(vocab_size=len(byte_tokenizer())),
+        data=Dataset.from_dict({"text": TEXTS}),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=batches,
+        max_steps=1,
+        value_head_hidden_size=256,
+        max_grad_norm=0.0,
+        callbacks=[gradients],
+        **{**POLICY, **options},
+    )
+    trainer.train()
+    return gradients.steps[0], trainer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_left_out_added_nothing(name, tmp_path):
+    """Advantages of 0 left out: gradients to 1e-9 and all metrics are those of the update on every thought."""
+    whole, oracle = run(tmp_path, **CASES[name])
+    for rows, batches in ((4, 1), (2, 2)):
+        ours, trainer = run(tmp_path, rows, batches, advantage_threshold=1e-12, **CASES[name])
+        for parameter, gradient in whole.items():
+            mine = ours.get(parameter, torch.zeros(()))
+            torch.testing.assert_close(mine.expand_as(gradient), gradient, rtol=1e-7, atol=1e-9, msg=parameter)
+        for metric, value in logged(oracle)[0].items():
+            if metric not in ("rl/tokens_per_second", "rl/coherence"):  # coherence is of the first batch
+                assert logged(trainer)[0][metric] == pytest.approx(value, rel=1e-6, abs=1e-9), metric
+    assert any(g.abs().max() > 1e-3 for g in whole.values())
+
+
+def test_fewer_thoughts_are_trained_on(tmp_path, monkeypatch):
+    """The update runs less than half of the thoughts; with a threshold that none reaches, it runs one empty row and changes
+    nothing."""
+    seen = []
+    trainer_module = "trl_quietstar.trainer"
+    from trl_quietstar.trainer import quietstar_loss
+
+    def spy(inputs, *args, **kwargs):
+        seen.append(inputs.thought_mask)
+        return quietstar_loss(inputs, *args, **kwargs)
+
+    monkeypatch.setattr(f"{trainer_module}.quietstar_loss", spy)
+    run(tmp_path)
+    run(tmp_path, advantage_threshold=1e-12)
+    gradients, _ = run(tmp_path, advantage_threshold=1e9)
+    whole, kept, none = (int(mask.sum()) for mask in seen)
+    assert 0 < kept <= whole / 2 and none == 0 and seen[2].shape[0] == 1
+    assert not any(g.any() for g in gradients.values())
+
+
+def test_each_thought_keeps_what_it_earned():
+    """Of ragged positions and groups, exactly the thoughts above the threshold are left, each with its own numbers."""
+    generator = torch.Generator().manual_seed(0)
+    B, J, G, L, M = 3, 4, 5, 6, 4
+    exists = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    lengths = torch.randint(1, L + 1, (B, J, G, 1), generator=generator)
+    mask = (torch.arange(L) < lengths) & exists[..., None, None]
+    ids = torch.arange(B * J * G * L).view(B, J, G, L)
+    advantage = torch.rand(B, J, G, generator=generator) * exists[..., None]
+    spread = advantage[..., None] * mask
+
+    def talk():
+        return torch.rand(B, J, 1, M, generator=generator)
+
+    experience = Experience(
+        Thoughts(Positions(torch.arange(J).expand(B, J), exists), ids * mask, mask),
+        talk() > 0.3,
+        talk(),
+        talk() > 0.5,
+        advantage * 7,
+        spread,
+        spread,
+        -spread,
+    )
+    rows, kept = worth_training_on(experience, 0.8, lambda rows: M - 1, keeps_rows=False)
+    wanted = {int(ids[b, j, g, 0]): (b, j, g) for b, j, g in (advantage >= 0.8).nonzero().tolist()}
+    found = {}
+    for r, j, g in kept.thoughts.mask[..., 0].nonzero().tolist():
+        own = kept.thoughts.token_ids[r, j, g]
+        found[int(own[0])] = (r, j, g)
+        b, old_j, old_g = wanted[int(own[0])]
+        assert rows[r] == b and kept.thoughts.positions.index[r, j] == old_j
+        length = int(mask[b, old_j, old_g].sum())
+        assert (
+            own[:length].tolist() == ids[b, old_j, old_g, :length].tolist()
+            and kept.thoughts.mask[r, j, g].sum() == length
+        )
+        assert kept.rewards[r, j, g] == experience.rewards[b, old_j, old_g] and kept.talk_weights[r, j, g] == 1
+        assert torch.equal(kept.logps_without[r, j], experience.logps_without[b, old_j, :, : M - 1])
+    assert found.keys() == wanted.keys() and len(wanted) > 5
+    assert kept.talk_weights.sum() == len(wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(advantage_baseline="value"),
+        dict(num_iterations=2, advantage_baseline="mean"),
+        dict(distillation_coefficient=0.1, advantage_baseline="mean"),
+    ],
+)
+def test_contradictions_are_refused(options, tmp_path):
+    """The value head, further updates and distillation want every thought."""
+    with pytest.raises(ValueError, match="`advantage_threshold=0.1` leaves thoughts out"):
+        tiny_args(tmp_path, advantage_threshold=0.1, **options)
