@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PrinterCallback, Trainer
@@ -52,7 +53,7 @@ MODEL = ".demo/SmolLM2-135M-Instruct"
 ARMS = ("thinking", "supervised", "plain", "no_cold_start")
 STAGE_OF = {"cold_start": "written", "supervised": "written", "thinking": "reinforcement"}
 STAGE_OF |= {"plain": "plain", "no_cold_start": "reinforcement"}
-ORDER_LENGTH = 400_000  # rows, after which an order begins anew
+ORDER_LENGTH = 100_000  # rows, after which an order begins anew
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class Runs:
         others = sorted(set(range(len(data))) - set(taught))
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         mix = {"written": step, "reinforcement": self.settings.written_mix if has_written else 0, "plain": 0}[stage]
-        trainer.train_dataset = data.select(order(others, taught, step, mix, self.seed))
+        trainer.train_dataset = data.select(np.array(order(others, taught, step, mix, self.seed)))
         return trainer
 
     def _rows(self, longest: int) -> Dataset:
@@ -371,13 +372,21 @@ def claim(output: Path, values: dict) -> None:
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, values)
-    known = json.loads(file.read_text())
-    different = [name for name in values if values[name] != known.get(name)]
+    ours, known = flat(values), flat(json.loads(file.read_text()))
+    different = [name for name in {**known, **ours} if known.get(name) != ours.get(name)]
     if different:
+        listed = ", ".join(f"{name} {known.get(name)!r} ({ours.get(name)!r} here)" for name in different)
         raise ValueError(
-            f"{output} has runs with other settings: {', '.join(f'{x} {known.get(x)} ({values[x]} here)' for x in different)}. "
-            "Take another `--output`, or the same command as before."
+            f"{output} has runs with other settings: {listed}. Take another `--output`, or the same command as before."
         )
+
+
+def flat(values: dict, before: str = "") -> dict:
+    """Nested settings under names such as `stages.plain.learning_rate`."""
+    named: dict = {}
+    for name, value in values.items():
+        named |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return named
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def clock_until(end: int):
         yield float(tick)
 
 
-@pytest.mark.parametrize("arm", [arm for arm in real.ARMS if arm != "supervised"])
+@pytest.mark.parametrize("arm", ["thinking", "plain", pytest.param("no_cold_start", marks=pytest.mark.slow)])
 def test_an_arm_uses_its_time_and_goes_on_after_a_kill(arm, model, tmp_path):
     """To the same results as a run that nothing disturbed; and a run that is finished is not run again."""
     runs(model, tmp_path / "whole").run(arm)
