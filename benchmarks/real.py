@@ -320,7 +320,7 @@ class Runs:
             exact |= solved
             found["right_chains"] = self.right_chains(thoughts)
             found |= measures.group_shares(trainer, min(self.settings.watched, count))
-            validation = trainer.validate_thoughts()
+            validation = measures.validated(trainer)
             found |= {"anti_theater_passed": validation.passed, "anti_theater": validation.metrics()}
             rows = zip(self.held_out, thoughts, solved["with"], strict=True)
             found["samples"] = [{**row, "thought": t, "right": right} for row, t, right in itertools.islice(rows, 12)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from benchmarks.real_tasks import Row
 from trl_quietstar import QuietStarREINFORCETrainer
+from trl_quietstar.evaluation.anti_theater import AntiTheaterReport
 from trl_quietstar.evaluation.controls import controlled
 from trl_quietstar.learning.rewards import useful
 from trl_quietstar.model.heads import ThinkingModel
@@ -145,6 +146,17 @@ def _think_and_score(
         helped = useful(scores.reader_logps, without, answer, trainer.args.useful_gain)[:, 0]
         found[name] = solved.cpu(), helped.cpu()
     return thoughts, found
+
+
+def validated(trainer: QuietStarREINFORCETrainer) -> AntiTheaterReport:
+    """Anti-theater validation on all held-out problems, with one sampled thought for each: more problems say more than more
+    thoughts on the same ones."""
+    sampling = trainer.thinker.sampling
+    trainer.thinker.sampling = replace(sampling, num_thoughts=1)
+    try:
+        return trainer.validate_thoughts()
+    finally:
+        trainer.thinker.sampling = sampling
 
 
 def thought_texts(thoughts: Thoughts, tokenizer: PreTrainedTokenizerBase) -> list[str]:

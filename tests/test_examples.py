@@ -124,6 +124,26 @@ def test_a_reward_of_ones_own_is_what_is_trained_on(material, tmp_path, monkeypa
     assert first["last"]["rl/thought_length"] == length
 
 
+def test_a_cold_start_imitates_then_samples(tmp_path, monkeypatch):
+    """The first step is taught by written thoughts and samples none; in the last one all are sampled."""
+    model = saved_model(tmp_path / "model")
+    run(
+        monkeypatch,
+        "cold_start.py",
+        "--model",
+        model,
+        "--imitate",
+        "1",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+    )
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("rl/written_nll" in entry for entry in history) and log(tmp_path / "out")
+    assert "eval_exact_match_with" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
 def test_only_the_last_talk_token_earns(monkeypatch):
     """The last that counts in each row, holes in the mask or not; nothing where none counts."""
     reward = runpy.run_path(str(EXAMPLES / "custom_reward.py"))["last_token_gain"]
