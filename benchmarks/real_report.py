@@ -26,14 +26,18 @@ Results = dict[str, list[dict]]
 Share = tuple[float, float, float]
 
 
-def read(folder: Path) -> Results:
-    """The finished runs by arm, one for each seed."""
+def read(folder: Path) -> tuple[Results, list[str]]:
+    """The finished runs by arm, one for each seed; and a line for each of the others."""
     results: Results = {name: [] for name in NAMES}
+    others = []
     for path in sorted(folder.glob("seed-*/*.json")):
         values = json.loads(path.read_text())
-        if values.get("arm") in NAMES and "exact" in values:
+        if "exact" in values:
             results[values["arm"]].append(values)
-    return results
+        else:
+            used = f"{values['seconds'] / 60:.1f} of {values['minutes']:g} minutes"
+            others.append(f"- not finished, and left out: {NAMES[values['arm']]}, seed {values['seed']}, {used}")
+    return results, others
 
 
 def pooled(runs: list[dict], condition: str) -> Share | None:
@@ -124,7 +128,7 @@ def report(folder: Path, picture: Path | None = None) -> str:
     Raises:
         `ValueError`: if no run in the folder is finished.
     """
-    results = read(folder)
+    results, others = read(folder)
     runs = [run for several in results.values() for run in several]
     if not runs:
         raise ValueError(f"No run in {folder} is finished; give it the command that began it once more.")
@@ -141,7 +145,7 @@ def report(folder: Path, picture: Path | None = None) -> str:
     checks.append(
         f"- exact match as measured is what `generate` writes for at least {alike:.0%} of the problems tried"
     )
-    return "\n\n".join([head, table(results), "\n".join(checks), samples(results)]).strip()
+    return "\n\n".join([head, table(results), "\n".join(checks + others), samples(results)]).strip()
 
 
 def plot(results: Results, path: Path) -> None:

@@ -206,11 +206,13 @@ def test_a_report_holds_every_arm(tmp_path):
     for found in outcomes:
         (tmp_path / "seed-0" / f"{found['arm']}.json").write_text(json.dumps(found))
     (tmp_path / "seed-1").mkdir()
-    (tmp_path / "seed-1/plain.json").write_text(json.dumps({"arm": "plain", "curve": []}))
+    running = {"arm": "plain", "seed": 1, "seconds": 90.0, "minutes": 9.0, "curve": []}
+    (tmp_path / "seed-1/plain.json").write_text(json.dumps(running))
     page = real_report.report(tmp_path, tmp_path / "curves.png")
     for name in real_report.NAMES.values():
         assert f"| {name} | 1 | 9.0 |" in page
     assert "70.0% [63.3%, 75.9%]" in page and "`1+1=2]`" in page
+    assert "not finished, and left out: plain training on answers, seed 1, 1.5 of 9 minutes" in page
     assert (tmp_path / "curves.png").stat().st_size > 0
     with pytest.raises(ValueError, match="No run"):
         real_report.report(tmp_path / "seed-1")
