@@ -206,7 +206,7 @@ class OptimizerStep:
         experiences, judged = [], []
         for batch, divided, part in zip(self._batches, self._divided, parts, strict=True):
             text = divided.sampled
-            request = self.thinker.request(text, replace(part, thoughts=self.thinker.sample(text, part)))
+            request = self.thinker.request(text, part)
             scores = request.scores(model)
             experiences.append(self._experience(request, scores, divided.columns(batch)))
             judged.append({"text": text, "scores": scores})
