@@ -92,7 +92,8 @@ def test_fewer_thoughts_are_trained_on(tmp_path, monkeypatch):
     assert not any(g.any() for g in gradients.values())
 
 
-def test_each_thought_keeps_what_it_earned():
+@pytest.mark.parametrize(("text_length", "keeps_rows", "group"), [(1, False, 1), (1000, False, 2), (1, True, 2)])
+def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
     """Of ragged positions and groups, exactly the thoughts above the threshold are left, each with its own numbers."""
     generator = torch.Generator().manual_seed(0)
     B, J, G, L, M = 3, 4, 5, 6, 4
@@ -101,6 +102,7 @@ def test_each_thought_keeps_what_it_earned():
     mask = (torch.arange(L) < lengths) & exists[..., None, None]
     ids = torch.arange(B * J * G * L).view(B, J, G, L)
     advantage = torch.rand(B, J, G, generator=generator) * exists[..., None]
+    advantage[2, 0] = torch.tensor([0.9, 0, 0, 0, 0])
     spread = advantage[..., None] * mask
 
     def talk():
@@ -116,7 +118,9 @@ def test_each_thought_keeps_what_it_earned():
         spread,
         -spread,
     )
-    rows, kept = worth_training_on(experience, 0.8, lambda rows: M - 1, keeps_rows=False)
+    rows, kept = worth_training_on(experience, 0.8, lambda rows: M - 1, text_length, keeps_rows)
+    assert len(rows) > 3 if group == 1 else rows.tolist() == [0, 1, 2]
+    assert kept.thoughts.mask.shape[2] == group
     wanted = {int(ids[b, j, g, 0]): (b, j, g) for b, j, g in (advantage >= 0.8).nonzero().tolist()}
     found = {}
     for r, j, g in kept.thoughts.mask[..., 0].nonzero().tolist():

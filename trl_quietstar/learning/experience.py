@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -163,7 +163,11 @@ def finish_advantages(
 
 @torch.no_grad()
 def worth_training_on(
-    experience: Experience, threshold: float, talk_length: Callable[[torch.Tensor], int], keeps_rows: bool
+    experience: Experience,
+    threshold: float,
+    talk_length: Callable[[torch.Tensor], int],
+    text_length: int,
+    keeps_rows: bool,
 ) -> tuple[torch.Tensor, Experience]:
     """
     The part of a batch's experience whose advantages are large enough to be trained on.
@@ -178,35 +182,31 @@ def worth_training_on(
             The least size of an advantage that is kept; one that is no number is kept too, for the fault to be found.
         talk_length (`Callable`):
             From the index of rows to M of a batch of them.
+        text_length (`int`):
+            T.
         keeps_rows (`bool`):
-            Whether rows without a thought that is kept stay, for their text.
+            Whether the loss is of the rows' text too: then each stays, once. Otherwise rows without a thought that is kept are
+            left out, and a row with many of them may come several times, with a few of them each.
 
     Returns:
         `tuple`: the index of the rows, `(rows,)`, in the host's memory, at least one; and their experience. Slots of thoughts
             that are left out are empty, with a talk of weight 0.
     """
-    thoughts, L = experience.thoughts, experience.thoughts.mask.shape[3]
-    kept = thoughts.mask[..., 0] & ~(experience.advantages.abs().amax(-1) < threshold)  # (B, J, G)
-    kept = kept.cpu()
-    rows = torch.arange(len(kept)) if keeps_rows else kept.flatten(1).any(1).nonzero().flatten()
-    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
-    kept = kept[rows]
-    J, G = max(int(kept.any(2).sum(1).max()), 1), max(int(kept.sum(2).max()), 1)
-    columns = torch.argsort((~kept.any(2)).int(), dim=1, stable=True)[:, :J]
-    kept = kept.gather(1, columns[..., None].expand(-1, -1, kept.shape[2]))
-    places = torch.argsort((~kept).int(), dim=2, stable=True)[..., :G]
-    kept = kept.gather(2, places)
-    lengths = thoughts.host_mask[rows[:, None, None], columns[..., None], places].sum(-1) * kept
-    cut, M = max(int(lengths.max()), 1) if L else L, talk_length(rows)
-    device = thoughts.mask.device
-    at, each, kept = (rows.to(device), columns.to(device)), places.to(device), kept.to(device)
-    of_thought = (at[0][:, None, None], at[1][..., None], each)
-    of_talk = (at[0][:, None], at[1])
-    positions = Positions(thoughts.positions.index[of_talk], thoughts.positions.mask[of_talk] & kept.any(2))
-    mask = thoughts.mask[of_thought][..., :cut] & kept[..., None]
+    thoughts = experience.thoughts
+    worth = thoughts.mask[..., 0] & ~(experience.advantages.abs().amax(-1) < threshold)
+    chosen = _chosen(worth.cpu(), keeps_rows)
+    lengths = thoughts.host_mask[chosen.rows[:, None, None], chosen.columns[..., None], chosen.places].sum(-1)
+    cut, M = max(int((lengths * chosen.kept).max()), 1), talk_length(chosen.rows)
+    if not keeps_rows:
+        chosen = _regrouped(chosen, text_length, cut + M + 1)
+    chosen = _Chosen(*(x.to(worth.device) for x in chosen))
+    of_talk = (chosen.rows[:, None], chosen.columns)
+    of_thought = (chosen.rows[:, None, None], chosen.columns[..., None], chosen.places)
+    positions = Positions(thoughts.positions.index[of_talk], thoughts.positions.mask[of_talk] & chosen.kept.any(2))
+    mask = thoughts.mask[of_thought][..., :cut] & chosen.kept[..., None]
     weights = 1.0 if experience.talk_weights is None else experience.talk_weights[of_thought]
     reference = experience.reference_logps
-    return rows, Experience(
+    return chosen.rows.cpu(), Experience(
         Thoughts(positions, thoughts.token_ids[of_thought][..., :cut] * mask, mask),
         experience.talk_mask[of_talk][..., :M],
         experience.logps_without[of_talk][..., :M],
@@ -216,8 +216,56 @@ def worth_training_on(
         experience.returns[of_thought][..., :cut],
         experience.sampled_logps[of_thought][..., :cut],
         None if reference is None else reference[of_thought][..., :cut],
-        weights * kept.to(experience.rewards.dtype),
+        weights * chosen.kept.to(experience.rewards.dtype),
     )
+
+
+class _Chosen(NamedTuple):
+    """
+    Which thoughts of a batch are taken, and where they go.
+
+    Parameters:
+        rows (`torch.Tensor` of shape `(b,)`), columns (of shape `(b, j)`), places (of shape `(b, j, g)`):
+            Where each thought stands in the batch: its row, its position's number and its own.
+        kept (`torch.Tensor` of shape `(b, j, g)`, bool):
+            Which of them are taken; the others fill up.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    places: torch.Tensor
+    kept: torch.Tensor
+
+
+def _chosen(kept: torch.Tensor, keeps_rows: bool) -> _Chosen:
+    """Takes the thoughts where `kept`, of shape `(B, J, G)`, with as few rows, positions and places as hold them."""
+    rows = torch.arange(len(kept)) if keeps_rows else kept.flatten(1).any(1).nonzero().flatten()
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    kept = kept[rows]
+    J, G = max(int(kept.any(2).sum(1).max()), 1), max(int(kept.sum(2).max()), 1)
+    columns = torch.argsort((~kept.any(2)).int(), dim=1, stable=True)[:, :J]
+    kept = kept.gather(1, columns[..., None].expand(-1, -1, kept.shape[2]))
+    places = torch.argsort((~kept).int(), dim=2, stable=True)[..., :G]
+    return _Chosen(rows, columns, places, kept.gather(2, places))
+
+
+def _regrouped(chosen: _Chosen, text_length: int, slots: int) -> _Chosen:
+    """Gives rows fewer places, and repeats those with more thoughts, so that the fewest tokens are run."""
+    rows, columns, places, kept = chosen
+    most = kept.sum(2).amax(1).clamp(min=1)  # thoughts at any position of a row
+    G = _group_size(most, text_length, columns.shape[1] * slots)
+    again = torch.arange(len(rows)).repeat_interleave(-(-most // G))
+    first = torch.cat([torch.arange(0, int(number), G) for number in most])
+    at = (first[:, None] + torch.arange(G))[:, None].expand(-1, columns.shape[1], -1)
+    inside, at = at < kept.shape[2], at.clamp(max=kept.shape[2] - 1)
+    return _Chosen(rows[again], columns[again], places[again].gather(2, at), kept[again].gather(2, at) & inside)
+
+
+def _group_size(most: torch.Tensor, text_length: int, slots: int) -> int:
+    """How many thoughts a row is to hold at a position, so that fewest tokens are run: a row is as wide as the widest one, and
+    one with more thoughts comes again with its text."""
+    sizes = range(1, int(most.max()) + 1)
+    return min(sizes, key=lambda size: int((-(-most // size)).sum()) * (text_length + size * slots))
 
 
 def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:

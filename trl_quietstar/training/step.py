@@ -170,7 +170,8 @@ class OptimizerStep:
             return self.thinker.talk_length(text.rows(rows))
 
         keeps_rows = args.base_nll_coefficient > 0
-        rows, experience = worth_training_on(part.experience, args.advantage_threshold, talk_length, keeps_rows)
+        given = (part.experience, args.advantage_threshold, talk_length, text.input_ids.shape[1], keeps_rows)
+        rows, experience = worth_training_on(*given)
         kept = rows.tolist()
         self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in kept])
         return replace(part, rows=[part.rows[row] for row in kept], experience=experience)
@@ -206,7 +207,7 @@ class OptimizerStep:
         experiences, judged = [], []
         for batch, divided, part in zip(self._batches, self._divided, parts, strict=True):
             text = divided.sampled
-            request = self.thinker.request(text, part)
+            request = self.thinker.request(text, part, with_graph=False)
             scores = request.scores(model)
             experiences.append(self._experience(request, scores, divided.columns(batch)))
             judged.append({"text": text, "scores": scores})

@@ -209,12 +209,14 @@ class Thinker:
         finally:
             self.base.train(training)
 
-    def request(self, text: Text, part: StepPart) -> ThoughtRequest:
-        """What to score of a batch. Thoughts are sampled on the way where one pass is enough, and now where it is not."""
+    def request(self, text: Text, part: StepPart, with_graph: bool = True) -> ThoughtRequest:
+        """What to score of a batch. Thoughts are sampled on the way where one pass is enough, and now where it is not. Without a
+        graph for the backward, one pass is enough if all branches run at once."""
         args, plan = self.args, self.plan(text, part.training)
         thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
         if thoughts is None:
-            one_pass = plan.single_pass and not self._writes_nothing(text)
+            at_once = self.samples_in_graph and plan.sampling is None and plan.scoring is None and not with_graph
+            one_pass = (plan.single_pass or at_once) and not self._writes_nothing(text)
             thoughts = self.sampler(part) if one_pass else self.sample(text, part, plan)
         return self._request(text, thoughts, self.talk_length(text), args.logps_temperature, plan, part.training)
 
