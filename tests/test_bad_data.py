@@ -444,6 +444,7 @@ def test_rows_in_memory_are_left_as_they_are(tmp_path):
 
 
 def test_a_full_batch_of_too_few_rows(tmp_path):
-    """`dataloader_drop_last` would drop everything."""
-    with pytest.raises(ValueError, match="drops all 3 rows"):
-        tiny_trainer(tmp_path, data=Dataset.from_list(GOOD), dataloader_drop_last=True)
+    """`dataloader_drop_last` would drop everything, and an evaluation of nothing would pass for one of zeros."""
+    for data in (dict(data=Dataset.from_list(GOOD)), dict(evaluation=Dataset.from_list(GOOD))):
+        with pytest.raises(ValueError, match="drops all 3 rows"):
+            tiny_trainer(tmp_path, **data, dataloader_drop_last=True)

@@ -403,24 +403,25 @@ def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig,
     check_length(longest, args.longest_thought, max_positions(config), text, thoughts, advice)
 
 
-def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig) -> None:
+def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, trains: bool) -> None:
     """
-    Refuses data without an end, or without a batch.
+    Refuses data to train on without an end, and data without a batch.
 
     Raises:
         `ValueError`: for a stream without `max_steps`, or fewer rows than a batch has where batches must be full.
     """
     if isinstance(dataset, IterableDataset):
-        if args.max_steps < 1:
+        if trains and args.max_steps < 1:
             raise ValueError(
                 f"A stream has no length, and `max_steps` is {args.max_steps}; set it to the steps to train."
             )
         return
-    batch = args.per_device_train_batch_size * args.world_size
+    option = f"per_device_{'train' if trains else 'eval'}_batch_size"
+    batch = getattr(args, option) * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(
-            f"`dataloader_drop_last=True` drops all {len(dataset)} rows of the train dataset, fewer than a batch of "
-            f"{batch}; lower `per_device_train_batch_size`, or leave it out."
+            f"`dataloader_drop_last=True` drops all {len(dataset)} rows of the {name} dataset, fewer than a batch of "
+            f"{batch}; lower `{option}`, or leave it out."
         )
 
 

@@ -47,8 +47,7 @@ def prepared(
         return None
     vocab_size = config.get_text_config().vocab_size
     dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_function)
-    if trains:
-        check_amount(dataset, args)
+    check_amount(dataset, args, name, trains)
     longest = longest_text(dataset, args.max_length)
     if longest is not None:
         check_longest(longest, args, config, is_stream=isinstance(dataset, IterableDataset))
