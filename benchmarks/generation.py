@@ -105,7 +105,9 @@ def measure(model, tokenizer, data: str, length: int, tokens: int, repeats: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default=".demo/train.jsonl", help="JSON lines; the first column is the text")
+    parser.add_argument(
+        "--data", default=".demo/word_problems/train.jsonl", help="JSON lines; the first column is the text"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--thought_length", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)

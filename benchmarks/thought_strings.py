@@ -1,6 +1,6 @@
 """Which strings should the start and end embeddings begin as? How well an untrained model reads on after each pair.
 
-    python -m benchmarks.thought_strings --model .demo/SmolLM2-135M-Instruct --data .demo/test.jsonl
+    python -m benchmarks.thought_strings --model .demo/SmolLM2-135M-Instruct --data .demo/word_problems/test.jsonl
 
 Prints, for thoughts sampled from the untrained model, the NLL (nats a token) of the true next tokens without a thought and
 by the thought's prediction alone. `make demo-data` prepares the model and the data.

@@ -4,7 +4,7 @@
 
 Without a hub, on what `make demo-data` prepares:
 
-    python examples/quickstart.py --model .demo/SmolLM2-135M-Instruct --data .demo/train.jsonl --steps 10
+    python examples/quickstart.py --model .demo/SmolLM2-135M-Instruct --data .demo/word_problems/train.jsonl --steps 10
 """
 
 import argparse

@@ -38,6 +38,7 @@ def test_a_recipe_trains_saves_and_reports(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     for phrase in ("Thoughts on held-out text", "NLL with thoughts", "NLL without thoughts", "before", "after"):
         assert phrase in printed
+    assert "exact match with thoughts" in printed and "No thought was taught." in printed
     out = tmp_path / "out"
     model = QuietStarForCausalLM.from_pretrained(out)
     assert model.quietstar_settings.thought_length == recipe["thought_length"]

@@ -54,6 +54,28 @@ def quickstart(material, tmp_path_factory) -> Path:
     return output
 
 
+def test_sums_of_the_demo(tmp_path):
+    """Held-out sums are no training sums; answers and thoughts are right; rows with thoughts come first, the same each time."""
+    demo = runpy.run_path(str(EXAMPLES / "prepare_demo.py"))
+    demo["write_sums"](tmp_path, seed=0)
+    train, test = (
+        [json.loads(line) for line in (tmp_path / f"sums_{part}.jsonl").open()] for part in ("train", "test")
+    )
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert len({row["prompt"] for row in test}) == len(test) == demo["HELD_OUT"]
+    for row in train + test:
+        assert int(row["completion"]) == eval(row["prompt"].strip(" ="))
+        if row.get("thought") is not None:  # two equal signs: a sum, what it comes to, and what is left to add
+            first, rest = row["thought"].removesuffix(" =").split("=")
+            assert row["prompt"].startswith(f" {first}") and eval(first) == int(rest[:-2])
+            assert eval(rest) == int(row["completion"])
+    taught = [row["prompt"] for row in train if row["thought"] is not None]
+    passes = [taught[i : i + demo["WRITTEN"]] for i in range(0, len(taught), demo["WRITTEN"])]
+    assert len(passes) == demo["TIMES"] and all(set(part) == set(taught) for part in passes)
+    others = [row["prompt"] for row in train[len(taught) :]]
+    assert len(set(others)) == len(others) == demo["SAMPLED"] and not set(others) & set(taught)
+
+
 def test_thoughts_and_their_control_are_measured_alike(tmp_path, monkeypatch):
     """Both arms start from the same numbers, stop when their time is up, and end elsewhere."""
     model = saved_model(tmp_path / "model", max_position_embeddings=512)

@@ -54,7 +54,7 @@ def test_a_real_model_without_thoughts_is_its_base(smollm):
 def test_an_untrained_real_model_with_thoughts_stays_close(smollm):
     """Before training, its own thoughts move the prediction of real text by under 0.05 nats (KL) on average."""
     model, tokenizer = smollm
-    row = json.loads((DEMO / "test.jsonl").read_text().splitlines()[0])
+    row = json.loads((DEMO / "word_problems/test.jsonl").read_text().splitlines()[0])
     text = Text.from_batch(tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"][:, :96])
     generators = seeded_generators(0, 0, [0])
     positions, path = choose_positions(text, 12, generators), SharedPrefix()

@@ -153,3 +153,21 @@ def test_a_recipe_trains(path, tmp_path):
         saved = torch.load(out / "checkpoint-2/optimizer.pt")
         assert [group["initial_lr"] for group in saved["param_groups"]] == [5e-4] * 5
         assert "grokfast" in saved["state"]
+
+
+def test_the_demo_trains(tmp_path, capsys):
+    """Its command on a tiny model and a few of its sums: it ends with both accuracies before and after, and says what was
+    taught."""
+    rows = [{"prompt": f" {a}+2-1=", "completion": str(a + 1), "thought": f"{a}+2={a + 2}-1 ="} for a in range(7)]
+    rows += [{"prompt": f" {a}-3+4=", "completion": str(a + 1), "thought": None} for a in range(3, 8)]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test.write_text('{"prompt": " 9-8+7=", "completion": "8"}\n')
+    flags = {"model_name_or_path": saved_model(tmp_path / "model"), "dataset_name": train, "eval_dataset_name": test}
+    flags |= {"output_dir": tmp_path / "out", "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert main(["train", "--config", str(FOLDER / "demo.yaml"), *argv]) == 0
+    printed = capsys.readouterr().out
+    for phrase in ("exact match without thoughts", "exact match with thoughts", "before", "after"):
+        assert phrase in printed
+    assert "7 of 12 training rows held a written thought" in " ".join(printed.split())

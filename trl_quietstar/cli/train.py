@@ -1,9 +1,12 @@
 """`trl-quietstar train`: trains from a recipe, with an evaluation before and after."""
 
+from typing import cast
+
+from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import QuietStarConfig
-from ..evaluation.report import print_anti_theater, print_comparison, print_thoughts
+from ..evaluation.report import print_anti_theater, print_comparison, print_teaching, print_thoughts
 from ..trainer import QuietStarREINFORCETrainer
 from .arguments import DataArguments, load_data, model_kwargs, named_model, parser_of
 
@@ -34,6 +37,8 @@ def run(argv: list[str]) -> None:
         if trainer.accelerator.is_main_process:
             print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
             print_comparison(before, after, f"After {trainer.state.global_step} steps")
+            if args.thought_positions != "none" and not data_args.dataset_streaming:
+                print_teaching(*_taught(trainer))
     if args.anti_theater_steps is not None:
         report = trainer.validate_thoughts()
         if trainer.accelerator.is_main_process:
@@ -43,6 +48,14 @@ def run(argv: list[str]) -> None:
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _taught(trainer: QuietStarREINFORCETrainer) -> tuple[int, int]:
+    """How many rows of the training data held a written thought that was trained in some stage, and how many rows there are."""
+    stages, dataset = trainer.args.stages, cast(Dataset, trainer.train_dataset)
+    is_taught = any(stages.at(step)["written_thought_coefficient"] > 0 for step in stages.starts)
+    written = dataset["written_ids"] if is_taught and "written_ids" in dataset.column_names else []
+    return sum(map(bool, written)), len(dataset)
 
 
 def _truth(value: str | bool | None) -> str | bool | None:

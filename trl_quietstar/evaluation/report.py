@@ -143,6 +143,8 @@ EVALUATION_ROWS = {
     "accuracy without thoughts": "eval_accuracy_without",
     "accuracy with thoughts": "eval_accuracy_with",
     "coherence": "eval_coherence",
+    "exact match without thoughts": "eval_exact_match_without",
+    "exact match with thoughts": "eval_exact_match_with",
 }
 
 
@@ -237,6 +239,20 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
         if key in before:
             table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     Console().print(table)
+
+
+def print_teaching(taught: int, rows: int) -> None:
+    """
+    Prints what of the thoughts was taught, and what was left to find.
+
+    Args:
+        taught (`int`), rows (`int`):
+            Number of training rows that held a written thought, and of all rows.
+    """
+    own = "Thoughts of its own it wrote" + (" for the other rows" if taught else "")
+    shown = f"{taught:,} of {rows:,} training rows held a written thought, which the model was taught to write. "
+    reward = "rewarded only for how likely they made the true text after them."
+    Console().print(RichText(f"{shown if taught else 'No thought was taught. '}{own}, {reward}"))
 
 
 TEST_LABELS = {
