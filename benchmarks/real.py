@@ -134,6 +134,8 @@ COMMON = {
     "reward_prediction": "thought",
     "advantage_baseline": "leave_one_out",
     "heads_learning_rate": 1e-3,
+    "base_nll_coefficient": 0.0,  # answers without thoughts are what `plain` is for
+    "reader_nll_coefficient": 0.0,  # the same as the other one, where the thought's prediction is the only one
     "preflight_thoughts": None,  # the first point of the curve tells more
     "per_device_eval_batch_size": 50,
     "bf16": True,

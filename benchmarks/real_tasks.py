@@ -25,7 +25,10 @@ Generator = Callable[[random.Random, int, int], Iterator[Row]]
 
 def chain_sum(generator: random.Random, terms: int, digits: int) -> Iterator[Row]:
     """
-    Sums and differences, such as `62-35+35-96=`, with the running sums `62-35=27+35=62-96=-34` as thought and ` -34` as answer.
+    Sums and differences, such as ` 62-35+35-96=`, with the running sums `62-35=27+35=62-96=-34` as thought and ` -34` as answer.
+
+    A prompt begins with a space, a token of its own that says nothing: models without a BOS token make a sink of attention of the
+    first token, and cannot read it.
 
     Each term has any number of digits up to `digits` with equal chance. (reasoning-gym's `chain_sum` draws one number of digits
     for all terms of a problem.)
@@ -40,7 +43,7 @@ def chain_sum(generator: random.Random, terms: int, digits: int) -> Iterator[Row
             total += number if sign == "+" else -number
             prompt += f"{sign}{number}"
             thought += f"{sign}{number}={total}"
-        yield {"prompt": f"{prompt}=", "completion": f" {total}", "thought": thought}
+        yield {"prompt": f" {prompt}=", "completion": f" {total}", "thought": thought}
 
 
 def gsm_symbolic(generator: random.Random, terms: int, digits: int) -> Iterator[Row]:
@@ -70,7 +73,7 @@ def read_gsm8k(data: str) -> list[Row]:
 def _word_problem(question: str, equations: list[str], answer: str) -> Row:
     thought = ", ".join("".join(equation.split()) for equation in equations)
     number = answer.strip().replace(",", "")
-    return {"prompt": f"{question.strip()}\nAnswer:", "completion": f" {number}", "thought": thought}
+    return {"prompt": f"Question: {question.strip()}\nAnswer:", "completion": f" {number}", "thought": thought}
 
 
 GENERATORS: dict[str, Generator] = {"chain_sum": chain_sum, "gsm_symbolic": gsm_symbolic}

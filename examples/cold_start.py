@@ -4,7 +4,7 @@
 
 The rows have a column `thought` beside `prompt` and `completion`. While `written_thought_coefficient` is above 0, a row that has a
 thought is taught by it, in the very slots in which thoughts are sampled later; a second stage of `curriculum` sets it to 0, and
-from then on thoughts are sampled and rewarded by the likelihood of the answer. Problems are sums such as `62-35+35=`, with the
+from then on thoughts are sampled and rewarded by the likelihood of the answer. Problems are sums such as ` 62-35+35=`, with the
 running sums as thought. The log has `rl/written_nll` in the first stage; in the second, `rl/mixed_groups` says how much there is
 to learn from: the share of problems on which some thoughts help and some do not.
 
@@ -28,7 +28,8 @@ def problem(generator: random.Random, terms: int = 3) -> dict[str, str]:
         total += number
         prompt += f"{number:+d}"
         thought += f"{number:+d}={total}"
-    return {"prompt": f"{prompt}=", "completion": f" {total}", "thought": thought}
+    # a space first: models without a BOS token cannot read the first token, which is a sink of attention
+    return {"prompt": f" {prompt}=", "completion": f" {total}", "thought": thought}
 
 
 def main() -> None:

@@ -120,13 +120,13 @@ def test_thoughts_are_the_steps_to_the_answer(tmp_path):
     """In sums, and in what GSM8K marks."""
     train, taught, _ = real_tasks.draw("chain_sum", 0, **SIZE, data="")
     for row in train:
-        assert eval(row["prompt"].removesuffix("=").replace("=", "")) == int(row["completion"])
+        assert eval(row["prompt"].strip(" =")) == int(row["completion"])
         assert row["thought"].endswith(f"={row['completion'].strip()}") and row["thought"].count("=") == 2
-    assert [len(row["prompt"]) for row in taught[-2:]] == [6, 6]  # easy ones
+    assert [len(row["prompt"]) for row in taught[-2:]] == [7, 7]  # easy ones
     data = tmp_path / "gsm8k.jsonl"
     data.write_text('{"question": "Q?", "answer": "2 * 3 = <<2*3=6>>6, less 1: <<6-1 = 5>>5\\n#### 1,005"}\n')
     assert real_tasks.read_gsm8k(str(data)) == [
-        {"prompt": "Q?\nAnswer:", "completion": " 1005", "thought": "2*3=6, 6-1=5"}
+        {"prompt": "Question: Q?\nAnswer:", "completion": " 1005", "thought": "2*3=6, 6-1=5"}
     ]
 
 
