@@ -144,11 +144,17 @@ SETTINGS = {
     "chain_sum": Settings(
         stages={
             "all": COMMON,
-            "written": {"per_device_train_batch_size": 8, "learning_rate": 3e-4},
+            "written": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
             "reinforcement": {
-                "per_device_train_batch_size": 18,
+                "per_device_train_batch_size": 34,
                 "num_thoughts": 8,
                 "learning_rate": 3e-5,
+                # of answers: partly right ones earn little, and thoughts without an advantage cost no update
+                "reward_type": "sequence_probability",
+                "nll_weighting": "probability",
+                "advantage_threshold": 0.02,
+                "positive_advantages_only": True,
+                "base_nll_coefficient": 0.0,
                 "logging_steps": 4,
             },
             "plain": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
