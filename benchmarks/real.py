@@ -1,6 +1,6 @@
 """Does thinking pay on a real model? A small pretrained model on problems with one right answer, in four ways for equal time.
 
-    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 90 --seeds 0 1 --output out/real
+    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 45 --seeds 0 1 --output out/real
     python -m benchmarks.real --report out/real --plot out/real.png
 
 Each arm has the same minutes of processor time for training; measuring and saving are not counted.
@@ -89,10 +89,10 @@ class Settings:
     easy: float = 0.0
     terms: int = 4
     digits: int = 2
-    cold_share: float = 0.5
+    cold_share: float = 0.25
     written_mix: int = 2
     warmup: float = 0.02
-    points: int = 10
+    points: int = 6
     checkpoint_minutes: float = 6.0
     stages: dict[str, dict] = field(default_factory=dict)
 
@@ -148,7 +148,7 @@ SETTINGS = {
             "reinforcement": {
                 "per_device_train_batch_size": 34,
                 "num_thoughts": 8,
-                "learning_rate": 3e-5,
+                "learning_rate": 1e-4,
                 # of answers: partly right ones earn little, and thoughts without an advantage cost no update
                 "reward_type": "sequence_probability",
                 "nll_weighting": "probability",
@@ -401,7 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="chain_sum")
     parser.add_argument("--arm", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=90.0, help="of processor time, for each arm and seed")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, for each arm and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--model", default=MODEL, help="a folder or a name on the Hub")
     parser.add_argument("--data", default="openai/gsm8k", help="GSM8K's JSON-lines file, or its name on the Hub")

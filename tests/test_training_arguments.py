@@ -88,7 +88,7 @@ CHANGES = {
     "greater_is_better": (dict(metric_for_best_model="eval_loss", **SAVES, **EVALUATES), True),
     "seed": ({}, 7),
     "data_seed": ({}, 7),
-    "dataloader_drop_last": (dict(max_steps=3), True),
+    "dataloader_drop_last": (dict(max_steps=3, per_device_eval_batch_size=1), True),
     "train_sampling_strategy": ({}, "sequential"),
     "skip_memory_metrics": ({}, False),
     "optim_args": (dict(optim="sgd"), "momentum=0.5"),
