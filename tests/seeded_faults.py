@@ -1,4 +1,4 @@
-"""Forty faults, one at a time in a copy of the package: does a test notice?
+"""Fifty faults, one at a time in a copy of the package: does a test notice?
 
     python -m tests.seeded_faults --results out/faults.json      # about a quarter of an hour on one core
     python -m tests.seeded_faults --check                        # which fragments need to be adapted
@@ -276,6 +276,67 @@ FAULTS = (
         "data_files",
     ),
     Fault("a flag that says true is a folder", '{"true": True, "false": False}.get', "{}.get", "cli"),
+    # written thoughts and what is learned from them
+    Fault(
+        "a written thought is placed a token late",
+        "common_prefix_length(own, ids) - 1",
+        "common_prefix_length(own, ids)",
+        "written_data",
+    ),
+    Fault(
+        "a written thought lacks its ending",
+        "thought if thought.endswith(stop) else thought + stop",
+        "thought",
+        "written_data",
+    ),
+    Fault(
+        "a row that only fills up is predicted",
+        "labels=torch.full_like(row.labels, -100)",
+        "labels=row.labels",
+        "written",
+    ),
+    Fault(
+        "written thoughts are averaged over sampled tokens",
+        "-_part(own.thought_logps, own.thought_mask, counts.written)",
+        "-_part(own.thought_logps, own.thought_mask, counts.thought)",
+        "written accumulation",
+    ),
+    Fault(
+        "the text after a written thought is left out",
+        '"reader_nll": -_part(own.reader_logps, talk, counts.talk),',
+        "",
+        "written accumulation",
+    ),
+    Fault(
+        "shares of a group do not add up to its size",
+        "logps.softmax(-1) * logps.shape[-1]",
+        "logps.softmax(-1)",
+        "rewards_objective",
+    ),
+    Fault(
+        "groups without a useful thought count as mixed",
+        "is_useful.any(-1) & ~is_useful.all(-1)",
+        "~is_useful.all(-1)",
+        "trainer preflight collapse",
+    ),
+    Fault(
+        "thoughts that fill up keep their talk",
+        "weights * chosen.kept.to(experience.rewards.dtype)",
+        "weights * torch.ones_like(chosen.kept, dtype=experience.rewards.dtype)",
+        "advantage_threshold",
+    ),
+    Fault(
+        "what is left out is left out of the log",
+        "replace(batch, finite=finite, **part.judged)",
+        "replace(batch, finite=finite)",
+        "advantage_threshold",
+    ),
+    Fault(
+        "preflight draws from the random numbers of training",
+        "generators = seeded_generators(self.trainer.args.seed, 0, numbers)",
+        "generators = [torch.default_generator for _ in numbers]",
+        "preflight",
+    ),
 )
 
 
