@@ -299,13 +299,13 @@ FAULTS = (
         "written thoughts are averaged over sampled tokens",
         "-_part(own.thought_logps, own.thought_mask, counts.written)",
         "-_part(own.thought_logps, own.thought_mask, counts.thought)",
-        "written accumulation",
+        "rewards_objective written",
     ),
     Fault(
         "the text after a written thought is left out",
         '"reader_nll": -_part(own.reader_logps, talk, counts.talk),',
         "",
-        "written accumulation",
+        "rewards_objective written",
     ),
     Fault(
         "shares of a group do not add up to its size",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trl_quietstar.learning.objective import (
     Coefficients,
     LossInputs,
+    WrittenInputs,
     entropy_coefficient,
     kl_divergence,
     policy_terms,
@@ -353,6 +354,29 @@ def test_thoughts_without_gain_teach_no_reader():
         quietstar_loss(LossInputs(**given_, talk_weights=weights), only("nll"))[0], given_["talk_logps"]
     )
     assert torch.equal(weighted, torch.where((rewards > 0)[..., None], plain, 0.0)) and plain[rewards <= 0].any()
+
+
+def test_written_thoughts_have_a_mean_of_their_own():
+    """Over their tokens; text and talk of both kinds of rows share one mean, and a written thought's talk has weight 1."""
+    given_, other = inputs(), inputs(1)
+    names = ("thought_logps", "thought_mask", "talk_logps", "reader_logps", "talk_mask", "text_logps", "text_mask")
+    # one thought at a place
+    written = WrittenInputs(
+        **{name: other[name][:, :, :1] if other[name].dim() == 4 else other[name] for name in names}
+    )
+    weights = torch.rand(given_["thought_mask"].shape[:3], dtype=torch.float64)
+    _, terms = quietstar_loss(LossInputs(**given_, talk_weights=weights, written=written), Coefficients())
+    expected = masked_mean(-written.thought_logps, written.thought_mask)
+    torch.testing.assert_close(terms["written_nll"], expected.detach(), rtol=1e-12, atol=0)
+    sampled = given_["talk_mask"].expand_as(given_["talk_logps"])
+    for term, name in (("nll_with", "talk_logps"), ("reader_nll", "reader_logps")):
+        total = (weights[..., None] * given_[name] * sampled).sum() + (
+            getattr(written, name) * written.talk_mask
+        ).sum()
+        wanted = -total.detach() / (sampled.sum() + written.talk_mask.sum())
+        torch.testing.assert_close(terms[term], wanted, rtol=1e-12, atol=0)
+    both = [torch.cat([given_[name], other[name]]) for name in ("text_logps", "text_mask")]
+    torch.testing.assert_close(terms["nll_without"], masked_mean(-both[0], both[1]).detach(), rtol=1e-12, atol=0)
 
 
 def test_kl_is_a_masked_mean_of_its_estimate():
