@@ -332,9 +332,9 @@ FAULTS = (
         "advantage_threshold",
     ),
     Fault(
-        "preflight draws from the random numbers of training",
-        "generators = seeded_generators(self.trainer.args.seed, 0, numbers)",
-        "generators = [torch.default_generator for _ in numbers]",
+        "preflight tries rows that will be imitated",
+        "usable = 0 if is_written else int(",
+        "usable = int(",
         "preflight",
     ),
 )
