@@ -101,7 +101,8 @@ def test_the_last_step_of_an_epoch_has_fewer_batches(tmp_path):
 # Several updates on a batch
 
 
-def test_further_updates_reuse_the_thoughts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("batches", "changes"), [(1, {}), (2, {}), (2, dict(normalize_advantages=True))])
+def test_further_updates_reuse_the_thoughts(batches, changes, tmp_path, monkeypatch):
     """Three updates a batch: thoughts are sampled and weighed once, and the rows of the next batch come after them."""
     from trl_quietstar.trainer import quietstar_loss
 
@@ -113,12 +114,14 @@ def test_further_updates_reuse_the_thoughts(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trl_quietstar.trainer.quietstar_loss", spy)
     options = dict(num_iterations=3, max_steps=6, heads_learning_rate=1e-2, nll_weighting="probability")
-    _, trainer = run(tmp_path, 4, 1, **options)
-    for first in (0, 3):
-        assert all(given is not None for given in calls[first])
-        for later in (1, 2):
-            assert all(ours is theirs for ours, theirs in zip(calls[first + later], calls[first], strict=True))
-    assert not torch.equal(calls[0][1], calls[3][1])
+    _, trainer = run(tmp_path, 4 // batches, batches, **options, **changes)
+    for batch in range(batches):
+        own = calls[batch::batches]  # of this batch, one for each update
+        for first in (0, 3):
+            assert all(given is not None for given in own[first])
+            for later in (1, 2):
+                assert all(ours is theirs for ours, theirs in zip(own[first + later], own[first], strict=True))
+        assert not torch.equal(own[0][1], own[3][1])
     rewards = [entry["rl/reward"] for entry in logged(trainer)]
     assert rewards[0] == rewards[1] == rewards[2] != rewards[3]
     assert [entry["rl/clip_ratio"] is not None for entry in logged(trainer)] == [True] * 6
