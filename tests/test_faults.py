@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from trl_quietstar import QuietStarConfig
@@ -102,6 +103,22 @@ def test_a_fault_costs_one_step(kind, value, named, tmp_path, messages):
     assert len({entry["learning_rate"] for entry in entries}) == 4  # the schedule keeps to the steps
     json.dumps(trainer.state.log_history, allow_nan=False)
     assert all_finite(trainer) and trainer.state.global_step == 4
+
+
+def test_a_fault_among_steps_of_imitation(tmp_path, messages):
+    """A step that is skipped leaves the other steps of its logging window in the log, also where none samples thoughts."""
+    data = {"prompt": ["1 plus 1 is"] * 8, "completion": [" 2 ."] * 8, "thought": [" 2"] * 8}
+    own = dict(thought_positions="prompt_end", talk_length="completion", min_thought_length=1, thought_length=4)
+    options = dict(data=Dataset.from_dict(data), logging_steps=2, max_steps=2, **own)
+    trainer = tiny_trainer(tmp_path, **options)
+    with spoilt("loss", {2}):
+        trainer.train()
+    (entry,) = logged(trainer, "loss")
+    oracle = tiny_trainer(tmp_path, **{**options, "max_steps": 1, "logging_steps": 1})
+    oracle.train()
+    (first,) = logged(oracle, "loss")
+    assert entry["rl/skipped_steps"] == 1 and len(messages()) == 1
+    assert entry["rl/written_nll"] == first["rl/written_nll"] and entry["rl/total_loss"] == first["rl/total_loss"]
 
 
 def test_the_row_is_named(tmp_path, messages):

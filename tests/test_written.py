@@ -167,3 +167,34 @@ def test_evaluation_samples(tmp_path):
     bare = tiny_trainer(tmp_path, data=data, evaluation=data.remove_columns("thought"), **ENDING).evaluate()
     ours = tiny_trainer(tmp_path, data=data, evaluation=data, **ENDING).evaluate()
     assert ours["eval_reward"] == bare["eval_reward"] != 0
+
+
+@pytest.mark.parametrize("option", [{}, {"gradient_accumulation_steps": 2}])
+def test_the_control_reads_no_written_thoughts(tmp_path, option):
+    """With `thought_positions='none'` training is plain, bit for bit as on data without written thoughts."""
+    options = dict(thought_positions="none", talk_length=2, max_steps=2, **option)
+    bare = trained(tmp_path, {name: SUMS[name] for name in ("prompt", "completion")}, **options)
+    control = trained(tmp_path, SUMS, **options)
+    assert_same_state(control.model, bare.model)
+    assert log_of(control) == log_of(bare)
+
+
+def test_what_is_not_sampled_is_not_logged(tmp_path, capsys):
+    """A logging window of imitation alone has no average reward, and prints no thoughts."""
+    data = {name: SUMS[name][::2] for name in SUMS}
+    stages = {"1": {"written_thought_coefficient": 0.0}}
+    trainer = trained(tmp_path, data, curriculum=stages, max_steps=2, log_thoughts=True)
+    taught, sampled = logged(trainer, "loss")
+    assert "rl/written_nll" in taught and not {"rl/reward", "rl/avg_reward_100", "rl/coherence"} & set(taught)
+    assert {"rl/avg_reward_100", "rl/coherence"} <= set(sampled)
+    printed = capsys.readouterr().out
+    assert "Thoughts at step 2" in printed and "Thoughts at step 1" not in printed
+
+
+def test_a_window_that_begins_with_imitation(tmp_path, capsys):
+    """Thoughts are printed, and their coherence is measured, by the first batch in which some are sampled."""
+    options = dict(train_sampling_strategy="sequential", per_device_train_batch_size=1, log_thoughts=True)
+    trainer = trained(tmp_path, SUMS, gradient_accumulation_steps=2, max_steps=1, **options)
+    (entry,) = logged(trainer)
+    assert 0 < entry["rl/coherence"] < 1 and entry["rl/num_thoughts"] == 2
+    assert "1 plus 1 is" in capsys.readouterr().out

@@ -304,7 +304,8 @@ class QuietStarConfig(BaseConfig):
     written_thought_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0,
         "Weight of the negative log-likelihood of written thoughts, which the data hold. Rows that hold any are trained by "
-        "them, and not by sampled thoughts. 0: written thoughts are not read, and all rows are sampled.",
+        "them, and not by sampled thoughts. 0: written thoughts are not read, and all rows are sampled. They are not read "
+        "with `thought_positions='none'` either.",
     )
     base_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
         1.0, "Weight of the text's negative log-likelihood without thoughts."

@@ -183,6 +183,9 @@ class MetricSums:
     def __bool__(self) -> bool:
         return bool(self._names)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
     def add(
         self,
         metrics: dict[str, Measured],

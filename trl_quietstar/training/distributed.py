@@ -46,6 +46,8 @@ def check_engine(accelerator: Accelerator) -> None:
 
 def greatest(value: int, accelerator: Accelerator) -> int:
     """The greatest of the processes' values."""
+    if accelerator.num_processes == 1:
+        return value
     return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
 
 

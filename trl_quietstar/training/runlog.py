@@ -19,8 +19,9 @@ from ..evaluation.page import write_page
 from ..evaluation.report import print_thoughts, thought_table
 from ..learning.metrics import EVAL_METRICS, BatchResult, MetricSums, run_metrics
 from ..learning.objective import Coefficients
+from ..text.positions import usable_positions
 from .collapse import CollapseWatch
-from .distributed import summed
+from .distributed import greatest, summed
 from .thinker import Thinker
 
 
@@ -104,7 +105,8 @@ class RunLog:
         """Adds a batch to the running sums, reduced over processes."""
         mode, tokenizer = "train" if training else "eval", self.thinker.tokenizer
         metrics = run_metrics(batch, self.args)
-        first = not self._sums[mode]  # of the logging window or of the evaluation
+        # of the logging window, among batches with a place for a sampled thought, or of the evaluation
+        first = self._first_with_places(batch) if training else not self._sums[mode]
         if first or not training:
             metrics["coherence"] = (self.thinker.coherence(batch, plan), batch.experience.exists)
         if first:
@@ -121,9 +123,16 @@ class RunLog:
         if training:
             self._batch_rewards.append(grown["reward"])
 
+    def _first_with_places(self, batch: BatchResult) -> bool:
+        """Whether no batch before has been asked for its coherence, and this one can be; the same on every process."""
+        if "coherence" in self._sums["train"]:
+            return False
+        usable = usable_positions(batch.text.host, self.args.thought_positions).any()
+        return greatest(int(usable), self.accelerator) > 0
+
     def forget_faulty(self) -> None:
         """After a step that was skipped: has the next batch begin the logging window, if nothing else is in it."""
-        if self._sums["train"].mean("reward") is None:
+        if self._sums["train"].mean("total_loss") is None:
             self._sums["train"] = MetricSums()
 
     # Logging windows
@@ -145,8 +154,9 @@ class RunLog:
         self.end_step()
         logs.update(self._window(logs, step, skipped))
         logs.update(self.collapse.training(logs, step))
+        has_thoughts = "coherence" in self._sums["train"] and "train" in self.samples
         self._sums["train"] = MetricSums()
-        if self.args.log_thoughts and "train" in self.samples and self.accelerator.is_main_process:
+        if self.args.log_thoughts and has_thoughts and self.accelerator.is_main_process:
             table = self._table("train", step)
             print_thoughts(table, f"Thoughts at step {step}")
             self._send("thoughts", table)
@@ -159,7 +169,7 @@ class RunLog:
         rewards = self.recent_rewards
         metrics |= {
             "rl/episode": step,
-            "rl/avg_reward_100": sum(rewards) / max(len(rewards), 1),
+            "rl/avg_reward_100": sum(rewards) / len(rewards) if rewards else None,
             "rl/entropy_coefficient": Coefficients.of(self.args, step - 1).entropy,  # of the last step
             "rl/num_thoughts": sums.total("num_thoughts") / max(step - self._last_logged_step, 1),
             "rl/learning_rate": logs.get("learning_rate"),

@@ -159,9 +159,9 @@ class Thinker:
     # Batches
 
     def divide(self, inputs: dict) -> Divided:
-        """A collated batch to train on, by what happens to its rows."""
-        text = self.text(inputs)
-        if not has_written(inputs) or self.args.written_thought_coefficient == 0:
+        """A collated batch to train on, by what happens to its rows. Plain training reads no written thoughts."""
+        text, args = self.text(inputs), self.args
+        if not has_written(inputs) or args.written_thought_coefficient == 0 or args.thought_positions == "none":
             return Divided(text, list(range(len(text.input_ids))))
         held = int((inputs["written_at"] >= 0).any())
         return divide(text, inputs, always=self.greatest(held) > 0)
