@@ -197,7 +197,7 @@ def test_a_saved_model_thinks_as_it_was_trained(options, tmp_path, capsys):
     assert json.loads((tmp_path / "m.json").read_text())["eval_reward"] == pytest.approx(
         metrics["eval_reward"], abs=1e-6
     )
-    assert "at the positions 'prompt_end', read for all that follow" in capsys.readouterr().out
+    assert "at the positions 'prompt_end', read for all that follow; temperature" in capsys.readouterr().out
     main(["generate", "--model", folder, "--prompt", "5 plus 6 is", "--show-thoughts", "--max_new_tokens", "4"])
     printed = capsys.readouterr()
     assert (
@@ -228,7 +228,8 @@ def test_a_text_without_prompts_has_no_prompt_end(tmp_path):
     trained(tmp_path)
     data = tmp_path / "texts.jsonl"
     data.write_text(json.dumps({"text": "3 plus 4 is 7 ."}))
-    with pytest.raises(ValueError, match="no text of the eval dataset has a prompt before its labels.*'all'"):
+    message = "no text of the eval dataset has a prompt before its labels.*`assistant_only_loss=True`.*'all'"
+    with pytest.raises(ValueError, match=message):
         main(["eval", "--model", str(tmp_path / "out"), "--dataset_name", str(data), "--use_cpu", "true"])
 
 

@@ -192,8 +192,8 @@ def saved_fields(source: str, **hub) -> dict:
 
 def thinking_line(args: QuietStarConfig) -> str:
     """Where and how a model thinks in an evaluation, in one sentence."""
-    read = "all that follow" if args.talk_length == "completion" else f"the next {args.talk_length}"
+    read = "all that follow" if args.talk_length == "completion" else f"the next {args.talk_length} tokens"
     return (
         f"Thoughts of up to {args.thought_length} tokens, {args.num_thoughts} at a time, at the positions "
-        f"{args.thought_positions!r}, read for {read} tokens; temperature {args.temperature:g}, seed {args.seed}."
+        f"{args.thought_positions!r}, read for {read}; temperature {args.temperature:g}, seed {args.seed}."
     )

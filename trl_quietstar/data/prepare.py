@@ -247,7 +247,7 @@ def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: s
         if prompt_end and any(has_position(row) for row in islice(dataset, most)):
             raise ValueError(
                 f"`thought_positions` is 'prompt_end', and no text of the {name} dataset has a prompt before its labels; give "
-                "'prompt' and 'completion', or set `thought_positions='all'`."
+                "'prompt' and 'completion', or set `assistant_only_loss=True` for 'messages', or `thought_positions='all'`."
             )
         raise ValueError(
             f"No text of the {name} dataset has a usable thought position: each needs a token whose next token is to "
