@@ -205,6 +205,16 @@ def test_a_saved_model_thinks_as_it_was_trained(options, tmp_path, capsys):
     )
 
 
+def test_a_pattern_of_thoughts_for_a_saved_model(tmp_path):
+    """How thoughts end is known from the model, so that the pattern alone is given."""
+    trained(tmp_path, thought_stop_string="]", thought_length=12)
+    data = tmp_path / "problems.jsonl"
+    data.write_text("\n".join(json.dumps({**row, "completion": f"[1]{row['completion']}"}) for row in PROBLEMS[:4]))
+    command = ["eval", "--model", str(tmp_path / "out"), "--dataset_name", str(data), "--use_cpu", "true"]
+    main([*command, "--thought_pattern", r"\[(.*?)\]", "--output_file", str(tmp_path / "m.json")])
+    assert json.loads((tmp_path / "m.json").read_text())["eval_nll_with"] > 0
+
+
 def test_an_inspected_text_has_a_prompt(tmp_path, capsys):
     """One thought, after the prompt; without a prompt there is none to show. Explicit flags win."""
     trained(tmp_path)

@@ -73,7 +73,6 @@ def test_switches_are_on_or_off(name, tmp_path):
         (dict(truncation_mode="middle"), "`truncation_mode` is 'middle'"),
         (dict(thought_pattern="["), "`thought_pattern` is '[', which is no regular expression (unterminated"),
         (dict(thought_pattern=".*"), "`thought_pattern` is '.*', which matches the empty text"),
-        (dict(thought_pattern="<(.*?)>"), "set `min_thought_length`, with which the EOS token ends a thought"),
         (dict(thought_pattern="<(.*?)>", thought_stop_string=">", packing=True), "set `packing=False`"),
     ],
     ids=str,

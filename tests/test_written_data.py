@@ -453,6 +453,7 @@ def test_bad_rows(case, tmp_path):
         (COLUMN | {"thought": "a"}, BRACKETS, "has the column 'thought', and `thought_pattern` is set; leave out"),
         (COLUMN | {"thought": "a"}, dict(packing=True, max_length=20), "which packing loses; set `packing=False`"),
         (COLUMN | {"thought": "a"}, dict(min_thought_length=None), "set `min_thought_length`, with which the EOS"),
+        (COLUMN, dict(thought_pattern="X", min_thought_length=None), "`thought_pattern` gives thoughts that end as"),
     ],
     ids=str,
 )

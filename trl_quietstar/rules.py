@@ -92,10 +92,6 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "torch_compile_mode": ((None, ""), NO_COMPILING),
 }
 
-NO_EARLY_ENDS = (
-    "gives thoughts that end as their writers ended them, and sampled thoughts would not end early; set `min_thought_length`, "
-    "with which the EOS token ends a thought, or `thought_stop_string`."
-)
 POSITIONS = ("all", "difficulty", "prompt_end", "none")
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the optimizers that Muon and Grokfast go with
 LAYERED = ("galore", "apollo")  # the optimizers that have target modules
@@ -316,8 +312,6 @@ def check_pattern(args: "QuietStarConfig") -> None:
         raise ValueError(
             "`packing=True` joins texts, and `thought_pattern` finds thoughts at places of one; set `packing=False`."
         )
-    if args.min_thought_length is None:
-        raise ValueError(f"`thought_pattern` {NO_EARLY_ENDS}")
 
 
 def check_processes_and_memory(args: "QuietStarConfig") -> None:

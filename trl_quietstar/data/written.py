@@ -19,7 +19,6 @@ from transformers.utils import logging
 from trl.data_utils import common_prefix_length
 
 from ..config import QuietStarConfig
-from ..rules import NO_EARLY_ENDS
 from ..thinking.drawing import thought_end
 from .batches import WRITTEN_COLUMNS
 from .rows import KINDS, refusal
@@ -86,7 +85,12 @@ def holds_thoughts(
     if packing:
         raise ValueError(f"The {name} dataset has the column 'thought', which packing loses; set `packing=False`.")
     if args.min_thought_length is None:
-        raise ValueError(f"The column 'thought' of the {name} dataset {NO_EARLY_ENDS}")
+        # not known with the options: the commands take what a saved model says of its thoughts
+        source = "`thought_pattern`" if has_pattern else f"The column 'thought' of the {name} dataset"
+        raise ValueError(
+            f"{source} gives thoughts that end as their writers ended them, and sampled thoughts would not end early; set "
+            "`min_thought_length`, with which the EOS token ends a thought, or `thought_stop_string`."
+        )
     if args.thought_stop_string is None and tokenizer.eos_token_id is None:
         raise ValueError(
             "The tokenizer has no EOS token that could end a written thought; set `thought_stop_string`, or "
