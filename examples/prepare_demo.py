@@ -25,9 +25,9 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTRUCTION = " Give the result as your final answer. Do not include units."
 DIGITS = range(1, 10)
 HELD_OUT_SHARE = 8  # one sum of so many is held out
-WRITTEN = 448  # sums with a written thought
+WRITTEN = 288  # sums with a written thought
 TIMES = 2  # that each of them is read
-SAMPLED = 128  # sums with their answer alone, after those
+SAMPLED = 64  # sums with their answer alone, after those
 HELD_OUT = 100
 
 
