@@ -229,8 +229,8 @@ class QuietStarConfig(BaseConfig):
     )
     advantage_threshold: Annotated[float | None, Limits(0)] = _option(
         None,
-        "Least size of an advantage that is trained on. Thoughts below it are left out of the update once they have been "
-        "judged, with groups that are solved or hopeless. None: all thoughts are trained on.",
+        "Least size of an advantage that is trained on. Once judged, thoughts below it are left out of every term of the "
+        "update, as in groups that are solved or hopeless. None: all thoughts are trained on.",
     )
     positive_advantages_only: bool = _option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
