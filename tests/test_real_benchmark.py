@@ -15,7 +15,8 @@ from .training import saved_model
 SIZE = dict(problems=30, written=8, held_out=6, terms=3, digits=2, easy=0.25)
 CHANGES = [
     *(f"{name}={value}" for name, value in SIZE.items()),
-    *("watched=4", "points=2", "warmup=0.1", "written_mix=1", "checkpoint_minutes=0.01"),
+    *("watched=4", "points=2", "warmup=0.1", "cold_share=0.5", "written_mix=1"),
+    "checkpoint_minutes=0.01",
     *("all.thought_length=24", "all.value_head_hidden_size=16", "reinforcement.num_thoughts=2"),
     *(f"{stage}.per_device_train_batch_size=3" for stage in ("written", "reinforcement", "plain")),
 ]
@@ -102,6 +103,8 @@ def test_arms_see_the_same_problems_in_the_same_order(model, tmp_path):
 @pytest.mark.parametrize("task", real_tasks.TASKS)
 def test_held_out_problems_are_never_trained_on(task, tmp_path):
     """Not by the same seed, and generated ones by no seed; seeds hold out different ones."""
+    if task == "gsm_symbolic":
+        pytest.importorskip("reasoning_gym", reason="needs `pip install trl-quietstar[demo]`")
     data = tmp_path / "gsm8k.jsonl"
     solution = "{0} + 1 = <<{0}+1={1}>>{1} and 2 = <<{1}+2={2}>>{2}\n#### {2}"
     lines = [{"question": f"What is {i}?", "answer": solution.format(i, i + 1, i + 3)} for i in range(1000, 1040)]
