@@ -14,7 +14,7 @@ from benchmarks.real_tasks import Row
 from trl_quietstar import QuietStarREINFORCETrainer
 from trl_quietstar.evaluation.anti_theater import AntiTheaterReport
 from trl_quietstar.evaluation.controls import controlled
-from trl_quietstar.learning.rewards import useful
+from trl_quietstar.learning.rewards import exact_match, is_mixed, useful
 from trl_quietstar.model.heads import ThinkingModel
 from trl_quietstar.model.lm_head import token_statistics
 from trl_quietstar.text.batch import Text, Thoughts, talk_after
@@ -96,16 +96,11 @@ def group_shares(trainer: QuietStarREINFORCETrainer, count: int) -> dict[str, fl
     sampling = replace(trainer.thinker.sampling, do_sample=True, num_thoughts=GROUP, temperature=1.0)
     found = [_scored(trainer, batch, sampling, ("with",))[1]["with"] for batch in _batches(trainer, count)]
     solved, helped = (torch.cat(parts) for parts in zip(*found, strict=True))
-
-    def mixed(groups: torch.Tensor) -> float:
-        return (groups.any(1) & ~groups.all(1)).double().mean().item()
-
-    return {
-        "useful_thoughts": helped.double().mean().item(),
-        "mixed_groups": mixed(helped),
-        "right_thoughts": solved.double().mean().item(),
-        "mixed_right": mixed(solved),
+    shares = {
+        **{"useful_thoughts": helped, "mixed_groups": is_mixed(helped)},
+        **{"right_thoughts": solved, "mixed_right": is_mixed(solved)},
     }
+    return {name: values.double().mean().item() for name, values in shares.items()}
 
 
 Found = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -142,7 +137,7 @@ def _think_and_score(
         other = controlled(thoughts, CONDITIONS[name], base.config.vocab_size, generator)
         prediction = trainer.args.reward_prediction
         scores = score(base, ScoreRequest(text, other, length, trainer.path, prediction=prediction, cache=cache))
-        solved = (scores.talk_correct | ~answer).all(-1)[:, 0]
+        solved = exact_match(scores.talk_correct, answer)[:, 0]
         helped = useful(scores.reader_logps, without, answer, trainer.args.useful_gain)[:, 0]
         found[name] = solved.cpu(), helped.cpu()
     return thoughts, found

@@ -315,8 +315,8 @@ FAULTS = (
     ),
     Fault(
         "groups without a useful thought count as mixed",
-        "is_useful.any(-1) & ~is_useful.all(-1)",
-        "~is_useful.all(-1)",
+        "groups.any(-1) & ~groups.all(-1)",
+        "~groups.all(-1)",
         "trainer preflight collapse",
     ),
     Fault(

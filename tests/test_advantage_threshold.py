@@ -118,7 +118,7 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
         spread,
         -spread,
     )
-    rows, kept = worth_training_on(experience, 0.8, lambda rows: M - 1, text_length, keeps_rows)
+    rows, kept = worth_training_on(experience, 0.8, text_length, keeps_rows)
     assert len(rows) > 3 if group == 1 else rows.tolist() == [0, 1, 2]
     assert kept.thoughts.mask.shape[2] == group
     wanted = {int(ids[b, j, g, 0]): (b, j, g) for b, j, g in (advantage >= 0.8).nonzero().tolist()}
@@ -134,7 +134,7 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
             and kept.thoughts.mask[r, j, g].sum() == length
         )
         assert kept.rewards[r, j, g] == experience.rewards[b, old_j, old_g] and kept.talk_weights[r, j, g] == 1
-        assert torch.equal(kept.logps_without[r, j], experience.logps_without[b, old_j, :, : M - 1])
+        assert torch.equal(kept.logps_without[r, j], experience.logps_without[b, old_j])
     assert found.keys() == wanted.keys() and len(wanted) > 5
     assert kept.talk_weights.sum() == len(wanted)
 

@@ -7,15 +7,14 @@ from trl.trainer.utils import RepeatSampler, pad
 from .._compat import DataCollatorForLanguageModeling
 
 
+# The texts that batches are made of.
+TEXT_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
 # Written thoughts of each row, where data hold any: the token ids of each, and the index of the token that it follows.
 WRITTEN_COLUMNS = ("written_ids", "written_at")
+# All columns that batches are made of.
+OWN_COLUMNS = (*TEXT_COLUMNS, *WRITTEN_COLUMNS)
 # All columns with a value for each token. No reward function takes them, since it is given the batch made of them.
-TOKEN_COLUMNS = (
-    *("input_ids", "labels", "seq_lengths", "thought_mask"),
-    *("attention_mask", "position_ids", "completion_mask", "assistant_masks"),
-)
-# The columns that batches are made of.
-OWN_COLUMNS = (*TOKEN_COLUMNS[:4], *WRITTEN_COLUMNS)
+TOKEN_COLUMNS = (*TEXT_COLUMNS, "attention_mask", "position_ids", "completion_mask", "assistant_masks")
 
 
 class TextCollator(DataCollatorForLanguageModeling):

@@ -163,11 +163,7 @@ def finish_advantages(
 
 @torch.no_grad()
 def worth_training_on(
-    experience: Experience,
-    threshold: float,
-    talk_length: Callable[[torch.Tensor], int],
-    text_length: int,
-    keeps_rows: bool,
+    experience: Experience, threshold: float, text_length: int, keeps_rows: bool
 ) -> tuple[torch.Tensor, Experience]:
     """
     The part of a batch's experience whose advantages are large enough to be trained on.
@@ -180,8 +176,6 @@ def worth_training_on(
             Of the batch, with one advantage for all tokens of a thought.
         threshold (`float`):
             The least size of an advantage that is kept; one that is no number is kept too, for the fault to be found.
-        talk_length (`Callable`):
-            From the index of rows to M of a batch of them.
         text_length (`int`):
             T.
         keeps_rows (`bool`):
@@ -196,9 +190,9 @@ def worth_training_on(
     worth = thoughts.mask[..., 0] & ~(experience.advantages.abs().amax(-1) < threshold)
     chosen = _chosen(worth.cpu(), keeps_rows)
     lengths = thoughts.host_mask[chosen.rows[:, None, None], chosen.columns[..., None], chosen.places].sum(-1)
-    cut, M = max(int((lengths * chosen.kept).max()), 1), talk_length(chosen.rows)
+    cut = max(int((lengths * chosen.kept).max()), 1)
     if not keeps_rows:
-        chosen = _regrouped(chosen, text_length, cut + M + 1)
+        chosen = _regrouped(chosen, text_length, cut + experience.talk_mask.shape[-1] + 1)
     chosen = _Chosen(*(x.to(worth.device) for x in chosen))
     of_talk = (chosen.rows[:, None], chosen.columns)
     of_thought = (chosen.rows[:, None, None], chosen.columns[..., None], chosen.places)
@@ -208,9 +202,9 @@ def worth_training_on(
     reference = experience.reference_logps
     return chosen.rows.cpu(), Experience(
         Thoughts(positions, thoughts.token_ids[of_thought][..., :cut] * mask, mask),
-        experience.talk_mask[of_talk][..., :M],
-        experience.logps_without[of_talk][..., :M],
-        experience.correct_without[of_talk][..., :M],
+        experience.talk_mask[of_talk],
+        experience.logps_without[of_talk],
+        experience.correct_without[of_talk],
         experience.rewards[of_thought],
         experience.advantages[of_thought][..., :cut],
         experience.returns[of_thought][..., :cut],

@@ -11,7 +11,7 @@ from ..text.transfer import exact_dtype, to_device
 from ..thinking.scoring import Scores
 from .experience import Experience
 from .objective import WrittenInputs
-from .rewards import useful
+from .rewards import exact_match, is_mixed, useful
 
 
 if TYPE_CHECKING:
@@ -93,9 +93,8 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "nll_without": (-experience.logps_without.expand_as(scores.talk_logps), said),
         "accuracy_with": (scores.talk_correct, said),
         "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
-        # all tokens of a talk are the most likely ones: what greedy decoding would write
-        "exact_match_with": ((scores.talk_correct | ~said).all(-1), exists),
-        "exact_match_without": ((experience.correct_without | ~said).all(-1), exists),
+        "exact_match_with": (exact_match(scores.talk_correct, said), exists),
+        "exact_match_without": (exact_match(experience.correct_without, said), exists),
         "thought_length": (tokens.sum(-1), exists),
         "written_nll": None if written is None else (-written.thought_logps, written.thought_mask),
         "written_reader_nll": None if written is None else (-written.reader_logps, written.talk_mask),
@@ -128,10 +127,9 @@ def group_metrics(
         As [`batch_metrics`].
     """
     is_useful = useful(reader_logps, logps_without, talk_mask, useful_gain)
-    mixed = is_useful.any(-1) & ~is_useful.all(-1)
     return {
         "useful_thoughts": (is_useful, positions.mask[..., None].expand_as(is_useful)),
-        "mixed_groups": (mixed, positions.mask) if is_useful.shape[-1] > 1 else None,
+        "mixed_groups": (is_mixed(is_useful), positions.mask) if is_useful.shape[-1] > 1 else None,
     }
 
 

@@ -179,6 +179,25 @@ def useful(
     return gain > least_gain
 
 
+def exact_match(correct: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Whether all tokens of a talk are the most likely ones: what greedy decoding would write.
+
+    Args:
+        correct (`torch.Tensor` of shape `(B, J, G, M)`, bool), mask (of shape `(B, J, 1, M)`, bool):
+            Which talk tokens are the most likely ones, and which count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, bool.
+    """
+    return (correct | ~mask).all(-1)
+
+
+def is_mixed(groups: torch.Tensor) -> torch.Tensor:
+    """Which groups hold both kinds of thoughts, of shape `(B, J)` for a kind of each thought of shape `(B, J, G)`, bool."""
+    return groups.any(-1) & ~groups.all(-1)
+
+
 # `nll_weighting` by its name: from the rewards and the log-probability of the whole talk after each thought, both `(B, J, G)`,
 # to the weight of the thought in the NLLs of that talk
 WEIGHTINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None] = {

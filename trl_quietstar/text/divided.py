@@ -44,6 +44,11 @@ class Divided:
     rows: list[int]
     written: Written | None = None
 
+    @classmethod
+    def undivided(cls, text: Text) -> "Divided":
+        """A batch whose rows are all sampled."""
+        return cls(text, list(range(len(text.input_ids))))
+
     def columns(self, inputs: Mapping) -> dict[str, list] | None:
         """Columns of the data for the sampled rows, where the collated batch has columns."""
         columns = inputs.get("columns")
@@ -93,8 +98,8 @@ def divide(text: Text, inputs: Mapping, always: bool = False) -> Divided:
     exists = inputs["written_at"] >= 0
     holds = exists.any(1)
     if not holds.any():
-        rows = list(range(len(holds)))
-        return Divided(text, rows, _of_rows(_without_labels(text), inputs, torch.tensor([0])) if always else None)
+        nothing = _of_rows(_without_labels(text), inputs, torch.tensor([0])) if always else None
+        return replace(Divided.undivided(text), written=nothing)
     written = _of_rows(text, inputs, holds.nonzero().flatten())
     left = (~holds).nonzero().flatten()
     if len(left) == 0:
@@ -110,7 +115,7 @@ def _of_rows(text: Text, inputs: Mapping, rows: torch.Tensor) -> Written:
     device = text.input_ids.device
     thoughts = Thoughts(Positions(at.clamp(min=0), at >= 0).to(device), (ids * mask).to(device), mask.to(device))
     vars(thoughts)["host_mask"] = mask  # no field: `dataclasses.replace` must not carry it to another mask
-    return Written(text.rows(rows) if len(text.input_ids) > 1 else text, thoughts)
+    return Written(text.rows(rows), thoughts)
 
 
 def _without_labels(text: Text) -> Text:

@@ -20,8 +20,8 @@ from ..learning.experience import (
 )
 from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.rewards import RewardFunction
-from ..text.batch import Text, talk_after
-from ..text.divided import Divided, Written
+from ..text.batch import Positions, Text, talk_after
+from ..text.divided import Divided
 from ..thinking.scoring import Scores
 from .distributed import summed
 from .reference import Reference
@@ -89,7 +89,7 @@ class OptimizerStep:
         """
         if "part" not in inputs:
             text = self.thinker.text(inputs)
-            return Divided(text, list(range(len(text.input_ids)))), self.alone(text, model.training, step)
+            return Divided.undivided(text), self.alone(text, model.training, step)
         if not self._parts:
             self._divided = [self.thinker.divide(batch) for batch in self._batches]
             self._parts = self._divide(model, step)
@@ -153,7 +153,9 @@ class OptimizerStep:
             pairs = zip(texts, parts, strict=True)
             parts = [replace(part, thoughts=self.thinker.sample(text, part)) for text, part in pairs]
         counts = [self._counts(*x) for x in zip(texts, parts, strict=True)]
-        counts += [self._written_counts(x.written) for x in self._divided if x.written is not None]
+        for written in (divided.written for divided in self._divided):
+            if written is not None:
+                counts.append(self._counted(written.text, written.thoughts.positions, written.thoughts.mask, True))
         total = TokenCounts.total(counts, self._sum)
         parts = [replace(part, counts=total) for part in parts]
         if args.advantage_threshold is not None:  # the means stay those over all thoughts
@@ -164,17 +166,13 @@ class OptimizerStep:
         """Leaves the thoughts with small advantages out of a batch that was judged ahead, with rows that have no others."""
         divided, args = self._divided[number], self.args
         assert part.experience is not None and args.advantage_threshold is not None
-        text = divided.sampled
-
-        def talk_length(rows: torch.Tensor) -> int:
-            return self.thinker.talk_length(text.rows(rows))
-
-        keeps_rows = args.base_nll_coefficient > 0
-        given = (part.experience, args.advantage_threshold, talk_length, text.input_ids.shape[1], keeps_rows)
+        text, keeps_rows = divided.sampled, args.base_nll_coefficient > 0
+        given = (part.experience, args.advantage_threshold, text.input_ids.shape[1], keeps_rows)
         rows, experience = worth_training_on(*given)
         kept = rows.tolist()
         self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in kept])
-        return replace(part, rows=[part.rows[row] for row in kept], experience=experience)
+        judged = {**part.judged, "experience": part.experience}
+        return replace(part, rows=[part.rows[row] for row in kept], experience=experience, judged=judged)
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
         """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
@@ -191,35 +189,28 @@ class OptimizerStep:
             mask = positions.mask[..., None, None].expand(-1, -1, self.args.num_thoughts, self.args.thought_length)
         else:
             positions, mask = part.thoughts.positions, part.thoughts.mask
-        talk_mask = talk_after(text, positions, self.thinker.talk_length(text)).target_mask[:, :, None]
-        return TokenCounts.of(mask, talk_mask, text.predicted())
+        return self._counted(text, positions, mask)
 
-    def _written_counts(self, written: Written) -> TokenCounts:
-        """Tokens of a batch's rows with written thoughts."""
-        text, thoughts = written.text, written.thoughts
-        talk = talk_after(text, thoughts.positions, self.thinker.talk_length(text, thoughts.positions))
-        return TokenCounts.of(thoughts.mask, talk.target_mask[:, :, None], text.predicted(), written=True)
+    def _counted(self, text: Text, positions: Positions, mask: torch.Tensor, written: bool = False) -> TokenCounts:
+        """Tokens of rows with thoughts at positions, of shape `(B, J, G, L)`."""
+        talk = talk_after(text, positions, self.thinker.talk_length(text, positions))
+        return TokenCounts.of(mask, talk.target_mask[:, :, None], text.predicted(), written)
 
     @torch.no_grad()
     def _judged_ahead(self, model: nn.Module, parts: list[StepPart]) -> list[StepPart]:
         """Thoughts of all batches and what they are worth, in a pass of their own, before the first one is trained on: advantages
         are standardized over all of them, or tell which are trained on."""
-        experiences, judged = [], []
-        for batch, divided, part in zip(self._batches, self._divided, parts, strict=True):
-            text = divided.sampled
-            request = self.thinker.request(text, part, with_graph=False)
+        experiences, logs_all = [], self.args.advantage_threshold is not None
+        for i, (batch, divided) in enumerate(zip(self._batches, self._divided, strict=True)):
+            request = self.thinker.request(divided.sampled, parts[i], with_graph=False)
             scores = request.scores(model)
             experiences.append(self._experience(request, scores, divided.columns(batch)))
-            judged.append({"text": text, "scores": scores})
+            if logs_all:
+                parts[i] = replace(parts[i], judged={"text": divided.sampled, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
         if self.args.num_iterations > 1:
             self._experiences = experiences
-        if self.args.advantage_threshold is None:
-            judged = [{} for _ in parts]
-        return [
-            replace(part, experience=x, judged={**seen, "experience": x} if seen else {})
-            for part, x, seen in zip(parts, experiences, judged, strict=True)
-        ]
+        return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
     def _experience(self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling

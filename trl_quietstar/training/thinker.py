@@ -162,7 +162,7 @@ class Thinker:
         """A collated batch to train on, by what happens to its rows. Plain training reads no written thoughts."""
         text, args = self.text(inputs), self.args
         if not has_written(inputs) or args.written_thought_coefficient == 0 or args.thought_positions == "none":
-            return Divided(text, list(range(len(text.input_ids))))
+            return Divided.undivided(text)
         held = int((inputs["written_at"] >= 0).any())
         return divide(text, inputs, always=self.greatest(held) > 0)
 
@@ -213,12 +213,14 @@ class Thinker:
         """What to score of a batch. Thoughts are sampled on the way where one pass is enough, and now where it is not. Without a
         graph for the backward, one pass is enough if all branches run at once."""
         args, plan = self.args, self.plan(text, part.training)
-        thoughts: Thoughts | ThoughtSampler | None = part.experience.thoughts if part.experience else part.thoughts
+        known = part.experience
+        thoughts: Thoughts | ThoughtSampler | None = known.thoughts if known else part.thoughts
         if thoughts is None:
             at_once = self.samples_in_graph and plan.sampling is None and plan.scoring is None and not with_graph
             one_pass = (plan.single_pass or at_once) and not self._writes_nothing(text)
             thoughts = self.sampler(part) if one_pass else self.sample(text, part, plan)
-        return self._request(text, thoughts, self.talk_length(text), args.logps_temperature, plan, part.training)
+        talk_length = known.talk_mask.shape[-1] if known else self.talk_length(text)
+        return self._request(text, thoughts, talk_length, args.logps_temperature, plan, part.training)
 
     def written_request(self, written: Written) -> ThoughtRequest:
         """What to score of the rows with written thoughts: their likelihood is taken at temperature 1."""
@@ -234,7 +236,7 @@ class Thinker:
         talk_length: int,
         temperature: float,
         plan: Plan,
-        training,
+        training: bool,
     ) -> ThoughtRequest:
         return ThoughtRequest(
             text=text,
