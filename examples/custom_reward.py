@@ -21,7 +21,8 @@ import torch
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.cli import load_splits
-from trl_quietstar.learning.rewards import RewardFunction, masked_mean
+from trl_quietstar.learning.reward_functions import RewardFunction
+from trl_quietstar.learning.rewards import masked_mean
 
 
 def gain_minus_length(cost: float) -> RewardFunction:

@@ -27,7 +27,7 @@ from .branches.base import BranchPath
 from .config import QuietStarConfig
 from .learning.metrics import BatchResult
 from .learning.objective import Coefficients, LossInputs, WrittenInputs, quietstar_loss
-from .learning.rewards import RewardFunction
+from .learning.reward_functions import RewardFunction
 from .loading import build_model, check_kinds, default_args, prepare_to_train
 from .model.routing import use_router_loss
 from .thinking.drawing import SamplingSettings

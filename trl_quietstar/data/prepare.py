@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .._compat import prepare_dataset
 from ..config import QuietStarConfig
-from ..learning.rewards import ARGUMENTS, RewardFunction, column_parameters
+from ..learning.reward_functions import ARGUMENTS, RewardFunction, column_parameters
 from ..model.family import check_length, max_positions
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS
 from .rows import RowCheck, columns_read, has_position, has_prediction

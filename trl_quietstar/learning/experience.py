@@ -12,7 +12,8 @@ from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
 from .advantages import standardize, thought_advantages
 from .objective import TokenCounts
-from .rewards import RewardFunction, columns_taken, talk_weights, thought_rewards
+from .reward_functions import RewardFunction, columns_taken
+from .rewards import talk_weights, thought_rewards
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from trl import BEMACallback
 
 from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
-from ..learning.rewards import RewardFunction, has_columns
+from ..learning.reward_functions import RewardFunction, has_columns
 from ..loading import check_adapter, check_quantization
 from .distributed import check_engine, is_sharded
 from .folders import check_output_dir

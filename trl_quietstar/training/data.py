@@ -8,7 +8,7 @@ from .._compat import left_on_host
 from ..config import QuietStarConfig
 from ..data.batches import OWN_COLUMNS, RepeatedRows, TextCollator
 from ..data.prepare import check_amount, check_longest, longest_text, prepare_texts
-from ..learning.rewards import RewardFunction, column_parameters
+from ..learning.reward_functions import RewardFunction, column_parameters
 from ..loading import pad_token_id
 from ..model.adapters import base_of
 from .checkpoints import CheckpointTrainer

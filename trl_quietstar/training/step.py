@@ -19,7 +19,7 @@ from ..learning.experience import (
     worth_training_on,
 )
 from ..learning.objective import TokenCounts, WrittenInputs
-from ..learning.rewards import RewardFunction
+from ..learning.reward_functions import RewardFunction
 from ..text.batch import Positions, Text, talk_after
 from ..text.divided import Divided
 from ..thinking.scoring import Scores
