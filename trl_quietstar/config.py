@@ -1,8 +1,7 @@
 """`QuietStarConfig`: every option of the trainer, with its type, default, limits, choices and help."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from transformers.utils import logging
 
@@ -14,18 +13,15 @@ from .model.heads import VALUE_HEADS
 from .rules import (
     READERS,
     TRAINER_LIMITS,
-    UNSUPPORTED,
     Choices,
     Limits,
     Staged,
-    check_choice,
-    check_limits,
     check_processes_and_memory,
-    check_supported,
-    check_thinking,
-    check_training,
-    check_type,
+    check_types,
+    check_values,
     has_bf16,
+    notes_of,
+    option,
 )
 from .settings import OPTIONS, QuietStarSettings
 
@@ -34,12 +30,6 @@ logger = logging.get_logger(__name__)
 
 VALUE_BASELINES = tuple(name for name, baseline in BASELINES.items() if baseline.uses_value_head)
 SAVED = QuietStarSettings()  # defaults of the options that a saved model remembers
-_Note = TypeVar("_Note")
-
-
-def _option(default, help: str) -> Any:
-    """A field with its help. `argparse` is given all that metadata holds, so that limits and choices annotate the type."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -62,124 +52,124 @@ class QuietStarConfig(BaseConfig):
     _VALID_DICT_FIELDS = [*DICT_FIELDS, "model_init_kwargs", "curriculum"]
 
     # Model
-    model_init_kwargs: dict | str | None = _option(
+    model_init_kwargs: dict | str | None = option(
         None,
         "Keyword arguments for `from_pretrained`, where the model is given as an id or a path. Without a `dtype` "
         "among them, weights are float32; with `bf16`, a base that stays frozen under LoRA is bfloat16.",
     )
-    trust_remote_code: bool = _option(False, "Whether to run code that comes with a model on the Hub.")
-    disable_dropout: bool = _option(
+    trust_remote_code: bool = option(False, "Whether to run code that comes with a model on the Hub.")
+    disable_dropout: bool = option(
         True, "Whether to disable dropout, so that thoughts are scored by the very policy that wrote them."
     )
 
     # Data
-    dataset_text_field: str = _option("text", "Name of the column that holds the text.")
-    max_length: Annotated[int | None, Limits(2)] = _option(
+    dataset_text_field: str = option("text", "Name of the column that holds the text.")
+    max_length: Annotated[int | None, Limits(2)] = option(
         256,
         "Largest number of tokens in a text (T); longer texts are cut. With `packing`, the number of tokens in a row. "
         "Quiet-STaR trains on 256. None: no text is cut.",
     )
-    truncation_mode: Annotated[str, Choices("keep_start", "keep_end")] = _option(
+    truncation_mode: Annotated[str, Choices("keep_start", "keep_end")] = option(
         "keep_start", "Which end of a text longer than `max_length` is kept: `keep_start` or `keep_end`."
     )
-    packing: bool = _option(
+    packing: bool = option(
         False, "Whether to pack several training texts into one row. Thoughts and attention stay within a text."
     )
-    completion_only_loss: bool | None = _option(
+    completion_only_loss: bool | None = option(
         None,
         "Whether thoughts and losses are confined to the completion. None: they are for data with prompts and completions.",
     )
-    assistant_only_loss: bool = _option(
+    assistant_only_loss: bool = option(
         False, "Whether thoughts and losses are confined to the assistant's turns, which the chat template must mark."
     )
-    shuffle_dataset: bool = _option(False, "Whether to shuffle the dataset before training.")
-    thought_pattern: str | None = _option(
+    shuffle_dataset: bool = option(False, "Whether to shuffle the dataset before training.")
+    thought_pattern: str | None = option(
         None,
         "Regular expression of thoughts that texts, completions or an assistant's turns hold. Each match is taken out, and its "
         "group 1, or the whole match if there is no group, becomes a written thought at that place, e.g. "
         "`<think>(.*?)</think>`. `.` matches line breaks too. None: texts are left as they are.",
     )
-    dataset_num_proc: Annotated[int | None, Limits(1)] = _option(
+    dataset_num_proc: Annotated[int | None, Limits(1)] = option(
         None, "Number of processes that tokenize the data. None: the main process does."
     )
 
     # Thoughts
-    thought_length: Annotated[int, Limits(1), Staged()] = _option(
+    thought_length: Annotated[int, Limits(1), Staged()] = option(
         SAVED.thought_length, "Number of tokens in a thought (L); the largest number where thoughts may end early."
     )
-    min_thought_length: Annotated[int | None, Limits(1)] = _option(
+    min_thought_length: Annotated[int | None, Limits(1)] = option(
         SAVED.min_thought_length,
         "Least number of tokens in a thought that may end early: at the EOS token, or once it has written "
         "`thought_stop_string`. None: thoughts do not end early, unless `thought_stop_string` is set, which makes "
         "this 1.",
     )
-    thought_stop_string: str | None = _option(
+    thought_stop_string: str | None = option(
         SAVED.thought_stop_string, "String that ends a thought early. None: there is no such string."
     )
-    talk_length: Annotated[str, Limits(1), Staged()] = _option(  # also a whole number, which `__post_init__` reads
+    talk_length: Annotated[str, Limits(1), Staged()] = option(  # also a whole number, which `__post_init__` reads
         SAVED.talk_length,
         "Number of true text tokens after a thought that are predicted with it, and that it is rewarded for (M); or "
         "`completion`: all tokens up to the last label, such as a whole answer.",
     )
-    num_thoughts: Annotated[int, Limits(1), Staged()] = _option(2, "Number of thoughts sampled at each position (G).")
-    thought_positions: Annotated[str, Staged()] = _option(  # also a number, which `__post_init__` reads
+    num_thoughts: Annotated[int, Limits(1), Staged()] = option(2, "Number of thoughts sampled at each position (G).")
+    thought_positions: Annotated[str, Staged()] = option(  # also a number, which `__post_init__` reads
         SAVED.thought_positions,
         "Where to think: `all` positions; a number of random positions in each sequence, or a fraction of its "
         "positions; `difficulty`: positions whose next token is uncertain; `prompt_end`: once, before each "
         "completion; or `none`: plain training, as a control. Data with `input_ids` may rule out positions by a "
         "column `thought_mask`.",
     )
-    difficulty_threshold: Annotated[float, Limits(0, 1)] = _option(
+    difficulty_threshold: Annotated[float, Limits(0, 1)] = option(
         SAVED.difficulty_threshold,
         "Least entropy of the no-thought prediction, divided by log V, at which a position counts as difficult.",
     )
-    min_thought_interval: Annotated[int, Limits(1)] = _option(
+    min_thought_interval: Annotated[int, Limits(1)] = option(
         SAVED.min_thought_interval, "Least distance between two difficult positions, in tokens."
     )
-    thought_start_text: str = _option("—", "Text whose embedding is the initial value of the start embedding.")
-    thought_end_text: str = _option("—", "Text whose embedding is the initial value of the end embedding.")
-    temperature: Annotated[float, Limits(1e-3), Staged()] = _option(
+    thought_start_text: str = option("—", "Text whose embedding is the initial value of the start embedding.")
+    thought_end_text: str = option("—", "Text whose embedding is the initial value of the end embedding.")
+    temperature: Annotated[float, Limits(1e-3), Staged()] = option(
         SAVED.temperature,
         "Temperature at which thoughts are sampled, and the policy's log-probabilities taken unless "
         "`policy_temperature` is set.",
     )
-    policy_temperature: Annotated[float | None, Limits(1e-3)] = _option(
+    policy_temperature: Annotated[float | None, Limits(1e-3)] = option(
         None,
         "Temperature of the log-probabilities in the policy term; 3 in Quiet-STaR's code. None: `temperature`.",
     )
-    top_p: Annotated[float, Limits(1e-6, 1)] = _option(
+    top_p: Annotated[float, Limits(1e-6, 1)] = option(
         SAVED.top_p, "Probability mass that nucleus sampling of thoughts keeps; 1.0 is off."
     )
-    top_k: Annotated[int, Limits(0)] = _option(
+    top_k: Annotated[int, Limits(0)] = option(
         SAVED.top_k, "Number of most likely tokens that top-k sampling of thoughts keeps; 0 is off."
     )
-    min_p: Annotated[float | None, Limits(0, 1)] = _option(
+    min_p: Annotated[float | None, Limits(0, 1)] = option(
         SAVED.min_p,
         "Least probability of a thought token, as a share of the most likely token's probability (min-p sampling); "
         "None is off.",
     )
-    eval_do_sample: bool = _option(
+    eval_do_sample: bool = option(
         True, "Whether evaluation samples its thoughts, with a fixed seed. Otherwise it takes the most likely tokens."
     )
-    thought_path: Annotated[str, Choices("auto", "shared_prefix", "replay")] = _option(
+    thought_path: Annotated[str, Choices("auto", "shared_prefix", "replay")] = option(
         "auto",
         "How thoughts branch off the text: `shared_prefix` is fast, `replay` works for any architecture, and `auto` "
         "takes the fastest way that a check at the start finds exact.",
     )
 
     # Memory
-    gradient_checkpointing: bool | None = _option(  # type: ignore[assignment]  # None is its default in Transformers
+    gradient_checkpointing: bool | None = option(  # type: ignore[assignment]  # None is its default in Transformers
         None,
         "Whether layers keep only their inputs for the backward pass, which computes the rest again. Off by default, "
         "unlike in TRL: `single_pass` and `branch_batch_size` bound the memory of thoughts.",
     )
-    single_pass: bool | None = _option(
+    single_pass: bool | None = option(
         None,
         "Whether thoughts are sampled in the forward pass that is trained, so that each token is processed once. "
         "Otherwise they are sampled without gradient, and scored in a second pass. None: one pass if an estimate says "
         "that memory allows it.",
     )
-    branch_batch_size: Annotated[int | None, Limits(1)] = _option(
+    branch_batch_size: Annotated[int | None, Limits(1)] = option(
         None,
         "Number of thoughts of a text that are scored at once, where sampling and scoring are two passes. Gradients "
         "do not depend on it; memory holds the activations of that many thoughts. None: as many as an estimate says "
@@ -187,57 +177,57 @@ class QuietStarConfig(BaseConfig):
     )
 
     # Reward and advantage
-    reward_type: Annotated[str, Choices(*REWARD_TYPES)] = _option(
+    reward_type: Annotated[str, Choices(*REWARD_TYPES)] = option(
         "probability",
         "Measure of what a thought adds to the prediction of the M true tokens after it: `probability`, "
         "`sequence_probability` (of all of them together: for answers), `log_likelihood`, `accuracy`, or `binary`, which "
         "is 1 where accuracy rises and 0 elsewhere.",
     )
-    reward_prediction: Annotated[str, Choices("mixed", "thought")] = _option(
+    reward_prediction: Annotated[str, Choices("mixed", "thought")] = option(
         SAVED.prediction,
         "Prediction that is rewarded and trained after a thought: `mixed` by the mixing head, or the `thought`'s alone.",
     )
-    no_thought_model: Annotated[str, Choices("policy", "reference")] = _option(
+    no_thought_model: Annotated[str, Choices("policy", "reference")] = option(
         "policy",
         "Model whose prediction without thoughts a thought must beat: the current `policy` or the `reference`.",
     )
-    reward_clip_range: list[float] | None = _option(
+    reward_clip_range: list[float] | None = option(
         None, "Least and greatest reward, to which rewards outside are clipped. None: no clipping."
     )
-    unfinished_thought_penalty: Annotated[float, Limits(0)] = _option(
+    unfinished_thought_penalty: Annotated[float, Limits(0)] = option(
         0.0,
         "Amount subtracted from the reward of a thought that was cut at `thought_length`, where thoughts may end "
         "early.",
     )
-    advantage_baseline: Annotated[str, Choices(*BASELINES)] = _option(
+    advantage_baseline: Annotated[str, Choices(*BASELINES)] = option(
         "value",
         "What is subtracted from a thought's reward: the `value` head's prediction; `leave_one_out`: the mean reward "
         "of the other thoughts at the position; `both`: first that mean, then the value head's prediction of the "
         "rest; `mean`: the mean reward of all thoughts at the position; or `none`.",
     )
-    use_gae: bool = _option(
+    use_gae: bool = option(
         True,
         "Whether advantages are computed by multi-step GAE over a thought's tokens, where there is a value head. "
         "Otherwise they are reward minus value.",
     )
-    gamma: Annotated[float, Limits(0, 1)] = _option(0.99, "Discount of GAE, for each thought token.")
-    gae_lambda: Annotated[float, Limits(0, 1)] = _option(0.95, "Trace decay of GAE, for each thought token.")
-    normalize_advantages: bool = _option(
+    gamma: Annotated[float, Limits(0, 1)] = option(0.99, "Discount of GAE, for each thought token.")
+    gae_lambda: Annotated[float, Limits(0, 1)] = option(0.95, "Trace decay of GAE, for each thought token.")
+    normalize_advantages: bool = option(
         False,
         "Whether to normalise advantages over the batch of an optimizer step. With gradient accumulation, all "
         "thoughts of a step are then sampled and judged first, which costs one more forward pass.",
     )
-    advantage_threshold: Annotated[float | None, Limits(0)] = _option(
+    advantage_threshold: Annotated[float | None, Limits(0)] = option(
         None,
         "Least size of an advantage that is trained on. Once judged, thoughts below it are left out of every term of the "
         "update, as in groups that are solved or hopeless. None: all thoughts are trained on.",
     )
-    positive_advantages_only: bool = _option(
+    positive_advantages_only: bool = option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
     )
 
     # Schedule
-    curriculum: dict | str | None = _option(
+    curriculum: dict | str | None = option(
         None,
         "Stages of training: from the optimizer step at which a stage begins to the options that it changes. A change"
         ' holds until the next one, e.g. `{"0": {"thought_length": 16}, "500": {"thought_length": 8}}`. Heads and '
@@ -245,146 +235,144 @@ class QuietStarConfig(BaseConfig):
     )
 
     # Objective
-    policy_coefficient: Annotated[float, Limits(0), Staged()] = _option(3.0, "Weight of the policy term in the loss.")
-    num_iterations: Annotated[int, Limits(1)] = _option(
+    policy_coefficient: Annotated[float, Limits(0), Staged()] = option(3.0, "Weight of the policy term in the loss.")
+    num_iterations: Annotated[int, Limits(1)] = option(
         1,
         "Number of updates on each sampled batch. Updates after the first reuse its thoughts and advantages, with "
         "PPO's clipped surrogate.",
     )
-    epsilon: Annotated[float, Limits(0, 1)] = _option(
+    epsilon: Annotated[float, Limits(0, 1)] = option(
         0.2, "How far the probability ratio may fall below 1 before PPO's surrogate clips it."
     )
-    epsilon_high: Annotated[float | None, Limits(0)] = _option(
+    epsilon_high: Annotated[float | None, Limits(0)] = option(
         None,
         "How far the probability ratio may rise above 1 before PPO's surrogate clips it. None: as far as `epsilon`.",
     )
-    value_loss_coefficient: Annotated[float, Limits(0)] = _option(
+    value_loss_coefficient: Annotated[float, Limits(0)] = option(
         0.5, "Weight of the value head's squared error in the loss."
     )
-    value_head_type: Annotated[str, Choices(*VALUE_HEADS)] = _option(
+    value_head_type: Annotated[str, Choices(*VALUE_HEADS)] = option(
         SAVED.value_head_type, "Kind of the value head: `linear`, `mlp` or `transformer`."
     )
-    value_head_hidden_size: Annotated[int, Limits(1, 65_536)] = _option(
+    value_head_hidden_size: Annotated[int, Limits(1, 65_536)] = option(
         SAVED.value_head_hidden_size, "Width of the `mlp` and `transformer` value heads."
     )
-    entropy_coefficient: Annotated[float, Limits(0)] = _option(
-        0.01, "Initial weight of the entropy bonus in the loss."
-    )
-    entropy_decay: Annotated[float, Limits(0, 1)] = _option(
+    entropy_coefficient: Annotated[float, Limits(0)] = option(0.01, "Initial weight of the entropy bonus in the loss.")
+    entropy_decay: Annotated[float, Limits(0, 1)] = option(
         0.9995, "Factor by which the weight of the entropy bonus is multiplied at each optimizer step."
     )
-    min_entropy_coefficient: Annotated[float, Limits(0)] = _option(
+    min_entropy_coefficient: Annotated[float, Limits(0)] = option(
         0.001, "Least weight of the entropy bonus, at which its decay ends."
     )
-    beta: Annotated[float, Limits(0)] = _option(
+    beta: Annotated[float, Limits(0)] = option(
         0.0,
         "Weight of the KL divergence from the reference, on thought tokens (k3 estimate). Above 0, a reference is "
         "kept; under PEFT it is the model with its adapter disabled.",
     )
-    nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+    nll_coefficient: Annotated[float, Limits(0), Staged()] = option(
         1.0, "Weight of the text's negative log-likelihood after a thought."
     )
-    reader_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+    reader_nll_coefficient: Annotated[float, Limits(0), Staged()] = option(
         1.0,
         "Weight of the text's negative log-likelihood by the prediction after a thought alone, without mixing. It "
         "goes on teaching the model to read thoughts while the mixing head is nearly closed. With "
         "`reward_prediction='thought'` it adds to `nll_coefficient`.",
     )
-    nll_weighting: Annotated[str, Choices(*WEIGHTINGS), Staged()] = _option(
+    nll_weighting: Annotated[str, Choices(*WEIGHTINGS), Staged()] = option(
         "uniform",
         "Weight of each sampled thought in the two NLLs of the text after it: `uniform`: 1; `gain`: 1 where its reward is "
         "above 0, else 0; `probability`: that of all M tokens after it; or `share`: that probability's share among the "
         "thoughts of the position, times `num_thoughts`.",
     )
-    distillation_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+    distillation_coefficient: Annotated[float, Limits(0), Staged()] = option(
         0.0,
         "Weight of a REINFORCE term by which the thinking model teaches the plain one. Its action is the true token, "
         "predicted without thoughts; its reward is how much likelier thinking made that token, or 0 where it did not.",
     )
-    written_thought_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+    written_thought_coefficient: Annotated[float, Limits(0), Staged()] = option(
         1.0,
         "Weight of the negative log-likelihood of written thoughts, which the data hold. Rows that hold any are trained by "
         "them, and not by sampled thoughts. 0: written thoughts are not read, and all rows are sampled. They are not read "
         "with `thought_positions='none'` either.",
     )
-    base_nll_coefficient: Annotated[float, Limits(0), Staged()] = _option(
+    base_nll_coefficient: Annotated[float, Limits(0), Staged()] = option(
         1.0, "Weight of the text's negative log-likelihood without thoughts."
     )
-    router_aux_loss_coef: Annotated[float | None, Limits(0)] = _option(
+    router_aux_loss_coef: Annotated[float | None, Limits(0)] = option(
         None,
         "Weight of the load-balancing loss of a mixture of experts. None: the model's own weight; 0: off. Must stay "
         "None for a model without such a loss.",
     )
-    sync_ref_model: bool = _option(False, "Whether the reference is a moving average of the policy.")
-    ref_model_mixup_alpha: Annotated[float, Limits(0, 1)] = _option(
+    sync_ref_model: bool = option(False, "Whether the reference is a moving average of the policy.")
+    ref_model_mixup_alpha: Annotated[float, Limits(0, 1)] = option(
         0.6, "Weight of the policy in the moving average that is the reference, at each synchronisation."
     )
-    ref_model_sync_steps: Annotated[int, Limits(1)] = _option(
+    ref_model_sync_steps: Annotated[int, Limits(1)] = option(
         512, "Number of optimizer steps between two synchronisations of the reference."
     )
 
     # Optimisation
-    learning_rate: Annotated[float, Limits(0)] = _option(1e-6, "Peak learning rate of the model or adapter.")
-    heads_learning_rate: Annotated[float, Limits(0)] = _option(
+    learning_rate: Annotated[float, Limits(0)] = option(1e-6, "Peak learning rate of the model or adapter.")
+    heads_learning_rate: Annotated[float, Limits(0)] = option(
         1e-4, "Peak learning rate of the mixing head, the value head and the start and end embeddings."
     )
-    max_skipped_steps: Annotated[int | None, Limits(1)] = _option(
+    max_skipped_steps: Annotated[int | None, Limits(1)] = option(
         10,
         "Number of optimizer steps in a row that may be skipped for a non-finite reward, loss or gradient. At that "
         "number, training saves a checkpoint and stops with a `FloatingPointError`. None: it never stops for them.",
     )
-    muon_learning_rate: Annotated[float | None, Limits(0)] = _option(
+    muon_learning_rate: Annotated[float | None, Limits(0)] = option(
         None,
         "Peak learning rate of Muon. It trains the hidden weight matrices, or those of an adapter, and AdamW trains "
         "the rest at `learning_rate` and `heads_learning_rate`. An update of Muon is as large as AdamW's at an equal "
         "rate. Needs PyTorch 2.9. None: AdamW trains everything.",
     )
-    grokfast_lambda: Annotated[float, Limits(0)] = _option(
+    grokfast_lambda: Annotated[float, Limits(0)] = option(
         0.0,
         "Weight of the gradient's moving average that Grokfast adds to the gradient, after clipping. Needs "
         "pytorch-optimizer. 0: off.",
     )
-    grokfast_alpha: Annotated[float, Limits(0, 1)] = _option(
+    grokfast_alpha: Annotated[float, Limits(0, 1)] = option(
         0.98, "Decay of Grokfast's moving average of the gradient, at each optimizer step."
     )
-    early_stopping_patience: Annotated[int | None, Limits(1)] = _option(
+    early_stopping_patience: Annotated[int | None, Limits(1)] = option(
         None, "Number of evaluations without improvement after which training stops. None: it does not stop early."
     )
-    early_stopping_threshold: Annotated[float, Limits(0)] = _option(
+    early_stopping_threshold: Annotated[float, Limits(0)] = option(
         0.0, "Least change of `metric_for_best_model` that early stopping counts as an improvement."
     )
 
     # Validation of the thoughts
-    anti_theater_steps: Annotated[int | None, Limits(1)] = _option(
+    anti_theater_steps: Annotated[int | None, Limits(1)] = option(
         None,
         "Number of optimizer steps between two anti-theater validations on the evaluation data; one more follows at "
         "the end. None: off.",
     )
-    anti_theater_action: Annotated[str, Choices("warn", "stop", "rollback")] = _option(
+    anti_theater_action: Annotated[str, Choices("warn", "stop", "rollback")] = option(
         "warn",
         "What a failed anti-theater validation does: `warn`; `stop` training; or `rollback` to the last model that passed, if "
         "any did, and stop.",
     )
 
-    preflight_thoughts: Annotated[int | None, Limits(1)] = _option(
+    preflight_thoughts: Annotated[int | None, Limits(1)] = option(
         64,
         "Number of thoughts, about, that are tried on the first training rows before the first step: how many are useful, "
         "and in how many groups some are and some are not. Hardly any: a warning says what to do. None: off.",
     )
 
     # Logging
-    useful_gain: Annotated[float, Limits(0, 1)] = _option(
+    useful_gain: Annotated[float, Limits(0, 1)] = option(
         0.1,
         "By how much a thought must raise the probability of all M tokens after it to count as useful in "
         "`rl/useful_thoughts` and `rl/mixed_groups`. It changes no training.",
     )
-    log_thoughts: bool = _option(
+    log_thoughts: bool = option(
         False, "Whether to print a few thoughts at each log, and to send them to W&B or trackio as a table."
     )
-    num_thoughts_to_print: Annotated[int, Limits(1)] = _option(
+    num_thoughts_to_print: Annotated[int, Limits(1)] = option(
         5, "Number of thoughts that are printed at a log, or sent as a table."
     )
-    report_thoughts: bool = _option(
+    report_thoughts: bool = option(
         False,
         "Whether each evaluation writes a page `reports/step-N.html` in the output directory, with the thoughts on "
         "its first batch and plots of the run so far, and sends a few of the thoughts to W&B or trackio as a table.",
@@ -393,7 +381,7 @@ class QuietStarConfig(BaseConfig):
     packing_strategy = "bfd"  # not an option: the strategy that keeps document boundaries
 
     def __post_init__(self):
-        self._check_types({**QuietStarConfig.__annotations__, **LIMITS})
+        check_types(self, {**QuietStarConfig.__annotations__, **LIMITS})
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and has_bf16()
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
@@ -401,7 +389,7 @@ class QuietStarConfig(BaseConfig):
             setattr(self, name, read(getattr(self, name)))
         if self.thought_stop_string is not None and self.min_thought_length is None:
             self.min_thought_length = 1
-        self._check_values()
+        check_values(self, LIMITS, CHOICES)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             self.metric_for_best_model = "eval_reward"
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
@@ -457,25 +445,9 @@ class QuietStarConfig(BaseConfig):
         self.stages = Curriculum(self.curriculum, {name: getattr(self, name) for name in STAGE_FIELDS}, READERS)
         for start in self.stages.starts[1:]:
             self.enter_stage(start)
-            self._check_types(STAGE_FIELDS)
-            self._check_values()
+            check_types(self, STAGE_FIELDS)
+            check_values(self, LIMITS, CHOICES)
         self.enter_stage(0)
-
-    def _check_types(self, names: Iterable[str]) -> None:
-        hints = get_type_hints(type(self))
-        for name in names:
-            if name in hints and name not in READERS:
-                check_type(name, getattr(self, name), hints[name])
-
-    def _check_values(self) -> None:
-        for name, limits in LIMITS.items():
-            check_limits(name, getattr(self, name), limits)
-        for name, choices in CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        for name in UNSUPPORTED:
-            check_supported(name, getattr(self, name))
-        check_thinking(self)
-        check_training(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickles, also a `training_args.bin` from before the stages were an object."""
@@ -484,17 +456,6 @@ class QuietStarConfig(BaseConfig):
             self.stages = Curriculum(self.curriculum, state["_before_stages"], READERS)
 
 
-def _notes(kind: type[_Note]) -> dict[str, _Note]:
-    """Limits, choices or marks of stages that annotate the options, by the option's name."""
-    hints = get_type_hints(QuietStarConfig, include_extras=True)
-    return {
-        name: note
-        for name in QuietStarConfig.__annotations__
-        for note in getattr(hints[name], "__metadata__", ())
-        if isinstance(note, kind)
-    }
-
-
-LIMITS: dict[str, Limits] = {**_notes(Limits), **TRAINER_LIMITS}
-CHOICES: dict[str, Choices] = _notes(Choices)
-STAGE_FIELDS = tuple(_notes(Staged))
+LIMITS: dict[str, Limits] = {**notes_of(QuietStarConfig, Limits), **TRAINER_LIMITS}
+CHOICES: dict[str, Choices] = notes_of(QuietStarConfig, Choices)
+STAGE_FIELDS = tuple(notes_of(QuietStarConfig, Staged))

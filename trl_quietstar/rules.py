@@ -6,10 +6,11 @@ hold for its own fields, and calls the functions.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import field
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -19,6 +20,9 @@ from .learning.advantages import BASELINES
 
 if TYPE_CHECKING:
     from .config import QuietStarConfig
+
+
+_Note = TypeVar("_Note")
 
 
 class Limits(NamedTuple):
@@ -37,6 +41,22 @@ class Choices(tuple[str, ...]):
 
 class Staged:
     """Says of an option that it is read anew at every step, so that a curriculum may change it."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with its help. `argparse` is given all that metadata holds, so that limits and choices annotate the type."""
+    return field(default=default, metadata={"help": help})
+
+
+def notes_of(options: type, kind: type[_Note]) -> dict[str, _Note]:
+    """Limits, choices or marks of stages that annotate a class's own options, by the option's name."""
+    hints = get_type_hints(options, include_extras=True)
+    return {
+        name: note
+        for name in options.__annotations__
+        for note in getattr(hints[name], "__metadata__", ())
+        if isinstance(note, kind)
+    }
 
 
 # The Trainer lets any number through, and then divides by zero, trains on nothing or yields NaN.
@@ -104,6 +124,29 @@ TYPE_WORDS = {
     dict: "a dictionary",
     list[float]: "a list of numbers",
 }
+
+
+# All of them
+
+
+def check_types(args: "QuietStarConfig", names: Iterable[str]) -> None:
+    """Checks the types of these options, but of those that [`READERS`] reads."""
+    hints = get_type_hints(type(args))
+    for name in names:
+        if name in hints and name not in READERS:
+            check_type(name, getattr(args, name), hints[name])
+
+
+def check_values(args: "QuietStarConfig", limits: dict[str, Limits], choices: dict[str, Choices]) -> None:
+    """Checks each option's value by itself, then what contradicts another."""
+    for name, own in limits.items():
+        check_limits(name, getattr(args, name), own)
+    for name, values in choices.items():
+        check_choice(name, getattr(args, name), values)
+    for name in UNSUPPORTED:
+        check_supported(name, getattr(args, name))
+    check_thinking(args)
+    check_training(args)
 
 
 # One value
