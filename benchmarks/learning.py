@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+from trl_quietstar.branches.base import BranchPath, Encoded
 from trl_quietstar.evaluation.controls import CONTROLS, controlled
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.text.batch import Text, Thoughts
@@ -51,8 +52,8 @@ from trl_quietstar.thinking.scoring import ScoreRequest, at_talk, score
 VOCABULARY = [*"0123456789", *"abcdefghij", "=", ">", "<", "<pad>"]
 EQUALS, START, END, PAD = (VOCABULARY.index(x) for x in ("=", ">", "<", "<pad>"))
 FIRST_LETTER = VOCABULARY.index("a")
-THOUGHTS = 8
-PROBLEMS = 32
+THOUGHTS = 8  # at a problem
+PROBLEMS = 32  # in a step
 HELD_OUT = 500
 IGNORED = -100
 MUON_LEARNING_RATE = 1e-3
@@ -150,18 +151,34 @@ def problem_rows(task: Task, count: int, generator: torch.Generator) -> list[dic
     ]
 
 
-def training_data(task: Task, seed: int, steps: int) -> Dataset:
-    """Problems to think about, and texts to remember the language by, in turn."""
+def training_data(task: Task, seed: int, steps: int, each: int = 1) -> Dataset:
+    """Problems to think about, and texts to remember the language by, in turn: `each` problems, then a text."""
     generator = torch.Generator().manual_seed(1_000 + seed)
-    problems = problem_rows(task, PROBLEMS * steps, generator)
+    problems = problem_rows(task, each * PROBLEMS * steps, generator)
     texts = draw_texts(task, PROBLEMS * steps, task.right_chains[1], generator)
-    reminders = [{"input_ids": text, "labels": text, "thought_mask": [0] * len(text)} for text in texts]
-    return Dataset.from_list([row for pair in zip(problems, reminders, strict=True) for row in pair])
+    rows = []
+    for i, text in enumerate(texts):
+        rows += problems[i * each : (i + 1) * each]
+        rows.append({"input_ids": text, "labels": text, "thought_mask": [0] * len(text)})
+    return Dataset.from_list(rows)
 
 
 def held_out_data(task: Task) -> Dataset:
     """The problems that [`evaluate`] asks, as text."""
     return Dataset.from_list(problem_rows(task, HELD_OUT, torch.Generator().manual_seed(7)))
+
+
+@dataclass
+class ReadOnce:
+    """A way to run a text with its branches that does so once: no prediction of a text's last token depends on that token."""
+
+    path: BranchPath
+    encoded: Encoded | None = None
+
+    def encode(self, *arguments) -> Encoded:
+        if self.encoded is None:
+            self.encoded = self.path.encode(*arguments)
+        return self.encoded
 
 
 @torch.no_grad()
@@ -188,8 +205,9 @@ def answer_logps(
     logps: dict[str, list[torch.Tensor]] = {name: [] for name in ("none", *controls)}
     for control in controls:
         other = controlled(thoughts, control, len(VOCABULARY), torch.Generator().manual_seed(7))
+        path = ReadOnce(trainer.path)
         for digit in range(10):
-            request = ScoreRequest(text_with(digit), other, 1, trainer.path, prediction=trainer.args.reward_prediction)
+            request = ScoreRequest(text_with(digit), other, 1, path, prediction=trainer.args.reward_prediction)
             scores = score(model, request)
             logps[control].append(scores.talk_logps[:, 0, :, 0])
             if control == controls[0]:
@@ -236,11 +254,11 @@ def interval(values: torch.Tensor) -> list[float]:
 
 
 class Until90(TrainerCallback):
-    """Notes the step, and the seconds of training, after which accuracy with thoughts first reaches 90%. Seconds are those
-    of the processor, which neighbours on the machine change little."""
+    """Notes the step, and the seconds of training, after which accuracy with thoughts first reaches 90%, and ends training
+    once it reaches `enough`. Seconds are those of the processor, which neighbours on the machine change little."""
 
-    def __init__(self, task: Task, every: int = 20):
-        self.task, self.every, self.steps, self.seconds = task, every, None, None
+    def __init__(self, task: Task, every: int = 20, enough: float | None = None):
+        self.task, self.every, self.enough, self.steps, self.seconds = task, every, enough, None, None
         self.curve, self.curve_without = [], []
         self.measuring = 0.0  # seconds that were not training
         self.trainer: QuietStarREINFORCETrainer | None = None
@@ -258,6 +276,7 @@ class Until90(TrainerCallback):
             if self.steps is None and accuracy >= 0.9:
                 self.steps, self.seconds = state.global_step, now - self.start - self.measuring
             self.measuring += time.process_time() - now
+            control.should_training_stop |= self.enough is not None and accuracy >= self.enough
 
     def on_train_end(self, args, state, control, **kwargs):
         self.total = time.process_time() - self.start - self.measuring
@@ -343,15 +362,25 @@ def recipe_options(path: Path, task: Task, steps: int) -> dict:
     return options
 
 
-def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict, sabotage: str | None = None) -> dict:
-    """Trains a copy of a pretrained model to think, and measures before and after."""
+def run(
+    task: Task,
+    model: PreTrainedModel,
+    seed: int,
+    steps: int,
+    options: dict,
+    sabotage: str | None = None,
+    enough: float | None = None,
+) -> dict:
+    """Trains a copy of a pretrained model to think, and measures before and after. Training ends early at an accuracy with
+    thoughts of `enough`."""
     if sabotage == "random_thoughts":
         options = {**options, "single_pass": False}  # they come from elsewhere
     with tempfile.TemporaryDirectory() as directory:
+        args = configuration(task, directory, seed, steps, **options)
         trainer = QuietStarREINFORCETrainer(
             copy.deepcopy(model),
-            configuration(task, directory, seed, steps, **options),
-            training_data(task, seed, steps),
+            args,
+            training_data(task, seed, steps, args.per_device_train_batch_size // PROBLEMS - 1),
             held_out_data(task),
             processing_class=tokenizer(),
             reward_function=flipped if sabotage == "flipped_reward" else None,
@@ -359,7 +388,7 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
         if sabotage == "random_thoughts":
             think_at_random(trainer)
         before = evaluate(trainer, task)
-        until = Until90(task, every=20 * max(1, steps // 500))
+        until = Until90(task, 20 * max(1, steps // 500), enough)
         until.trainer = trainer
         trainer.add_callback(until)
         trainer.train()
@@ -370,8 +399,9 @@ def run(task: Task, model: PreTrainedModel, seed: int, steps: int, options: dict
         "after": after,
         "steps_to_90": until.steps,
         "seconds_to_90": until.seconds,
+        "steps": trainer.state.global_step,
         "seconds": until.total,
-        "sampled_batches": -(-steps // trainer.args.num_iterations),
+        "sampled_batches": -(-trainer.state.global_step // trainer.args.num_iterations),
         "curve": until.curve,
         "curve_without": until.curve_without,
     }

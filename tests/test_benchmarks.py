@@ -23,6 +23,8 @@ from benchmarks import (
     speed,
 )
 from trl_quietstar.evaluation.controls import CONTROLS
+from trl_quietstar.text.batch import Text
+from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import sums
 from .training import saved_model
@@ -105,6 +107,37 @@ def test_the_language_is_what_it_says():
     for text in chains:
         letters = np.array(text[6:10]) - learning.FIRST_LETTER
         assert letters.tolist() == (np.cumsum(text[:4]) % 10).tolist() and text[-1] == letters[-1]
+
+
+def test_answers_are_read_once(few, tmp_path):
+    """All ten digits' log-probabilities from one reading are those of each digit scored by itself."""
+    task = learning.Task()
+    model = learning.pretrain(task, 0, 20)
+    args = learning.configuration(task, str(tmp_path), 0, 1)
+    data = learning.training_data(task, 0, 1)
+    trainer = learning.QuietStarREINFORCETrainer(model, args, data, processing_class=learning.tokenizer())
+    found, thoughts = learning.answer_logps(trainer, task, 3, ("real",))
+    digits, _, _ = learning.draw_problems(task, 3, torch.Generator().manual_seed(7))
+    for digit in (0, 9):
+        text = Text.from_batch(torch.cat([digits, torch.tensor([[learning.EQUALS, digit]] * 3)], dim=1))
+        with torch.no_grad():
+            scores = score(trainer.model, ScoreRequest(text, thoughts, 1, trainer.path))
+        torch.testing.assert_close(found["real"][..., digit], scores.talk_logps[:, 0, :, 0])
+        torch.testing.assert_close(found["none"][..., 0, digit], scores.text_logps[:, -1])
+
+
+def test_more_problems_for_as_many_reminders(few):
+    """Rows to think about come before each reminder, as many as are asked for."""
+    for each in (1, 3):
+        thinks = [any(row["thought_mask"]) for row in learning.training_data(learning.Task(), 0, 2, each)]
+        assert thinks == ([True] * each + [False]) * (2 * learning.PROBLEMS)
+
+
+def test_training_ends_when_it_is_enough(few):
+    """At the first look at an accuracy that is reached, and not at the last step."""
+    task = learning.Task()
+    result = learning.run(task, learning.pretrain(task, 0, 2), 0, 40, {}, enough=0.0)
+    assert (result["steps"], result["sampled_batches"], len(result["curve"])) == (20, 20, 1)
 
 
 @pytest.mark.slow
