@@ -111,6 +111,7 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
     experience = Experience(
         Thoughts(Positions(torch.arange(J).expand(B, J), exists), ids * mask, mask),
         talk() > 0.3,
+        talk() > 0.6,
         talk(),
         talk() > 0.5,
         advantage * 7,
@@ -135,6 +136,7 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
         )
         assert kept.rewards[r, j, g] == experience.rewards[b, old_j, old_g] and kept.talk_weights[r, j, g] == 1
         assert torch.equal(kept.logps_without[r, j], experience.logps_without[b, old_j])
+        assert torch.equal(kept.score_mask[r, j], experience.score_mask[b, old_j])
     assert found.keys() == wanted.keys() and len(wanted) > 5
     assert kept.talk_weights.sum() == len(wanted)
 

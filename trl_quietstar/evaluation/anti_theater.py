@@ -120,7 +120,8 @@ def text_sums(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """
-    Scores a batch's thoughts and every control, and sums over each text what the statistics need.
+    Scores a batch's thoughts and every control, and sums over each text what the statistics need: over the talk tokens that
+    rewards look at, and the thoughts that have any.
 
     Args:
         model ([`ThinkingModel`]):
@@ -158,18 +159,20 @@ def text_sums(
     # without a start the thought is judged as ordinary text, which coherence asks for
     plain = score_thoughts(model, text, thoughts, path, start=False, branch_batch_size=plan.scoring, cache=cache)
     continuation = _continuation(model, cache, thoughts, plan.sampling)
-    talk_mask = talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None]
+    talk = talk_after(text, thoughts.positions, talk_length)
+    talk_mask, score_mask = talk.target_mask[:, :, None], talk.score_mask[:, :, None]
     evidence = (real.similarity, plain.thought_logps, thoughts.mask, real.talk_logps, logps["none"], talk_mask)
     x = coherence(*evidence).to(exact)
-    y = masked_mean(real.talk_correct.to(exact), talk_mask, dim=-1)
+    y = masked_mean(real.talk_correct.to(exact), score_mask, dim=-1)
     per_thought = {
         "thoughts": torch.ones_like(y),
         "distance": _edit_distances(thoughts, continuation),
         **{"coherence": x, "correctness": y},
         **{"coherence_squared": x.square(), "correctness_squared": y.square(), "product": x * y},
     }
-    exists = thoughts.positions.mask[..., None].expand_as(y)  # rows have unequally many positions
-    counted = talk_mask.expand_as(real.talk_logps)  # once for each thought: the conditions are paired by thought
+    # rows have unequally many positions, and some talks have nothing that is scored
+    exists = (thoughts.positions.mask[..., None] & score_mask.any(-1)).expand_as(y)
+    counted = score_mask.expand_as(real.talk_logps)  # once for each thought: the conditions are paired by thought
     sums = {name: (values * exists).sum((1, 2)) for name, values in per_thought.items()}
     sums["tokens"] = counted.sum((1, 2, 3))
     for name in CONDITIONS:

@@ -94,8 +94,8 @@ def inspect_texts(
           thoughts,
         - `nll_with` (`float`, or None if no thought stands right before the token): its negative log-likelihood in nats
           after the first thought there,
-        - `thoughts` (`list[dict]`): the thoughts after the token. Each has its `text`, its `gain` in nats, the mean
-          mixing `weight` over its talk, and `nll_with` of each talk token.
+        - `thoughts` (`list[dict]`): the thoughts after the token. Each has its `text`, its `gain` in nats over the talk tokens
+          that rewards look at, the mean mixing `weight` over its talk, and `nll_with` of each talk token.
     """
     shown = (scores.talk_logps, scores.mixing_weights, scores.text_logps)
     token_ids, mask, *values = to_host([thoughts.token_ids, thoughts.mask, *shown])
@@ -117,8 +117,8 @@ def _written(
     """The thoughts after each token, by the token's row and index in the batch."""
     talk_length = scores.talk_logps.shape[-1]
     talk = talk_after(text, thoughts.positions, talk_length)
-    counted = talk.target_mask[:, :, None]
-    gains = masked_mean(scores.talk_logps - at_talk(scores.text_logps, thoughts, talk_length), counted, dim=-1)
+    counted, scored = talk.target_mask[:, :, None], talk.score_mask[:, :, None]
+    gains = masked_mean(scores.talk_logps - at_talk(scores.text_logps, thoughts, talk_length), scored, dim=-1)
     weights = masked_mean(scores.mixing_weights, counted, dim=-1)
     nlls = (-scores.talk_logps).masked_fill(~counted, torch.nan)
     written: dict[tuple[int, int], list[dict]] = {}

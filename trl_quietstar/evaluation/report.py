@@ -55,12 +55,12 @@ def thought_table(tokenizer: PreTrainedTokenizerBase, batch: BatchResult, count:
     Returns:
         `dict` of columns: `context` (the end of the text before the thought), `thought` (the first one at its position),
         `next` (the true next tokens), `with` and `without` (mean probability of these tokens with and without the
-        thought), and `reward`.
+        thought, as far as rewards look at them), and `reward`.
     """
     text, experience, talk_logps = batch.text.host, batch.experience, batch.scores.talk_logps
     thoughts, talk_length = experience.thoughts, talk_logps.shape[-1]
-    p_with = masked_mean(talk_logps.exp(), experience.talk_mask.expand_as(talk_logps), dim=-1)
-    p_without = masked_mean(experience.logps_without.exp(), experience.talk_mask, dim=-1)
+    p_with = masked_mean(talk_logps.exp(), experience.score_mask.expand_as(talk_logps), dim=-1)
+    p_without = masked_mean(experience.logps_without.exp(), experience.score_mask, dim=-1)
     # one copy from the device, since what follows reads single numbers
     token_ids, mask, p_with, p_without, rewards = to_host(
         [thoughts.token_ids, thoughts.mask, p_with, p_without, experience.rewards]

@@ -30,6 +30,8 @@ class Experience:
             The sampled thoughts.
         talk_mask, logps_without, correct_without (`torch.Tensor` of shape `(B, J, 1, M)`):
             Talk tokens that count, and the no-thought prediction of them.
+        score_mask (`torch.Tensor` of shape `(B, J, 1, M)`):
+            Those of them that the reward looks at.
         rewards (`torch.Tensor` of shape `(B, J, G)`):
             Reward of each thought.
         advantages, returns (`torch.Tensor` of shape `(B, J, G, L)`):
@@ -44,6 +46,7 @@ class Experience:
 
     thoughts: Thoughts
     talk_mask: torch.Tensor
+    score_mask: torch.Tensor
     logps_without: torch.Tensor
     correct_without: torch.Tensor
     rewards: torch.Tensor
@@ -98,12 +101,13 @@ def experience_of(
     thoughts, talk_length = scores.thoughts, scores.talk_logps.shape[-1]
     assert reference is not None or not args.uses_reference
     no_thought = scores if reference is None or args.no_thought_model == "policy" else reference
+    talk = talk_after(text, thoughts.positions, talk_length)
     gains = {
         "logps_with": scores.talk_logps,
         "logps_without": at_talk(no_thought.text_logps, thoughts, talk_length),
         "correct_with": scores.talk_correct,
         "correct_without": at_talk(no_thought.text_correct, thoughts, talk_length),
-        "mask": talk_after(text, thoughts.positions, talk_length).target_mask[:, :, None],
+        "mask": talk.score_mask[:, :, None],
     }
     if reward_function is None:
         rewards = thought_rewards(**gains, reward_type=args.reward_type)
@@ -119,6 +123,7 @@ def experience_of(
     advantages, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, *options)
     return Experience(
         thoughts,
+        talk.target_mask[:, :, None],
         gains["mask"],
         gains["logps_without"],
         gains["correct_without"],
@@ -204,6 +209,7 @@ def worth_training_on(
     return chosen.rows.cpu(), Experience(
         Thoughts(positions, thoughts.token_ids[of_thought][..., :cut] * mask, mask),
         experience.talk_mask[of_talk],
+        experience.score_mask[of_talk],
         experience.logps_without[of_talk],
         experience.correct_without[of_talk],
         experience.rewards[of_thought],
@@ -285,6 +291,7 @@ def unflat(tensors: dict[str, torch.Tensor]) -> list[Experience]:
     experiences = []
     for _, own in sorted(batches.items()):
         positions = Positions(own.pop("index"), own.pop("positions"))
+        own.setdefault("score_mask", own["talk_mask"])  # in checkpoints from before there were scores
         experiences.append(Experience(Thoughts(positions, own.pop("token_ids"), own.pop("mask")), **own))
     return experiences
 

@@ -72,7 +72,8 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     """
     scores, experience = batch.scores, batch.experience
     tokens, exists, written = experience.thoughts.mask, experience.exists, batch.written
-    said = experience.talk_mask.expand_as(scores.talk_logps)
+    said, scored = (mask.expand_as(scores.talk_logps) for mask in (experience.talk_mask, experience.score_mask))
+    has_score = exists & scored.any(-1)
     exact = exact_dtype(tokens.device)
     share = torch.full((), batch.share, dtype=exact, device=tokens.device)
     parts = {"total_loss": batch.loss, **batch.terms}
@@ -91,10 +92,10 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "nll_with": (-scores.talk_logps, said),
         "reader_nll": (-scores.reader_logps, said),
         "nll_without": (-experience.logps_without.expand_as(scores.talk_logps), said),
-        "accuracy_with": (scores.talk_correct, said),
-        "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), said),
-        "exact_match_with": (exact_match(scores.talk_correct, said), exists),
-        "exact_match_without": (exact_match(experience.correct_without, said), exists),
+        "accuracy_with": (scores.talk_correct, scored),
+        "accuracy_without": (experience.correct_without.expand_as(scores.talk_correct), scored),
+        "exact_match_with": (exact_match(scores.talk_correct, scored), has_score),
+        "exact_match_without": (exact_match(experience.correct_without, scored), has_score),
         "thought_length": (tokens.sum(-1), exists),
         "written_nll": None if written is None else (-written.thought_logps, written.thought_mask),
         "written_reader_nll": None if written is None else (-written.reader_logps, written.talk_mask),
@@ -147,7 +148,7 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
         As [`batch_metrics`].
     """
     experience = batch.experience
-    talk = (batch.scores.reader_logps, experience.logps_without, experience.talk_mask)
+    talk = (batch.scores.reader_logps, experience.logps_without, experience.score_mask)
     metrics = {
         **batch_metrics(batch),
         **group_metrics(*talk, experience.thoughts.positions, args.useful_gain),

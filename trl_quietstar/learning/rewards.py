@@ -142,7 +142,8 @@ def useful(
 
 def exact_match(correct: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Whether all tokens of a talk are the most likely ones: what greedy decoding would write.
+    Whether all tokens of a talk are the most likely ones: what greedy decoding would write. A talk without a token that counts
+    matches nothing.
 
     Args:
         correct (`torch.Tensor` of shape `(B, J, G, M)`, bool), mask (of shape `(B, J, 1, M)`, bool):
@@ -151,7 +152,7 @@ def exact_match(correct: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, J, G)`, bool.
     """
-    return (correct | ~mask).all(-1)
+    return (correct | ~mask).all(-1) & mask.any(-1)
 
 
 def is_mixed(groups: torch.Tensor) -> torch.Tensor:

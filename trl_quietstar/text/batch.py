@@ -34,6 +34,8 @@ class Text(Placed):
             Number of the document that a token belongs to, from 1 in each row; 0 on padding.
         thought_mask (`torch.Tensor` of shape `(B, T)`, bool):
             Whether a thought may follow a token, as far as the data say.
+        score_mask (`torch.Tensor` of shape `(B, T)`, bool):
+            Whether rewards look at a token, if it is a label.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +44,7 @@ class Text(Placed):
     position_ids: torch.Tensor
     document_ids: torch.Tensor
     thought_mask: torch.Tensor
+    score_mask: torch.Tensor
 
     @classmethod
     def from_batch(
@@ -51,6 +54,7 @@ class Text(Placed):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         thought_mask: torch.Tensor | None = None,
+        score_mask: torch.Tensor | None = None,
     ) -> "Text":
         """
         Builds a batch from what a collator gives.
@@ -66,6 +70,8 @@ class Text(Placed):
                 Positions that restart at 0 with each packed document. By default each row is one document.
             thought_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 1 where a thought may follow. Defaults to everywhere.
+            score_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                1 on tokens that rewards look at. Defaults to all text.
         """
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         labels = input_ids if labels is None else labels
@@ -73,8 +79,9 @@ class Text(Placed):
             position_ids = mask.long().cumsum(1) - 1
         position_ids = position_ids.masked_fill(~mask, 0)
         document_ids = ((position_ids == 0) & mask).long().cumsum(1).masked_fill(~mask, 0)
-        thought_mask = mask if thought_mask is None else thought_mask.bool()
-        return cls(input_ids, mask, labels.masked_fill(~mask, -100), position_ids, document_ids, thought_mask)
+        labels = labels.masked_fill(~mask, -100)
+        thought_mask, score_mask = (mask if x is None else x.bool() for x in (thought_mask, score_mask))
+        return cls(input_ids, mask, labels, position_ids, document_ids, thought_mask, score_mask)
 
     @property
     def is_plain(self) -> bool:
@@ -179,11 +186,14 @@ class Talk(Placed):
             Which of them exist in the position's document.
         target_mask (`torch.Tensor` of shape `(B, J, M)`, bool):
             Which of them exist and are labels.
+        score_mask (`torch.Tensor` of shape `(B, J, M)`, bool):
+            Which of those labels rewards look at.
     """
 
     token_ids: torch.Tensor
     input_mask: torch.Tensor
     target_mask: torch.Tensor
+    score_mask: torch.Tensor
 
 
 def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
@@ -205,10 +215,13 @@ def talk_after(text: Text, positions: Positions, talk_length: int) -> Talk:
     index = positions.index[..., None] + torch.arange(1, talk_length + 1)
     inside = index < text.input_ids.shape[1]
     index = index.clamp(max=text.input_ids.shape[1] - 1)
-    token_ids, labels, documents = (gather(x, index) for x in (text.input_ids, text.labels, text.document_ids))
+    token_ids, labels, documents, scored = (
+        gather(x, index) for x in (text.input_ids, text.labels, text.document_ids, text.score_mask)
+    )
     own = gather(text.document_ids, positions.index)[..., None]
     input_mask = inside & (documents == own) & positions.mask[..., None]
-    return Talk(token_ids, input_mask, input_mask & (labels != -100)).to(device)
+    target_mask = input_mask & (labels != -100)
+    return Talk(token_ids, input_mask, target_mask, target_mask & scored).to(device)
 
 
 def branch_position_ids(text: Text, anchors: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ class PreflightCallback(TrainerCallback):
         how = ScoreRequest(text, thoughts, talk_length, thinker.path, branch_batch_size=plan.scoring, whole_text=False)
         scores: Scores = thinker.ask(text, how)
         positions = scores.thoughts.positions
-        mask = talk_after(text, positions, talk_length).target_mask[:, :, None]
+        mask = talk_after(text, positions, talk_length).score_mask[:, :, None]
         without = at_talk(scores.text_logps, scores.thoughts, talk_length)
         tried = positions.mask.sum() * args.num_thoughts
         return {
