@@ -175,7 +175,6 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         self.runlog = RunLog(args, self.accelerator, self.thinker)
         self.guard = FaultGuard(args, self.model, self.accelerator, tokenizer, self.save_checkpoint)
         self.anti_theater = AntiTheaterCallback(self)
-        self._kept = (self.runlog, self.thinker, self.step, self.guard, self.anti_theater)  # in checkpoints
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
@@ -289,10 +288,11 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
 
     def _checkpoint_state(self) -> dict:
         own = {"entropy_coefficient": self.entropy_coefficient, "optimizer": optimizer_fields(self.args)}
-        return own | {name: value for part in self._kept for name, value in part.state().items()}
+        parts = (self.runlog, self.thinker, self.step, self.guard, self.anti_theater)
+        return own | {name: value for part in parts for name, value in part.state().items()}
 
     def _restore_checkpoint_state(self, state: dict) -> None:
-        for part in self._kept:
+        for part in (self.runlog, self.thinker, self.step, self.guard, self.anti_theater):
             part.load(state)
 
     def _has_ended(self) -> bool:

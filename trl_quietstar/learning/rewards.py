@@ -68,8 +68,14 @@ def marginal_log_likelihood(gains: Gains) -> torch.Tensor:
     if G < 2:
         raise ValueError("`reward_type='marginal_log_likelihood'` needs `num_thoughts` of at least 2, got 1.")
     itself = torch.eye(G, dtype=torch.bool, device=logps.device)
-    others = logps[..., None, :].masked_fill(itself, -math.inf).logsumexp(-1)
-    return logps.logsumexp(-1, keepdim=True) - math.log(G) - (others - math.log(G - 1))
+    others = logps[..., None, :].masked_fill(itself, -math.inf)
+    return _log_mean(logps[..., None, :], G) - _log_mean(others, G - 1)
+
+
+def _log_mean(logps: torch.Tensor, count: int) -> torch.Tensor:
+    """Log of the mean of `count` probabilities along the last dimension; exactly their own where all are equal."""
+    highest = logps.amax(-1, keepdim=True)
+    return highest[..., 0] + ((logps - highest).exp().sum(-1) / count).log()
 
 
 def accuracy(gains: Gains) -> torch.Tensor:
