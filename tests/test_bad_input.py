@@ -72,6 +72,7 @@ VALUES = [
     (dict(no_thought_model="base"), "no_thought_model", "base", "policy", "reference"),
     (dict(advantage_baseline="critic"), "advantage_baseline", "critic", "value", "leave_one_out", "both", "none"),
     (dict(value_head_type="cnn"), "value_head_type", "cnn", "linear", "mlp", "transformer"),
+    (dict(mixing_head_type="cnn"), "mixing_head_type", "cnn", "mlp", "published"),
     (dict(thought_path="fast"), "thought_path", "fast", "auto", "shared_prefix", "replay"),
     (dict(thought_positions="0"), "thought_positions", "0", "at least 1"),
     (dict(thought_positions="-3"), "thought_positions", "-3", "at least 1"),

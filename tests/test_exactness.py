@@ -57,6 +57,12 @@ def test_paths_agree_on_the_thought_prediction(name):
     assert_paths_agree(exact_model(name), prediction="thought")
 
 
+def test_paths_agree_with_the_published_mixing_head_and_suppressed_tokens():
+    """The same holds where the weight is not bounded, and where some tokens are never in a thought."""
+    settings = QuietStarSettings(mixing_head_type="published", thought_suppress_tokens=[3, 4])
+    assert_paths_agree(exact_model("llama", settings))
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp", "transformer"])
 def test_paths_agree_for_every_value_head(kind):
     """The same holds for each value head, causal block included."""

@@ -108,6 +108,7 @@ SMALL = {
         [None, None, {"0": {"thought_length": 2}}, {"1": {"talk_length": "completion"}}, {"x": {}}]
     ),
     "reward_clip_range": st.sampled_from([None, [-1.0, 1.0], [0, 1]]),
+    "thought_suppress_tokens": st.sampled_from([None, [], [0], [5, 7]]),
     "dataset_num_proc": st.none(),  # processes take seconds to start
     "dataloader_num_workers": st.just(0),
     "dataloader_prefetch_factor": st.none(),

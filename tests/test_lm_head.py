@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_quietstar.model import tiles
 from trl_quietstar.model.family import logit_transform
 from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
-from trl_quietstar.thinking.drawing import BLOCK, _invert
+from trl_quietstar.thinking.drawing import BLOCK, SamplingSettings, _invert, draw_tokens, draw_with_statistics
 
 
 V, H = 37, 6
@@ -71,6 +71,29 @@ def test_statistics(kind, temperature):
     torch.testing.assert_close(found.logps, logps)
     torch.testing.assert_close(found.entropies, entropies)
     assert torch.equal(found.correct, (expected.argmax(-1) == targets) & mask)
+    weights = torch.randn(2, 3, 5, dtype=torch.float64)
+    pair = ((weights[0] * a + weights[1] * b).sum() for a, b in ((found.logps, found.entropies), (logps, entropies)))
+    assert_same_gradients(*pair, [hidden, *model.get_output_embeddings().parameters()])
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_suppressed_tokens_have_no_probability(kind, drawn):
+    """As if their logits were minus infinity; where they fill a tile too, and where the targets were drawn from these states."""
+    suppressed = (1, 9, *range(32, 37))
+    model, hidden, mask = model_with(kind), random(3, 5, H), torch.ones(3, 5, dtype=torch.bool)
+    settings, u = SamplingSettings(1, temperature=0.7, suppressed=suppressed), torch.rand(3, 5, dtype=torch.float64)
+    known = draw_with_statistics(model, hidden.detach(), u, settings)
+    assert torch.equal(known.token_ids, draw_tokens(model, hidden.detach(), u, settings))
+    found = token_statistics(
+        model, hidden, known.token_ids, mask, 0.7, known if drawn else None, suppressed=suppressed
+    )
+    logits = log_probs(model, hidden, 0.7).index_fill(-1, torch.tensor(suppressed), -torch.inf)
+    expected = logits.log_softmax(-1)
+    logps = expected.gather(-1, known.token_ids[..., None])[..., 0]
+    entropies = -(expected.exp() * expected.masked_fill(expected.isinf(), 0)).sum(-1)
+    torch.testing.assert_close(found.logps, logps)
+    torch.testing.assert_close(found.entropies, entropies)
     weights = torch.randn(2, 3, 5, dtype=torch.float64)
     pair = ((weights[0] * a + weights[1] * b).sum() for a, b in ((found.logps, found.entropies), (logps, entropies)))
     assert_same_gradients(*pair, [hidden, *model.get_output_embeddings().parameters()])

@@ -184,7 +184,8 @@ def test_a_published_checkpoint_says_that_its_heads_are_not_read(tmp_path):
         "talk_head.0.0.weight": torch.ones(3, 3),
     }
     save_file({**weights, **extra}, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"published Quiet-STaR code: its heads \(end_embedding.*save_pretrained"):
+    says = r"published Quiet-STaR code: its heads \(end_embedding.*`trl-quietstar convert .*save_pretrained"
+    with pytest.raises(ValueError, match=says):
         QuietStarForCausalLM.from_pretrained(path)
     AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "base")
     QuietStarForCausalLM.from_pretrained(tmp_path / "base")

@@ -390,6 +390,11 @@ BAD_ROWS = {
         "'so<eos> 3', which holds the EOS token before its end; a sampl",
     ),
     "EOS twice": (COLUMN | {"thought": "so<eos>"}, {}, "'so<eos>', which holds the EOS token before its end"),
+    "a suppressed token": (
+        COLUMN | {"thought": "3"},
+        dict(thought_suppress_tokens=byte_tokenizer()("3")["input_ids"]),
+        f"the written thought '3', which holds the suppressed token {byte_tokenizer()('3')['input_ids'][0]}; leave the thought out",
+    ),
     "the string within": (
         COLUMN | {"thought": "a] b"},
         dict(thought_stop_string="]"),

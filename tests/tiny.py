@@ -26,6 +26,7 @@ from transformers import (
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.base import BranchPath
 from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.model.heads import suppressed_tokens
 from trl_quietstar.text.batch import Positions, Text, Thoughts
 from trl_quietstar.text.positions import choose_positions, seeded_generators
 from trl_quietstar.thinking.drawing import SamplingSettings, uniforms
@@ -86,7 +87,11 @@ def tiny_model(
 
 def exact_model(name: str = "llama", settings: QuietStarSettings | None = None, **changes) -> PreTrainedModel:
     """A thinking model that computes in float64 throughout."""
-    model = tiny_model(name, settings, torch.float64, attn_implementation="sdpa", **changes)
+    return exact(tiny_model(name, settings, torch.float64, attn_implementation="sdpa", **changes))
+
+
+def exact(model: PreTrainedModel) -> PreTrainedModel:
+    """A model, whose norms then compute in float64 too."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(_rms_norm, module)
@@ -162,7 +167,7 @@ def think(
     """Thoughts sampled with a fixed seed."""
     path = path or SharedPrefix()
     positions = positions_of(text) if positions is None else positions
-    settings = settings or sampling()
+    settings = settings or sampling(suppressed=suppressed_tokens(model))
     with torch.no_grad():
         cache = path.read(model, text)
     return sample_thoughts(model, cache, positions, settings, uniforms(positions, settings, generators(text, seed)))

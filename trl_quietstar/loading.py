@@ -22,7 +22,7 @@ from .model.adapters import (
     trains_added_weights_only,
 )
 from .model.heads import ThinkingModel
-from .model.saved import HUB_KWARGS, has_file, warn_of_lost_heads
+from .model.saved import HUB_KWARGS, has_file, saved_settings, settings_in, warn_of_lost_heads
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, attach_saved_heads
 from .settings import QuietStarSettings
@@ -140,8 +140,10 @@ def build_model(
         `ValueError`: for a model that is no causal LM of text, saved heads of another kind, or an adapter that cannot be
             trained: a second one, one of another method, or one on the heads or the LM head.
     """
-    settings, hub = args.settings(), hub_kwargs(args)
-    source = model if isinstance(model, str) else None
+    hub = hub_kwargs(args)
+    if args.thought_suppress_tokens is None:
+        args.thought_suppress_tokens = _saved_suppression(model, hub)
+    settings, source = args.settings(), model if isinstance(model, str) else None
     if source is not None:
         kwargs = {"dtype": _dtype(args, quantization_config, peft_config), **_init_kwargs(args)}
         source, model = _load(source, args, settings, quantization_config, hub, kwargs)
@@ -179,6 +181,12 @@ def _init_kwargs(args: QuietStarConfig) -> dict[str, Any]:
 def hub_kwargs(args: QuietStarConfig) -> dict[str, Any]:
     """Where on the Hub the model is, as `model_init_kwargs` say it."""
     return {name: value for name, value in _init_kwargs(args).items() if name in HUB_KWARGS}
+
+
+def _saved_suppression(model, hub: dict[str, Any]) -> list[int] | None:
+    """Ids of the tokens that the thoughts of a saved model do not hold. They go with its vocabulary, not with a run."""
+    saved = saved_settings(model, **hub) if isinstance(model, str) else settings_in(base_of(model).config)
+    return None if saved is None else saved.thought_suppress_tokens
 
 
 def _keep_gradients(base: PreTrainedModel) -> None:

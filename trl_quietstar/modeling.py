@@ -23,11 +23,11 @@ from .branches.replay import Replay
 from .model.adapters import base_of, check_saved_adapter, put_adapter
 from .model.concurrency import LOCK, eval_mode
 from .model.embeddings import mean_embedding
-from .model.heads import give_heads
+from .model.heads import check_suppressed, give_heads
+from .model.published import check_published
 from .model.saved import (
     HEADS_NAME,
     HUB_KWARGS,
-    check_published,
     commit_of,
     file_of,
     load_trl_value_head,
@@ -43,7 +43,7 @@ from .model.saved import (
 )
 from .model.sharding import load_full
 from .model.supported import check_causal_lm, check_config
-from .settings import QuietStarSettings
+from .settings import OF_HEADS, QuietStarSettings
 from .thinking.arguments import check_options, take_stop_strings
 from .thinking.check import choose_path, takes_masks
 from .thinking.generation import think_and_speak
@@ -252,12 +252,13 @@ class QuietStarMixin(FamilyModel):
                 The new settings.
 
         Raises:
-            `ValueError`: if they ask for another value head than the model has.
+            `ValueError`: if they ask for other heads than the model has, or suppress a token that it does not have.
         """
-        for name in ("value_head_type", "value_head_hidden_size"):
+        for name in OF_HEADS:
             own, wanted = getattr(self.quietstar_settings, name), getattr(settings, name)
             if own != wanted:
                 raise ValueError(f"The model's heads have `{name}` {own!r}, not {wanted!r}; set `{name}={own!r}`.")
+        check_suppressed(self, settings)
         self.config.quietstar = settings.to_dict()
 
     def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What a saved model remembers of its training: how long, how and where it thinks."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class QuietStarSettings:
             M, text tokens that a thought is read for; `"completion"`: all that follow.
         prediction (`str`):
             `"mixed"` (the mixing head weighs the predictions with and without the thought) or `"thought"` (with it alone).
+        mixing_head_type (`str`):
+            `"mlp"` or `"published"`, that of the published Quiet-STaR code.
         value_head_type (`str`):
             `"linear"`, `"mlp"` or `"transformer"`.
         value_head_hidden_size (`int`):
@@ -27,6 +29,8 @@ class QuietStarSettings:
             How the tokens of a thought are drawn.
         min_thought_length (`int`, *optional*), thought_stop_string (`str`, *optional*):
             When a thought may end early.
+        thought_suppress_tokens (`list[int]`, *optional*):
+            Ids of tokens that no thought holds. The policy gives them no probability.
         thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
             Where the model learned to think; [`~thinking.when.Thinking.of`] says what generation and scoring make of it.
     """
@@ -45,6 +49,8 @@ class QuietStarSettings:
     thought_positions: str | int | float = "all"
     difficulty_threshold: float = 0.6
     min_thought_interval: int = 3
+    mixing_head_type: str = "mlp"
+    thought_suppress_tokens: list[int] | None = None
 
     def to_dict(self) -> dict:
         """The settings as they are saved."""
@@ -80,10 +86,15 @@ class QuietStarSettings:
         return cls(**saved)
 
 
-def _is_of(kinds: tuple[type, ...], value) -> bool:
+def _is_of(kinds: tuple, value) -> bool:
     """Whether a value from JSON is of one of the kinds. JSON may write 1.0 as 1; Python takes a switch for a number."""
+    if isinstance(value, list):
+        return any(get_origin(kind) is list and all(_is_of(get_args(kind), x) for x in value) for kind in kinds)
+    kinds = tuple(kind for kind in kinds if get_origin(kind) is None)
     return not isinstance(value, bool) and isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
+# The settings that heads are made by, which a model cannot change.
+OF_HEADS = ("mixing_head_type", "value_head_type", "value_head_hidden_size")
 # The option of `QuietStarConfig` that each setting remembers.
 OPTIONS = {field.name: field.name for field in fields(QuietStarSettings)} | {"prediction": "reward_prediction"}

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,7 @@ def take_out(
         args.thought_stop_string,
         args.min_thought_length or 1,
         args.longest_thought,
+        args.thought_suppress_tokens or [],
     )
     if isinstance(dataset, IterableDataset):
         return dataset.map(step, with_indices=True)
@@ -160,6 +161,8 @@ class TakeOut:
             String that ends a thought; without one the EOS token does.
         least (`int`), most (`int`):
             Limits of a thought's length, with its ending, in tokens.
+        suppressed (`Sequence[int]`):
+            Ids of tokens that no thought holds.
 
     Raises:
         `ValueError`: for a thought that sampling could not have written, or that has no place.
@@ -174,6 +177,7 @@ class TakeOut:
     stop_string: str | None
     least: int
     most: int
+    suppressed: Sequence[int] = ()
 
     def __call__(self, row: dict, index: int) -> dict:
         changed: dict = {}
@@ -315,6 +319,9 @@ class TakeOut:
             fix = "lower `min_thought_length`, or leave out the thought"
             found = f"{what} of {len(ids)} tokens with its ending, below `min_thought_length` ({self.least})"
             raise self._refusal(index, found, fix)
+        for token_id in set(ids).intersection(self.suppressed):
+            fix = "leave the thought out, or take the token out of it or of `thought_suppress_tokens`"
+            raise self._refusal(index, f"{what}, which holds the suppressed token {token_id}", fix)
         *early, last = self._ends(ids)
         if any(early):
             fix = "a sampled thought would end there: take it out of the thought"

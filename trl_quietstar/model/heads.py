@@ -48,6 +48,25 @@ class MixingHead(nn.Module):
         return self.MIN_WEIGHT + (1 - self.MIN_WEIGHT) * torch.sigmoid(logit)
 
 
+class PublishedMixingHead(nn.Sequential):
+    """
+    The mixing head of the published Quiet-STaR code (`talk_head.0`, whose names its parameters have), to go on from its models.
+
+    It reads the two hidden states as they are. Nothing bounds its weight, which may be below 0 or above 1. It starts at 0
+    whatever the input, so that an untrained model predicts exactly as its base does.
+    """
+
+    def __init__(self, hidden_size: int):
+        H, out = hidden_size, nn.Linear(hidden_size, 1, bias=False)
+        super().__init__(nn.Linear(2 * H, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), out)
+        nn.init.zeros_(out.weight)
+
+    def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # of two tensors
+        """Weights of shape `(...)` for two hidden states of shape `(..., H)`."""
+        pair = torch.cat([base, thought], dim=-1)
+        return super().forward(pair.to(next(self.parameters()).dtype)).squeeze(-1)
+
+
 class LinearValueHead(nn.Module):
     """One linear map, in the layout of TRL's former `ValueHead` (`v_head.summary.*`)."""
 
@@ -94,6 +113,7 @@ class TransformerValueHead(nn.Module):
         return values.view(hidden.shape[:-1])
 
 
+MIXING_HEADS = {"mlp": MixingHead, "published": PublishedMixingHead}
 VALUE_HEADS = {"linear": LinearValueHead, "mlp": MLPValueHead, "transformer": TransformerValueHead}
 
 
@@ -107,23 +127,22 @@ class QuietStarHeads(nn.Module):
         embedding_size (`int`):
             Width of the input embeddings.
         settings ([`QuietStarSettings`]):
-            Kind and width of the value head.
+            Kinds of the heads, and the value head's width.
 
     Raises:
-        `ValueError`: if the value head's type is unknown.
+        `ValueError`: if the type of a head is unknown.
     """
 
     def __init__(self, hidden_size: int, embedding_size: int, settings: QuietStarSettings):
         super().__init__()
-        if settings.value_head_type not in VALUE_HEADS:
-            raise ValueError(
-                f"`value_head_type` is {settings.value_head_type!r}; choose one of {', '.join(VALUE_HEADS)}."
-            )
+        for name, kinds in (("mixing_head_type", MIXING_HEADS), ("value_head_type", VALUE_HEADS)):
+            if getattr(settings, name) not in kinds:
+                raise ValueError(f"`{name}` is {getattr(settings, name)!r}; choose one of {', '.join(kinds)}.")
         self.start_embedding = nn.Parameter(torch.zeros(embedding_size))
         self.end_embedding = nn.Parameter(torch.zeros(embedding_size))
         # mean input embedding of shape (E,) that both embeddings begin as, until a tokenizer, a file or hand sets them
         self.fresh_embedding: torch.Tensor | None = None
-        self.mixing_head = MixingHead(hidden_size)
+        self.mixing_head = MIXING_HEADS[settings.mixing_head_type](hidden_size)
         self.value_head = VALUE_HEADS[settings.value_head_type](hidden_size, settings.value_head_hidden_size)
 
     def is_fresh(self, embedding: torch.Tensor) -> bool:
@@ -192,7 +211,11 @@ def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
             A decoder with an LM head.
         settings ([`QuietStarSettings`]):
             What the heads are; they become the model's.
+
+    Raises:
+        `ValueError`: if the settings suppress a token that the model does not have.
     """
+    check_suppressed(model, settings)
     table, lm_head = weight_of(model.get_input_embeddings()), weight_of(model.get_output_embeddings())
     with torch.inference_mode(False), torch.no_grad():  # heads made in inference could never be trained
         heads = QuietStarHeads(lm_head.shape[1], table.shape[1], settings)
@@ -203,3 +226,28 @@ def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
         model.quietstar = heads.to(device=lm_head.device, dtype=dtype)
         heads.fresh_embedding = mean.detach().cpu().double()
     model.config.quietstar = settings.to_dict()
+
+
+# Tokens that no thought holds
+
+
+def suppressed_tokens(model: ThinkingModel) -> tuple[int, ...]:
+    """Ids of the tokens that no thought of a model holds."""
+    return tuple(model.quietstar_settings.thought_suppress_tokens or ())
+
+
+def check_suppressed(model: PreTrainedModel, settings: QuietStarSettings) -> None:
+    """
+    Refuses settings by which a model cannot write.
+
+    Raises:
+        `ValueError`: if they suppress a token that it does not have, or all that it has.
+    """
+    V, suppressed = model.config.get_text_config().vocab_size, settings.thought_suppress_tokens or []
+    wrong = [token_id for token_id in suppressed if not 0 <= token_id < V]
+    if wrong:
+        raise ValueError(
+            f"`thought_suppress_tokens` has {wrong[0]}, but the model's tokens are 0 to {V - 1}; leave it out."
+        )
+    if len(set(suppressed)) == V:
+        raise ValueError(f"`thought_suppress_tokens` has all {V} tokens of the model; leave some for its thoughts.")

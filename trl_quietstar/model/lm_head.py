@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..text.transfer import to_device
 from .family import cap_, cap_slope, logit_transform, times_
-from .tiles import Head, HeadGradients, OnlineSoftmax, RowGradient, Targets, Tiles, tile_elements
+from .tiles import Head, HeadGradients, OnlineSoftmax, RowGradient, Targets, Tiles, suppress_, tile_elements
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def token_statistics(
     mask: torch.Tensor,
     temperature: float = 1.0,
     known: Drawn | None = None,
+    suppressed: tuple[int, ...] = (),
 ) -> TokenStatistics:
     """
     Log-probability, entropy and correctness of `targets` given `hidden`; only places in `mask` are computed.
@@ -106,13 +107,15 @@ def token_statistics(
             Divides the logits.
         known ([`Drawn`], *optional*):
             The statistics, of shape `(...)`, where the targets were drawn from these very hidden states.
+        suppressed (`tuple[int, ...]`):
+            Ids of tokens that have no probability.
 
     Returns:
         [`TokenStatistics`] with tensors of shape `(...)`. Gradients flow through `logps` and `entropies`.
     """
     places = _places(mask, hidden.device)
     chosen = None if known is None else Drawn(*(getattr(known, field.name)[places] for field in fields(Drawn)))
-    found = _Statistics.apply(hidden[places], targets[places], *_head(model), temperature, chosen)
+    found = _Statistics.apply(hidden[places], targets[places], *_head(model), temperature, chosen, suppressed)
     return TokenStatistics(*(_spread(x, places, mask.shape) for x in found))
 
 
@@ -232,13 +235,15 @@ class _Statistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, targets, weight, bias, scale, softcap, temperature, known):
+    def forward(ctx, hidden, targets, weight, bias, scale, softcap, temperature, known, suppressed):
         ctx.dtype, ctx.logit_form, ctx.temperature = _compute_dtype(hidden), (scale, softcap), temperature
+        ctx.suppressed = suppressed
         if known is None:
             tiles, states = Tiles(Head(weight, bias, scale, softcap), ctx.dtype, len(hidden)), hidden.to(ctx.dtype)
             softmax, means = OnlineSoftmax(targets, tiles), []
             for at in tiles.slices:
                 logits = cap_(tiles.raw(states, at, "logits"), softcap).div_(temperature)
+                logits = suppress_(logits, at, suppressed)
                 exponentials = tiles.scratch("weights", logits)
                 total = softmax.fold(logits, exponentials)
                 means.append(exponentials.mul_(logits).sum(-1) / total)  # of the logits, by the tile's probabilities
@@ -264,12 +269,12 @@ class _Statistics(torch.autograd.Function):
         for i, at in enumerate(tiles.slices):
             capped = cap_(tiles.raw(states, at, "logits"), tiles.softcap)
             slope = cap_slope(capped, tiles.softcap)
-            log_p = capped.div_(ctx.temperature).sub_(log_z)
+            log_p = suppress_(capped.div_(ctx.temperature), at, ctx.suppressed).sub_(log_z)
             grad = torch.exp(log_p, out=tiles.scratch("weights", log_p))
             grad.mul_(log_p.mul_(minus_e).sub_(constant))  # p (−e log p − (a + e H))
             grad = places.add_(i, grad, own).div_(ctx.temperature)
             tiles.back(heads, at, RowGradient(times_(grad, slope), states, d_hidden))
-        return d_hidden.to(hidden.dtype), None, heads.weight, heads.bias, None, None, None, None
+        return d_hidden.to(hidden.dtype), None, heads.weight, heads.bias, *[None] * 5
 
 
 class _Prediction(NamedTuple):

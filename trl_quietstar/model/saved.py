@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._compat import find_file, noted_commit
-from ..settings import QuietStarSettings
+from ..settings import OF_HEADS, QuietStarSettings
 from .heads import LinearValueHead, QuietStarHeads, ThinkingModel
 
 
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
 HEADS_NAME = "quietstar.safetensors"
 SETTINGS_NAME = "quietstar.json"
 CUSTOM_GENERATE = "custom_generate"
-PUBLISHED_HEADS = ("talk_head.", "start_embedding", "end_embedding")  # names in the published code's weights
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -217,8 +215,7 @@ def read_heads(heads: QuietStarHeads, source: str | Path) -> dict[str, torch.Ten
     if wrong:
         raise ValueError(
             f"The heads in {str(path)!r} do not fit this model: {', '.join(wrong)} differ in name or shape. Load "
-            "them into the model they were trained with, with the same `value_head_type` and "
-            "`value_head_hidden_size`."
+            f"them into the model they were trained with, with the same {' and '.join(f'`{name}`' for name in OF_HEADS)}."
         )
     return tensors
 
@@ -231,23 +228,6 @@ def load_trl_value_head(heads: QuietStarHeads, weights: str | None) -> None:
         if "v_head.summary.weight" in file.keys():
             state = {name: file.get_tensor(f"v_head.summary.{name}") for name in ("weight", "bias")}
             heads.value_head.summary.load_state_dict(state)
-
-
-def check_published(unexpected_keys: Iterable[str], source: str) -> None:
-    """
-    Refuses a checkpoint of the published Quiet-STaR code, whose heads Transformers drops.
-
-    Raises:
-        `ValueError`: if its heads are among the weights that the plain model has no place for.
-    """
-    found = [key for key in unexpected_keys if key.startswith(PUBLISHED_HEADS)]
-    if found:
-        raise ValueError(
-            f"{source!r} is a checkpoint of the published Quiet-STaR code: its heads ({', '.join(sorted(found)[:3])}, …) are "
-            "another kind than those of trl-quietstar and cannot be read, and without them it would think with untrained ones. "
-            "To train new heads on its base weights, save these alone first: "
-            f"`AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained(folder)`."
-        )
 
 
 def warn_of_lost_heads(source: str) -> None:

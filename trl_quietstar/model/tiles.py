@@ -14,6 +14,7 @@ import torch
 TILE_ELEMENTS = 2**21  # logits held at once on a CPU, so that they stay in its cache (8 MB in float32)
 GPU_TILE_ELEMENTS = 2**26  # logits held at once on any other device, which needs that much to be busy (256 MB)
 LEAST_WIDTH = 256  # of a tile, however many rows it has
+SUPPRESSED = -1e10  # the logit of a token without probability; times a probability of 0 it is 0, where infinity is NaN
 
 
 class _Kept(threading.local):
@@ -45,6 +46,14 @@ def scratch(name: str, rows: int, width: int, dtype: torch.dtype, device: torch.
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
             buffers[key] = torch.empty(rows * width, dtype=dtype, device=device)
     return buffers[key][: rows * width].view(rows, width)
+
+
+def suppress_(logits: torch.Tensor, at: slice, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """Takes all probability from tokens, in place, in logits of shape `(rows, width)` of a slice of the vocabulary."""
+    for token_id in token_ids:
+        if at.start <= token_id < at.stop:
+            logits[:, token_id - at.start] = SUPPRESSED
+    return logits
 
 
 class Head(NamedTuple):

@@ -18,7 +18,7 @@ from ..branches.replay import Replay
 from ..branches.shared_prefix import SharedPrefix
 from ..model.concurrency import eval_mode
 from ..model.embeddings import embed_tokens, weight_of
-from ..model.heads import ThinkingModel
+from ..model.heads import ThinkingModel, suppressed_tokens
 from ..model.lm_head import token_statistics
 from ..model.sharding import check_one_device
 from ..text.batch import Text, Thoughts
@@ -70,7 +70,11 @@ def path_difference(model: ThinkingModel, path: BranchPath, seed: int = 0) -> fl
     ordinary = _ordinary_logps(model, text)  # before the path may change how the model attends
     positions = choose_positions(text, 6, seeded_generators(seed, 0, [0, 1]))
     settings = SamplingSettings(
-        thought_length=3, num_thoughts=2, min_thought_length=2, stop=lambda ids: ids[:, -1] % 2 == 0
+        thought_length=3,
+        num_thoughts=2,
+        min_thought_length=2,
+        stop=lambda ids: ids[:, -1] % 2 == 0,
+        suppressed=suppressed_tokens(model),
     )
     generators = seeded_generators(seed, 1, [0, 1])
     thoughts = sample_thoughts(
@@ -97,7 +101,10 @@ def _stepwise_logps(model: ThinkingModel, cache: BranchCache, thoughts: Thoughts
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
     slots = torch.cat([start_slots(model, B, J * G, 1), embeds[:, :, :-1]], dim=2)
     hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
-    return token_statistics(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask).logps
+    return token_statistics(
+        *(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask),
+        suppressed=suppressed_tokens(model),
+    ).logps
 
 
 def _text_logps(model: ThinkingModel, path: BranchPath, text: Text) -> torch.Tensor:

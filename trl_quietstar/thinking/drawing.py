@@ -18,7 +18,7 @@ from transformers.generation import (
 
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, logits_by_rows
-from ..model.tiles import scratch
+from ..model.tiles import scratch, suppress_
 from ..settings import QuietStarSettings
 from ..text.batch import Positions
 from ..text.positions import seeded_generators
@@ -46,6 +46,8 @@ class SamplingSettings:
         stop (`Callable`, *optional*):
             Whether thoughts end with their last token: from token ids of shape `(rows, length)` to a bool of shape `(rows,)`.
             By default thoughts have L tokens.
+        suppressed (`tuple[int, ...]`):
+            Ids of tokens that are never drawn.
     """
 
     thought_length: int
@@ -57,6 +59,7 @@ class SamplingSettings:
     do_sample: bool = True
     min_thought_length: int = 1
     stop: Callable[[torch.Tensor], torch.Tensor] | None = None
+    suppressed: tuple[int, ...] = ()
 
     def warpers(self) -> LogitsProcessorList:
         """Transformers' own logits warpers, in the order `generate` applies them."""
@@ -130,6 +133,7 @@ def thought_sampling(
         min_p=settings.min_p,
         min_thought_length=settings.min_thought_length or 1,
         stop=stop,
+        suppressed=tuple(settings.thought_suppress_tokens or ()),
     )
 
 
@@ -203,6 +207,7 @@ def draw_tokens(
     warpers, u = settings.warpers(), draws.flatten()
     tokens = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
+        suppress_(logits, slice(0, logits.shape[1]), settings.suppressed)
         if settings.do_sample:
             warped = warpers(None, logits)  # type: ignore[arg-type]  # none reads the ids so far
             tokens.append(_invert(warped.sub_(warped.amax(-1, keepdim=True)).exp_(), u[rows]))
@@ -230,7 +235,7 @@ def draw_with_statistics(
     shapers, u = replace(settings, temperature=1.0).warpers(), draws.flatten()
     parts = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
-        logits.div_(settings.temperature)
+        logits = suppress_(logits.div_(settings.temperature), slice(0, logits.shape[1]), settings.suppressed)
         top = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(top)
         mass = torch.exp(

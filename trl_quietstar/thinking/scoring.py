@@ -13,7 +13,7 @@ import torch
 from ..branches.base import BranchCache, BranchPath, Encoded
 from ..branches.shared_prefix import SharedPrefixCache
 from ..model.embeddings import LookupTape, embed_tokens
-from ..model.heads import ThinkingModel
+from ..model.heads import ThinkingModel, suppressed_tokens
 from ..model.lm_head import Drawn, Prediction, prediction_statistics, token_statistics
 from ..model.routing import Routing, has_router_loss, router_loss
 from ..model.sharding import model_is_sharded
@@ -144,7 +144,8 @@ def _scored(model: ThinkingModel, request: ScoreRequest, encoded: "_Encoding") -
     thoughts, hidden, L = encoded.thoughts, encoded.branches, encoded.thoughts.mask.shape[3]
     drawn_from = hidden[..., :L, :]
     policy = token_statistics(
-        model, drawn_from, thoughts.token_ids, thoughts.host_mask, request.temperature, encoded.drawn
+        *(model, drawn_from, thoughts.token_ids, thoughts.host_mask),
+        *(request.temperature, encoded.drawn, suppressed_tokens(model)),
     )
     values = model.quietstar.values(drawn_from) * thoughts.mask
     predicted = _predict(model, request, encoded)
@@ -372,7 +373,10 @@ def score_thoughts(
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
         hidden = torch.cat([first, hidden], dim=3)
-    logps = token_statistics(model, hidden, thoughts.token_ids, thoughts.host_mask, temperature).logps
+    suppressed = suppressed_tokens(model) if start else ()
+    logps = token_statistics(
+        model, hidden, thoughts.token_ids, thoughts.host_mask, temperature, suppressed=suppressed
+    ).logps
     plain = token_statistics(model, text_hidden[:, :-1], text.input_ids[:, 1:], text.host.predicted())
     return ThoughtScores(logps, plain.logps, plain.correct)
 

@@ -20,6 +20,7 @@ from ..config import VALUE_BASELINES, QuietStarConfig
 from ..model.adapters import base_of
 from ..model.saved import read_heads, saved_settings
 from ..rules import ADAMW
+from ..settings import OF_HEADS
 from .faults import listed
 from .folders import SHARDS, STATE_NAME
 
@@ -72,7 +73,7 @@ def check_fits(folder: str | Path, model: PreTrainedModel) -> None:
             if was != now:
                 raise _other_model(folder, name, was, now)
     settings = saved_settings(str(folder))
-    for name in () if settings is None else ("value_head_type", "value_head_hidden_size"):
+    for name in () if settings is None else OF_HEADS:
         was, now = getattr(settings, name), getattr(base.quietstar_settings, name)
         if was != now:
             raise ValueError(
