@@ -68,6 +68,8 @@ class Settings:
             Share of the written thoughts that are of problems with one digit.
         terms, digits (`int`):
             Size of a problem of `chain_sum`.
+        fewest_terms (`int`):
+            Of the problems that are trained on by their answers alone, which have up to `terms`.
         cold_share (`float`):
             Share of the time of `thinking` that is its cold start.
         written_mix (`int`):
@@ -88,11 +90,12 @@ class Settings:
     watched: int = 64
     easy: float = 0.0
     terms: int = 4
+    fewest_terms: int = 2
     digits: int = 2
-    cold_share: float = 0.25
-    written_mix: int = 2
-    warmup: float = 0.02
-    points: int = 6
+    cold_share: float = 0.3125
+    written_mix: int = 0
+    warmup: float = 0.025
+    points: int = 5
     checkpoint_minutes: float = 6.0
     stages: dict[str, dict] = field(default_factory=dict)
 
@@ -146,9 +149,9 @@ SETTINGS = {
             "all": COMMON,
             "written": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
             "reinforcement": {
-                "per_device_train_batch_size": 34,
+                "per_device_train_batch_size": 32,
                 "num_thoughts": 8,
-                "learning_rate": 1e-4,
+                "learning_rate": 8e-5,
                 # of answers: partly right ones earn little, and thoughts without an advantage cost no update
                 "reward_type": "sequence_probability",
                 "nll_weighting": "probability",
@@ -219,7 +222,7 @@ class Runs:
         self.folder = self.output / f"seed-{self.seed}"
         s = self.settings
         amounts = dict(problems=s.problems, written=s.written, held_out=s.held_out)
-        size = dict(terms=s.terms, digits=s.digits, easy=s.easy, data=self.data)
+        size = dict(terms=s.terms, fewest_terms=s.fewest_terms, digits=s.digits, easy=s.easy, data=self.data)
         self.train_rows, self.taught_rows, self.held_out = draw(self.task, self.seed, **amounts, **size)
 
     def run(self, arm: str) -> None:

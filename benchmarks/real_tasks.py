@@ -114,6 +114,7 @@ def draw(
     written: int,
     held_out: int,
     terms: int,
+    fewest_terms: int,
     digits: int,
     easy: float,
     data: str,
@@ -128,6 +129,9 @@ def draw(
             How many: to train on, of those with a written thought, and held out.
         terms, digits (`int`):
             Size of the problems of `chain_sum`.
+        fewest_terms (`int`):
+            With fewer than `terms`, the problems to train on by their answers have from so many terms to `terms`, each number
+            equally often. Written thoughts and held-out problems are of full size.
         easy (`float`):
             Share of the written thoughts that are of problems with terms of one digit; `chain_sum` alone.
         data (`str`):
@@ -152,4 +156,15 @@ def draw(
     simple = round(easy * written) if task == "chain_sum" else 0
     taught = [row for row in train if row["thought"]][: written - simple]
     taught += drawn(generate(own[2], terms, 1), simple, held_out=False) if simple else []
+    if task == "chain_sum":
+        train = mixed(train, seed, range(fewest_terms, terms), digits)
     return train, taught, drawn(generate(own[1], terms, digits), held_out, held_out=True)
+
+
+def mixed(problems: list[Row], seed: int, shorter: range, digits: int) -> list[Row]:
+    """As many problems of `chain_sum`, of which equally many have each number of terms in `shorter` as have the full one."""
+    kinds = [problems]
+    for terms in shorter:
+        stream = chain_sum(random.Random(f"chain_sum of {terms} terms {seed}"), terms, digits)
+        kinds.append(drawn(stream, len(problems) // (len(shorter) + 1), held_out=False))
+    return [row for together in zip(*kinds, strict=False) for row in together]
