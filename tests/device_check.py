@@ -81,7 +81,7 @@ RUNS: dict[str, dict] = {
     "early_ends": dict(thought_stop_string="1", min_thought_length=1, thought_length=12, single_pass=True),
     "early_ends_ahead": dict(thought_stop_string="1", min_thought_length=1, thought_length=12, single_pass=False),
     "warpers": dict(top_k=5, top_p=0.9, min_p=0.01, temperature=0.7),
-    "accumulation": dict(gradient_accumulation_steps=2, thought_stop_string="1", normalize_advantages=True),
+    "accumulation": dict(gradient_accumulation_steps=2, thought_stop_string="1", normalize_advantages="step"),
     "iterations": dict(num_iterations=2),
     "curriculum": dict(curriculum=STAGES, max_steps=3),
     "baselines": dict(advantage_baseline="both", value_head_type="transformer", positive_advantages_only=True),

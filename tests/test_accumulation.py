@@ -26,7 +26,7 @@ CASES = {
     "random positions": dict(thought_positions="3"),
     "difficult positions": dict(thought_positions="difficulty", difficulty_threshold=0.3, min_thought_interval=2),
     "early ends": dict(min_thought_length=1, thought_stop_string="1"),
-    "standardized": dict(normalize_advantages=True, min_thought_length=1, thought_stop_string="1"),
+    "standardized": dict(normalize_advantages="step", min_thought_length=1, thought_stop_string="1"),
     "positive": dict(positive_advantages_only=True, advantage_baseline="leave_one_out"),
     "reference": dict(beta=0.3, no_thought_model="reference"),
     "weighted": dict(nll_weighting="share", thought_positions="3"),
@@ -34,7 +34,7 @@ CASES = {
     "replay": dict(thought_path="replay"),
     "several updates": dict(num_iterations=2, max_steps=2),
     "written": dict(data=WRITTEN, min_thought_length=1, thought_length=6),
-    "written, standardized": dict(data=WRITTEN, min_thought_length=1, thought_length=6, normalize_advantages=True),
+    "written, standardized": dict(data=WRITTEN, min_thought_length=1, thought_length=6, normalize_advantages="step"),
     "written, several updates": dict(
         data=WRITTEN, min_thought_length=1, thought_length=6, num_iterations=2, max_steps=2
     ),
@@ -101,7 +101,7 @@ def test_the_last_step_of_an_epoch_has_fewer_batches(tmp_path):
 # Several updates on a batch
 
 
-@pytest.mark.parametrize(("batches", "changes"), [(1, {}), (2, {}), (2, dict(normalize_advantages=True))])
+@pytest.mark.parametrize(("batches", "changes"), [(1, {}), (2, {}), (2, dict(normalize_advantages="step"))])
 def test_further_updates_reuse_the_thoughts(batches, changes, tmp_path, monkeypatch):
     """Three updates a batch: thoughts are sampled and weighed once, and the rows of the next batch come after them."""
     from trl_quietstar.trainer import quietstar_loss

@@ -4,7 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_quietstar.learning.experience import Experience, worth_training_on
+from trl_quietstar.learning.advantages import MovingAverage
+from trl_quietstar.learning.experience import Experience, drop_groups, kept_thoughts, worth_training_on
 from trl_quietstar.text.batch import Positions, Thoughts
 
 from .tiny import byte_tokenizer, exact_model
@@ -32,14 +33,15 @@ CASES = {
     "policy": {},
     "early ends": dict(min_thought_length=1, thought_stop_string="1"),
     "text": dict(base_nll_coefficient=1.0),
-    "standardized": dict(normalize_advantages=True),
+    "standardized": dict(normalize_advantages="step"),
+    "scaled by group": dict(normalize_advantages="group"),
     "reference": dict(no_thought_model="reference"),
     "replay": dict(thought_path="replay"),
 }
 
 
-def run(folder, rows: int = 4, batches: int = 1, **options):
-    """Gradients of one step, and the trainer."""
+def run(folder, rows: int = 4, batches: int = 1, resume: str | None = None, **options):
+    """Gradients of the last step, and the trainer."""
     gradients = Gradients()
     trainer = tiny_trainer(
         folder,
@@ -47,14 +49,13 @@ def run(folder, rows: int = 4, batches: int = 1, **options):
         data=Dataset.from_dict({"text": TEXTS}),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=batches,
-        max_steps=1,
         value_head_hidden_size=256,
         max_grad_norm=0.0,
         callbacks=[gradients],
-        **{**POLICY, **options},
+        **{"max_steps": 1, **POLICY, **options},
     )
-    trainer.train()
-    return gradients.steps[0], trainer
+    trainer.train(resume_from_checkpoint=resume)
+    return gradients.steps[-1], trainer
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +120,7 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
         spread,
         -spread,
     )
-    rows, kept = worth_training_on(experience, 0.8, text_length, keeps_rows)
+    rows, kept = worth_training_on(experience, kept_thoughts(experience, 0.8), text_length, keeps_rows)
     assert len(rows) > 3 if group == 1 else rows.tolist() == [0, 1, 2]
     assert kept.thoughts.mask.shape[2] == group
     wanted = {int(ids[b, j, g, 0]): (b, j, g) for b, j, g in (advantage >= 0.8).nonzero().tolist()}
@@ -141,6 +142,72 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
     assert kept.talk_weights.sum() == len(wanted)
 
 
+def experience_with(rewards: torch.Tensor, exists: torch.Tensor) -> Experience:
+    """Thoughts of one token with rewards of shape `(B, J, G)`, at the positions that exist."""
+    B, J, G = rewards.shape
+    mask = exists[..., None, None].expand(B, J, G, 1)
+    spread = rewards[..., None] * mask
+    talk = torch.ones(B, J, 1, 1)
+    positions = Positions(torch.arange(J).expand(B, J), exists)
+    thoughts = Thoughts(positions, torch.zeros(B, J, G, 1, dtype=torch.long), mask)
+    return Experience(thoughts, talk > 0, talk, talk > 0, rewards, spread, spread, spread)
+
+
+def test_groups_without_spread_are_dropped():
+    """Those whose standard deviation is below the share of its average over the steps before; not at the first one, and not
+    where a reward is no number, which the average leaves out as it does positions that do not exist."""
+    exists = torch.tensor([[True, True, True], [True, False, False]])
+    wide, narrow, none = [0.0, 1.0], [0.4, 0.6], [0.5, 0.5]
+    first = torch.tensor([[wide, narrow, none], [wide, wide, wide]])
+    second = torch.tensor([[narrow, wide, none], [[0.0, float("nan")], none, none]])
+    average, reduce = MovingAverage(0.5), lambda sums: sums
+    (whole,) = drop_groups([experience_with(first, exists)], 0.5, average, reduce)
+    assert not whole.dropped.any()
+    deviation = 0.5**0.5  # of `wide`, over G - 1
+    before = (deviation + 0.2 * deviation + 0 + deviation) / 4
+    assert average.value == pytest.approx(before)
+    halves = [experience_with(second[:1], exists[:1]), experience_with(second[1:], exists[1:])]
+    ours = torch.cat([x.dropped for x in drop_groups(halves, 0.5, average, reduce)])
+    assert ours.tolist() == [[True, False, True], [False, False, False]]  # narrow: 0.2 < 0.5 * 0.55
+    now = (0.2 * deviation + deviation + 0) / 3
+    assert average.value == pytest.approx((0.5 * before + now) / 1.5)
+    kept = kept_thoughts(drop_groups(halves, 0.5, average, reduce)[0], 0.45)
+    assert kept.tolist() == [[[False, False], [False, True], [False, False]]]
+
+
+def test_a_filter_that_drops_nothing_changes_nothing(tmp_path):
+    """Gradients to 1e-9 are those without the filter where no group is below it, and 0 where all groups are."""
+    whole, _ = run(tmp_path, max_steps=2)
+    for factor, share in ((0.0, 0.0), (1e9, 1.0)):
+        ours, trainer = run(tmp_path, max_steps=2, reward_std_filter=factor)
+        assert [entry["rl/dropped_groups"] for entry in logged(trainer)] == [0.0, share]
+        for name, gradient in whole.items():
+            mine = ours.get(name, torch.zeros(())).expand_as(gradient)
+            torch.testing.assert_close(mine, gradient * (1 - share), rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_the_filter_is_of_the_whole_step(tmp_path):
+    """Two batches of a step drop the groups that one batch of both drops, with the same gradients; some are dropped, and some
+    are not."""
+    whole, oracle = run(tmp_path, max_steps=2, reward_std_filter=0.3)
+    halves, trainer = run(tmp_path, 2, 2, max_steps=2, reward_std_filter=0.3)
+    ours, theirs = (logged(x)[1]["rl/dropped_groups"] for x in (trainer, oracle))
+    assert ours == pytest.approx(theirs, abs=1e-9) and 0.1 < theirs < 0.9
+    for name, gradient in whole.items():
+        mine = halves.get(name, torch.zeros(())).expand_as(gradient)
+        torch.testing.assert_close(mine, gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_the_average_survives_a_checkpoint(tmp_path):
+    """A resumed run goes on with the average of the steps before it, and drops the groups that the whole run drops."""
+    options = dict(reward_std_filter=1.0, max_steps=3, learning_rate=1e-3)
+    _, whole = run(tmp_path, **options, save_strategy="steps", save_steps=1)
+    _, resumed = run(tmp_path / "again", resume=str(tmp_path / "checkpoint-1"), **options)
+    assert resumed.step.state() == whole.step.state()
+    assert [entry["rl/dropped_groups"] for entry in logged(resumed)] == [e["rl/dropped_groups"] for e in logged(whole)]
+    assert whole.step.state()["reward_deviation"][1] == pytest.approx(1 + 0.99 + 0.99**2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -151,5 +218,6 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
 )
 def test_contradictions_are_refused(options, tmp_path):
     """The value head, further updates and distillation want every thought."""
-    with pytest.raises(ValueError, match="`advantage_threshold=0.1` leaves thoughts out"):
-        tiny_args(tmp_path, advantage_threshold=0.1, **options)
+    for name in ("advantage_threshold", "reward_std_filter"):
+        with pytest.raises(ValueError, match=f"`{name}=0.1` leaves thoughts out"):
+            tiny_args(tmp_path, **{name: 0.1}, **options)

@@ -1,11 +1,21 @@
 """Advantages against the equations, written as loops."""
 
+import math
+import statistics
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_quietstar.learning.advantages import gae, leave_one_out, standardize, thought_advantages
+from trl_quietstar.learning.advantages import (
+    MovingAverage,
+    gae,
+    leave_one_out,
+    scale_by_group,
+    standardize,
+    thought_advantages,
+)
 
 
 B, J = 2, 3
@@ -206,6 +216,44 @@ def test_batches_are_standardized_as_one(batch):
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-9)
     twice = standardize([plain], [mask], lambda sums: 2 * sums)  # another process with the same batch
     torch.testing.assert_close(twice[0], whole, rtol=0, atol=1e-9)
+
+
+@given(thoughts(), st.sampled_from(["mean", "leave_one_out"]))
+def test_group_scaling_is_grpo(batch, baseline):
+    """Each thought's reward less its group's mean, over its group's standard deviation; leave-one-out is G / (G - 1) of that."""
+    rewards, values, mask = batch
+    G = rewards.shape[2]
+    assume(G > 1)
+    plain, _ = thought_advantages(rewards, values, mask, baseline)
+    scaled = scale_by_group(plain, rewards)
+    for b, j, g in torch.cartesian_prod(*(torch.arange(n) for n in rewards.shape)).tolist():
+        own = rewards[b, j].tolist()
+        expected = (own[g] - statistics.fmean(own)) / statistics.stdev(own)
+        expected *= G / (G - 1) if baseline == "leave_one_out" else 1
+        n = int(mask[b, j, g].sum())
+        assert scaled[b, j, g, :n].tolist() == pytest.approx([expected] * n, rel=1e-9)
+        assert not scaled[b, j, g, n:].any()
+
+
+def test_groups_that_earned_the_same_scale_to_zero():
+    """Nothing to tell apart: zeros, not rounding errors blown up to one; and a reward that is no number stays none."""
+    rewards = torch.tensor([[[0.1, 0.1, 0.1], [0.1, 0.2, math.nan]]])
+    mask = torch.ones(1, 2, 3, 1, dtype=torch.bool)
+    plain, _ = thought_advantages(rewards, torch.zeros(1, 2, 3, 1), mask, "mean")
+    scaled = scale_by_group(plain, rewards)
+    assert not scaled[0, 0].any() and scaled[0, 1].isnan().all()
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0, 0.99))
+def test_moving_average_is_a_weighted_mean(values, decay):
+    """Of all steps so far, each counting `decay` times as much as the one after it; None before the first."""
+    average = MovingAverage(decay)
+    assert average.value is None
+    for value in values:
+        average.add(value)
+    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert average.value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("baseline", ["value", "leave_one_out", "both", "none"])

@@ -1,5 +1,6 @@
 """Every option of the configuration beyond its limits: refused by name, value and fix."""
 
+import pickle
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -77,6 +78,15 @@ def test_switches_are_on_or_off(name, tmp_path):
         (dict(thought_suppress_tokens=3), "`thought_suppress_tokens` is 3 (`int`)"),
         (dict(thought_positions=True), "`thought_positions` is True"),
         (dict(thought_positions=[3]), "`thought_positions` is [3]"),
+        (dict(normalize_advantages=2), "`normalize_advantages` is 2"),
+        (dict(normalize_advantages="batch"), "`normalize_advantages` is 'batch'; choose one of none, group, step"),
+        (dict(normalize_advantages="group"), "`normalize_advantages='group'` divides by the spread"),
+        (dict(normalize_advantages="group", advantage_baseline="none"), "from `advantage_baseline='none'`"),
+        (dict(normalize_advantages="group", num_thoughts=1), "`normalize_advantages='group'` compares the thoughts"),
+        (dict(reward_std_filter=0.5, num_thoughts=1), "`reward_std_filter=0.5` compares the thoughts"),
+        (dict(advantage_baseline="mean", num_thoughts=1), "`advantage_baseline='mean'` compares the thoughts"),
+        (dict(reward_type="marginal_log_likelihood", num_thoughts=1), "needs `num_thoughts` of at least 2, got 1"),
+        (dict(reward_type="marginal_log_likelihood", advantage_baseline="both"), "would bias the gradient"),
         (dict(truncation_mode="middle"), "`truncation_mode` is 'middle'"),
         (dict(thought_pattern="["), "`thought_pattern` is '[', which is no regular expression (unterminated"),
         (dict(thought_pattern=".*"), "`thought_pattern` is '.*', which matches the empty text"),
@@ -88,6 +98,17 @@ def test_other_options(options, words, tmp_path):
     """What is no number, and contradictions."""
     with pytest.raises((ValueError, TypeError), match=re.escape(words)):
         tiny_args(tmp_path, **options)
+
+
+@pytest.mark.parametrize("value, word", [(False, "none"), (True, "step"), ("false", "none"), ("True", "step")])
+def test_normalization_was_a_switch(value, word, tmp_path):
+    """Values of YAML and the command line from before there were words, and a pickled configuration, mean what they did."""
+    args = tiny_args(tmp_path, normalize_advantages=value)
+    assert args.normalize_advantages == word
+    args.normalize_advantages = value
+    del vars(args)["reward_std_filter"]
+    old = pickle.loads(pickle.dumps(args))
+    assert old.normalize_advantages == word and old.reward_std_filter is None
 
 
 def test_whole_betas_train(tmp_path):

@@ -36,7 +36,7 @@ RUNS = {
     "mixture of experts": {},
     "muon, grokfast": dict(muon_learning_rate=1e-3, weight_decay=0.1, grokfast_lambda=0.5),
     "lora, grokfast": dict(peft_config=LoraConfig(**LORA), grokfast_lambda=0.5),
-    "packed": dict(packing=True, max_length=40, normalize_advantages=True),
+    "packed": dict(packing=True, max_length=40, normalize_advantages="step"),
 }
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.cli import DataArguments, load_data, main
+from trl_quietstar.cli import DataArguments, load_data
 
 from .commands import recipe_in, run, write_lines
 from .tiny import sums
@@ -223,43 +223,6 @@ def test_a_bad_value(recipe, tmp_path):
 # Usage
 
 
-def test_help_of_inspect(capsys):
-    """What to look at, and the sampling of thoughts."""
-    with pytest.raises(SystemExit) as ending:
-        main(["inspect", "--help"])
-    assert ending.value.code == 0
-    printed = capsys.readouterr().out
-    for option in ("--model", "--text", "--output", "--num_thoughts", "--max_length", "--seed", "--temperature"):
-        assert option in printed
-
-
-@pytest.mark.parametrize("argv, status", [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
-def test_usage(argv, status, capsys):
-    """Anything but a known command prints the usage; only asking for it is a success."""
-    assert main(argv) == status
-    printed = capsys.readouterr()
-    assert "usage: trl-quietstar" in printed.out + printed.err
-
-
-def test_help_of_tasks(capsys):
-    """The help of `eval` says where that of its tasks is."""
-    for flags, words in (((), "eval --tasks TASKS --help"), (("--tasks", "x"), "--include_path")):
-        with pytest.raises(SystemExit):
-            main(["eval", *flags, "--help"])
-        assert words in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_help_lists_every_option(command, capsys):
-    """`--help` documents the method's options beside TRL's."""
-    with pytest.raises(SystemExit) as ending:
-        main([command, "--help"])
-    assert ending.value.code == 0
-    printed = capsys.readouterr().out
-    for option in ("--thought_length", "--reward_type", "--dataset_name", "--lora_r", "--learning_rate"):
-        assert option in printed
-
-
 # ends where PyTorch is there, and does not wait for the other libraries
 UP_TO_PYTORCH = """
 import sys
@@ -270,7 +233,7 @@ class End:
             raise SystemExit
 
 sys.meta_path.insert(0, End())
-import trl_quietstar.cli
+from trl_quietstar.cli import DataArguments
 """
 
 

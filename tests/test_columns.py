@@ -51,7 +51,7 @@ class Reward:
     "options",
     [
         {},
-        {"gradient_accumulation_steps": 2, "normalize_advantages": True},  # judged ahead of the step
+        {"gradient_accumulation_steps": 2, "normalize_advantages": "step"},  # judged ahead of the step
         {"num_iterations": 2, "per_device_train_batch_size": 2},
     ],
     ids=str,

@@ -60,10 +60,16 @@ def talk(seed: int, tied: bool = False) -> dict[str, torch.Tensor]:
 
 def reward_by_loop(talk: dict[str, torch.Tensor], reward_type: str, b: int, j: int, g: int) -> float:
     """The definition, one thought at a time."""
+    said = [m for m in range(M) if talk["mask"][b, j, 0, m]]
+    with_ = [math.prod(math.exp(talk["logps_with"][b, j, k, m]) for m in said) for k in range(G)]
+    without = math.prod(math.exp(talk["logps_without"][b, j, 0, m]) for m in said)
     if reward_type == "sequence_probability":
-        said = [m for m in range(M) if talk["mask"][b, j, 0, m]]
-        with_ = math.prod(math.exp(talk["logps_with"][b, j, g, m]) for m in said)
-        return with_ - math.prod(math.exp(talk["logps_without"][b, j, 0, m]) for m in said)
+        return with_[g] - without
+    if reward_type == "sequence_log_likelihood":
+        return math.log(with_[g] / without)
+    if reward_type == "marginal_log_likelihood":
+        others = [p for k, p in enumerate(with_) if k != g]
+        return math.log(sum(with_) / G) - math.log(sum(others) / (G - 1))
     gains = []
     for m in range(M):
         if not talk["mask"][b, j, 0, m]:

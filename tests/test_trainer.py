@@ -323,7 +323,7 @@ def test_runs_are_reproducible(tmp_path):
 COMBINATIONS = [
     dict(reward_type="log_likelihood", advantage_baseline="leave_one_out", no_thought_model="reference"),
     dict(reward_type="accuracy", advantage_baseline="both", reward_prediction="thought"),
-    dict(reward_type="binary", advantage_baseline="none", normalize_advantages=True),
+    dict(reward_type="binary", advantage_baseline="none", normalize_advantages="step"),
     dict(reward_type="probability", advantage_baseline="value", use_gae=False, positive_advantages_only=True),
     dict(reward_type="log_likelihood", reward_prediction="thought", reward_clip_range=[-0.5, 0.5], beta=0.1),
     dict(no_thought_model="reference", advantage_baseline="both", beta=0.1, sync_ref_model=True),

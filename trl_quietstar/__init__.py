@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .settings import QuietStarSettings
     from .trainer import QuietStarREINFORCETrainer
 
+__version__ = "0.1.0"
+
 __all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarREINFORCETrainer", "QuietStarSettings"]
 
 MODULES = {

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
-from .learning.advantages import BASELINES
+from .learning.advantages import BASELINES, NORMALIZATIONS
 from .learning.rewards import REWARD_TYPES, WEIGHTINGS
 from .model.heads import MIXING_HEADS, VALUE_HEADS
 from .rules import (
@@ -183,9 +183,10 @@ class QuietStarConfig(BaseConfig):
     # Reward and advantage
     reward_type: Annotated[str, Choices(*REWARD_TYPES)] = option(
         "probability",
-        "Measure of what a thought adds to the prediction of the M true tokens after it: `probability`, "
-        "`sequence_probability` (of all of them together: for answers), `log_likelihood`, `accuracy`, or `binary`, which "
-        "is 1 where accuracy rises and 0 elsewhere.",
+        "Measure of what a thought adds to the prediction of the M true tokens after it: `probability` and `log_likelihood`, "
+        "means over them; `sequence_probability` and `sequence_log_likelihood`, of all of them together: for answers; "
+        "`marginal_log_likelihood`: what it adds to the log of the mean probability, over the group, of all of them; "
+        "`accuracy`; or `binary`, which is 1 where accuracy rises and 0 elsewhere.",
     )
     reward_prediction: Annotated[str, Choices("mixed", "thought")] = option(
         SAVED.prediction,
@@ -216,15 +217,21 @@ class QuietStarConfig(BaseConfig):
     )
     gamma: Annotated[float, Limits(0, 1)] = option(0.99, "Discount of GAE, for each thought token.")
     gae_lambda: Annotated[float, Limits(0, 1)] = option(0.95, "Trace decay of GAE, for each thought token.")
-    normalize_advantages: bool = option(
-        False,
-        "Whether to normalise advantages over the batch of an optimizer step. With gradient accumulation, all "
-        "thoughts of a step are then sampled and judged first, which costs one more forward pass.",
+    normalize_advantages: Annotated[str, Choices(*NORMALIZATIONS)] = option(
+        "none",
+        "What advantages are normalised by: `none`; `group`: they are divided by the standard deviation of the rewards at "
+        "their position, as in GRPO; or `step`: over the batch of an optimizer step, to mean 0 and standard deviation 1. With "
+        "gradient accumulation, `step` samples and judges all thoughts first, which costs one more forward pass.",
     )
     advantage_threshold: Annotated[float | None, Limits(0)] = option(
         None,
         "Least size of an advantage that is trained on. Once judged, thoughts below it are left out of every term of the "
         "update, as in groups that are solved or hopeless. None: all thoughts are trained on.",
+    )
+    reward_std_filter: Annotated[float | None, Limits(0)] = option(
+        None,
+        "Groups whose rewards have a standard deviation below this share of its moving average over the steps are left out of "
+        "the update, as by `advantage_threshold`; 0.5 to 1 in RLPR. None: all groups are trained on.",
     )
     positive_advantages_only: bool = option(
         False, "Whether negative advantages are set to 0, as in Quiet-STaR's code."
@@ -427,6 +434,11 @@ class QuietStarConfig(BaseConfig):
         return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def drops_thoughts(self) -> bool:
+        """Whether thoughts are left out of the update once they are judged."""
+        return self.advantage_threshold is not None or self.reward_std_filter is not None
+
+    @property
     def uses_reference(self) -> bool:
         """Whether a reference model is needed."""
         return self.beta > 0 or self.no_thought_model == "reference"
@@ -459,8 +471,9 @@ class QuietStarConfig(BaseConfig):
         self.enter_stage(0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickles, also a `training_args.bin` from before the stages were an object."""
+        """Unpickles, also a `training_args.bin` from before an option had its type or the stages were an object."""
         vars(self).update(state)
+        vars(self).update({name: read(state[name]) for name, read in READERS.items() if name in state})
         if "_before_stages" in state:
             self.stages = Curriculum(self.curriculum, state["_before_stages"], READERS)
 

@@ -16,6 +16,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .learning.advantages import BASELINES
+from .learning.rewards import GROUP_REWARDS
 
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def check_values(args: "QuietStarConfig", limits: dict[str, Limits], choices: di
     for name in UNSUPPORTED:
         check_supported(name, getattr(args, name))
     check_thinking(args)
+    check_rewards(args)
     check_training(args)
 
 
@@ -257,10 +259,77 @@ def read_talk_length(value: Any) -> int | str:
         raise ValueError(f"`talk_length` is {value!r}; give a number of tokens, or 'completion'.") from None
 
 
-READERS: dict[str, Callable[[Any], Any]] = {"thought_positions": read_positions, "talk_length": read_talk_length}
+def read_normalization(value: Any) -> str:
+    """
+    Reads `normalize_advantages`, which was once a switch: True is `step`, and False `none`.
+
+    Raises:
+        `TypeError`: if it is neither a word nor a switch.
+    """
+    if not isinstance(value, (str, bool)):
+        raise TypeError(
+            f"`normalize_advantages` is {value!r} (`{type(value).__name__}`); give 'none', 'group' or 'step'."
+        )
+    return {"false": "none", "true": "step"}.get(str(value).lower(), str(value))
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "thought_positions": read_positions,
+    "talk_length": read_talk_length,
+    "normalize_advantages": read_normalization,
+}
 
 
 # Options that contradict each other
+
+
+def check_rewards(args: "QuietStarConfig") -> None:
+    """Refuses contradictions among the options of rewards and advantages."""
+    bounds, baseline = args.reward_clip_range, BASELINES[args.advantage_baseline]
+    if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+        raise ValueError(f"`reward_clip_range` is {bounds}; give two numbers, the lower one first.")
+    within_group = {
+        "reward_type": args.reward_type in GROUP_REWARDS,
+        "advantage_baseline": baseline.of_rewards is not None,
+        "normalize_advantages": args.normalize_advantages == "group",
+        "reward_std_filter": args.reward_std_filter is not None,
+    }
+    for name, compares in within_group.items():
+        if compares and args.num_thoughts < 2:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` compares the thoughts at a position and needs `num_thoughts` of at least "
+                f"2, got {args.num_thoughts}; raise it, or leave `{name}` out and use `advantage_baseline='value'`."
+            )
+    if args.reward_type in GROUP_REWARDS and baseline.of_rewards is not None:
+        raise ValueError(
+            f"`advantage_baseline={args.advantage_baseline!r}` would bias the gradient of `reward_type={args.reward_type!r}`, "
+            "which every thought of a group has a part in, and which is measured from the others already; set "
+            "`advantage_baseline='none'` or 'value'."
+        )
+    if args.normalize_advantages == "group" and (
+        baseline.uses_value_head or baseline.of_rewards is None and args.reward_type not in GROUP_REWARDS
+    ):
+        raise ValueError(
+            f"`normalize_advantages='group'` divides by the spread of a group's rewards, which says nothing of their distance "
+            f"from `advantage_baseline={args.advantage_baseline!r}`; set `advantage_baseline='mean'` or 'leave_one_out', or "
+            "`normalize_advantages='step'`."
+        )
+    check_drops(args)
+
+
+def check_drops(args: "QuietStarConfig") -> None:
+    """Refuses what needs every thought of a batch, where some are left out of the update."""
+    given = [name for name in ("advantage_threshold", "reward_std_filter") if getattr(args, name) is not None]
+    contradicts = {"num_iterations": 1, "distillation_coefficient": 0}
+    wrong = [f"`{name}={getattr(args, name)}`" for name, value in contradicts.items() if getattr(args, name) != value]
+    if BASELINES[args.advantage_baseline].uses_value_head:
+        wrong.append(f"`advantage_baseline={args.advantage_baseline!r}`, whose value head learns from every thought")
+    if given and wrong:
+        raise ValueError(
+            f"`{given[0]}={getattr(args, given[0])}` leaves thoughts out of the update, and does not go with "
+            f"{' and '.join(wrong)}; set `advantage_baseline='leave_one_out'`, one update on a batch and no distillation, or "
+            f"leave `{given[0]}` out."
+        )
 
 
 def check_thinking(args: "QuietStarConfig") -> None:
@@ -272,11 +341,6 @@ def check_thinking(args: "QuietStarConfig") -> None:
             f"`min_entropy_coefficient` ({args.min_entropy_coefficient}) exceeds `entropy_coefficient` "
             f"({args.entropy_coefficient}), which would then have no effect; lower it."
         )
-    if BASELINES[args.advantage_baseline].of_rewards is not None and args.num_thoughts < 2:
-        raise ValueError(
-            f"`advantage_baseline={args.advantage_baseline!r}` compares the thoughts at a position and needs "
-            f"`num_thoughts` of at least 2, got {args.num_thoughts}; raise it or use `advantage_baseline='value'`."
-        )
     if args.min_thought_length is not None and args.min_thought_length > args.thought_length:
         raise ValueError(
             f"`min_thought_length` ({args.min_thought_length}) exceeds `thought_length` ({args.thought_length}); lower it."
@@ -286,24 +350,6 @@ def check_thinking(args: "QuietStarConfig") -> None:
             f"`unfinished_thought_penalty={args.unfinished_thought_penalty}` is for thoughts that may end by themselves; "
             "set `min_thought_length` or `thought_stop_string`."
         )
-    if args.advantage_threshold is not None:
-        contradicts = {"num_iterations": 1, "distillation_coefficient": 0}
-        wrong = [
-            f"`{name}={getattr(args, name)}`" for name, value in contradicts.items() if getattr(args, name) != value
-        ]
-        if BASELINES[args.advantage_baseline].uses_value_head:
-            wrong.append(
-                f"`advantage_baseline={args.advantage_baseline!r}`, whose value head learns from every thought"
-            )
-        if wrong:
-            raise ValueError(
-                f"`advantage_threshold={args.advantage_threshold}` leaves thoughts out of the update, and does not go with "
-                f"{' and '.join(wrong)}; set `advantage_baseline='leave_one_out'`, one update on a batch and no "
-                "distillation, or leave the threshold out."
-            )
-    bounds = args.reward_clip_range
-    if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
-        raise ValueError(f"`reward_clip_range` is {bounds}; give two numbers, the lower one first.")
     if any(token_id < 0 for token_id in args.thought_suppress_tokens or ()):
         raise ValueError(
             f"`thought_suppress_tokens` is {args.thought_suppress_tokens}; give ids of tokens, from 0 on."

@@ -184,9 +184,8 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         if args.anti_theater_steps is not None:
             callbacks.insert(0, self.anti_theater)  # ahead of the loggers, which close at the end of training
         callbacks.insert(0, self.guard)  # drops gradients before others see them
-        self.add_callback(PreflightCallback(self))
-        self.add_callback(EmptyEpochCallback())
-        self.add_callback(LastWindowCallback())
+        for callback in (PreflightCallback(self), EmptyEpochCallback(), LastWindowCallback()):
+            self.add_callback(callback)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         if args.curriculum:
@@ -289,10 +288,11 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
 
     def _checkpoint_state(self) -> dict:
         own = {"entropy_coefficient": self.entropy_coefficient, "optimizer": optimizer_fields(self.args)}
-        return own | self.runlog.state() | self.thinker.state() | self.guard.state() | self.anti_theater.state()
+        parts = (self.runlog, self.thinker, self.step, self.guard, self.anti_theater)
+        return own | {name: value for part in parts for name, value in part.state().items()}
 
     def _restore_checkpoint_state(self, state: dict) -> None:
-        for part in (self.runlog, self.thinker, self.guard, self.anti_theater):
+        for part in (self.runlog, self.thinker, self.step, self.guard, self.anti_theater):
             part.load(state)
 
     def _has_ended(self) -> bool:

@@ -4,12 +4,14 @@ import json
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..config import QuietStarConfig
 from ..data.sources import load_splits
 from ..model.saved import saved_settings
 from ..settings import OPTIONS
+from .commands import Command
+from .parser import CommandParser
 
 
 # Arguments
@@ -80,10 +82,9 @@ class ThinkerArguments:
     trust_remote_code: bool = argument(False, "Whether to run code that comes with a model on the Hub.")
 
 
-def parser_of(kinds: tuple[type, ...], command: str, **options) -> TrlParser:
+def parser_of(kinds: tuple[type, ...], name: str, command: Command | None = None) -> CommandParser:
     """A parser of the arguments of a command, whose fields are keys of a recipe and flags."""
-    prog = f"trl-quietstar {command}"
-    return TrlParser(kinds, prog=prog, **options)  # type: ignore[arg-type]  # it asks for a `NewType` that no class is of
+    return CommandParser(kinds, name, command)
 
 
 def required(arguments, *names: str) -> list[str]:

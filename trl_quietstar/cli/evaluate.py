@@ -26,6 +26,8 @@ from .arguments import (
     saved_fields,
     thinking_line,
 )
+from .commands import TASKS
+from .help import names_tasks
 
 
 @dataclass
@@ -51,8 +53,7 @@ class TaskArguments(ThinkerArguments):
 
 def run(argv: list[str]) -> None:
     """Evaluates a model on held-out text, or on tasks where a flag names some."""
-    on_tasks = any(flag.split("=")[0] in ("--tasks", "--compare") for flag in argv)
-    evaluate_on_tasks(argv) if on_tasks else evaluate_on_text(argv)
+    evaluate_on_tasks(argv) if names_tasks(argv) else evaluate_on_text(argv)
 
 
 def evaluate_on_tasks(argv: list[str]) -> None:
@@ -62,7 +63,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     except ImportError as error:
         raise ImportError("`--tasks` needs lm-eval; install it with `pip install trl-quietstar[eval]`.") from error
     argv = renamed(argv, "--model_name_or_path", "--model")
-    (args,) = parser_of((TaskArguments,), "eval").parse_args_and_config(argv)
+    (args,) = parser_of((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
     source, names = required(args, "model", "tasks")
     hub = {} if args.revision is None else {"revision": args.revision}
     model = QuietStarLM(
@@ -91,12 +92,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
 def evaluate_on_text(argv: list[str]) -> None:
     """Evaluates a model on held-out text, by the settings that it was trained with unless others are given."""
     argv = renamed(argv, "--model", "--model_name_or_path")
-    description = (
-        "On held-out text. `trl-quietstar eval --tasks TASKS` runs tasks of lm-evaluation-harness instead; "
-        "`trl-quietstar eval --tasks TASKS --help` lists its options."
-    )
-    kinds = (EvalArguments, DataArguments, QuietStarConfig, ModelConfig)
-    parser = parser_of(kinds, "eval", description=description)
+    parser = parser_of((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), "eval")
     *_, args, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
         source = named_model(model_args)

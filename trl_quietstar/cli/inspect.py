@@ -71,7 +71,7 @@ def _parsed(argv: list[str]) -> tuple[InspectArguments, QuietStarConfig, bool]:
     """What to look at, how to think by the saved settings and the flags, and whether the model was trained to think."""
     parser = parser_of((InspectArguments, QuietStarConfig), "inspect")
     with tempfile.TemporaryDirectory() as scratch:
-        parser.set_defaults(output_dir=scratch, report_to="none", num_thoughts=3, seed=0)
+        parser.set_defaults(output_dir=scratch, report_to="none")
         inspect_args, args = parser.parse_args_and_config(argv)
         source, _ = required(inspect_args, "model", "text")
         fields = saved_fields(source, **hub_kwargs(args))

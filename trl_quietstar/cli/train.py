@@ -14,7 +14,6 @@ from .arguments import DataArguments, load_data, model_kwargs, named_model, pars
 def run(argv: list[str]) -> None:
     """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
     parser = parser_of((DataArguments, QuietStarConfig, ModelConfig), "train")
-    parser.set_defaults(dtype=None)  # the trainer's own default, which goes by what is trained
     data_args, args, model_args = parser.parse_args_and_config(argv)
     source = named_model(model_args)
     train_dataset, eval_dataset = load_data(data_args)

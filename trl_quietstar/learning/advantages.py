@@ -86,6 +86,9 @@ BASELINES = {
     "none": Baseline(),
 }
 
+# `normalize_advantages`
+NORMALIZATIONS = ("none", "group", "step")
+
 
 def thought_advantages(
     rewards: torch.Tensor,
@@ -128,6 +131,53 @@ def thought_advantages(
     last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
     advantages = gae(spread * last, values, mask, gamma, gae_lambda)
     return advantages, (advantages + values) * mask
+
+
+def group_deviation(rewards: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of the rewards at each position, over G - 1 as in TRL: `(B, J, 1)` for rewards of shape `(B, J, G)`."""
+    return rewards.std(-1, keepdim=True)
+
+
+def scale_by_group(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """
+    Divides advantages by the standard deviation of the rewards at their position (GRPO, huggingface.co/papers/2402.03300,
+    section 4.1.2).
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, J, G, L)`):
+            Of the thought tokens, measured from a baseline of the group.
+        rewards (`torch.Tensor` of shape `(B, J, G)`):
+            Of the thoughts; G is at least 2.
+
+    Returns:
+        `torch.Tensor` of the advantages' shape; 0 where all rewards of a group are equal.
+    """
+    deviation = group_deviation(rewards)
+    rounding = 100 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(-1, keepdim=True)
+    # what rounding leaves of equal rewards is no spread; one that is no number is kept, for the fault to be found
+    return torch.where((deviation <= rounding)[..., None], 0.0, advantages / deviation[..., None])
+
+
+class MovingAverage:
+    """
+    Average over the steps so far, in which each step counts `decay` times as much as the one after it.
+
+    Args:
+        decay (`float`):
+            In [0, 1).
+    """
+
+    def __init__(self, decay: float):
+        self.decay, self.total, self.weight = decay, 0.0, 0.0
+
+    @property
+    def value(self) -> float | None:
+        """None before the first step."""
+        return self.total / self.weight if self.weight else None
+
+    def add(self, value: float) -> None:
+        """Takes in the value of a step."""
+        self.total, self.weight = self.decay * self.total + value, self.decay * self.weight + 1
 
 
 def standardize(

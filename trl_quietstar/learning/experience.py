@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..text.batch import Positions, Text, Thoughts, talk_after
+from ..text.transfer import exact_dtype
 from ..thinking.drawing import SamplingSettings
 from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
-from .advantages import standardize, thought_advantages
+from .advantages import MovingAverage, group_deviation, scale_by_group, standardize, thought_advantages
 from .objective import TokenCounts
 from .reward_functions import RewardFunction, columns_taken
 from .rewards import talk_weights, thought_rewards
@@ -42,6 +43,8 @@ class Experience:
             Log-probabilities of the thought tokens under the reference, where there is a KL term.
         talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             Weight of each thought in the NLLs of the talk after it, by `args.nll_weighting`. None: all are 1.
+        dropped (`torch.Tensor` of shape `(B, J)`, bool, *optional*):
+            Groups that [`drop_groups`] leaves out of the update.
     """
 
     thoughts: Thoughts
@@ -55,6 +58,7 @@ class Experience:
     sampled_logps: torch.Tensor
     reference_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
     @property
     def exists(self) -> torch.Tensor:
@@ -149,7 +153,7 @@ def finish_advantages(
     experiences: list[Experience], args: "QuietStarConfig", reduce: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[Experience]:
     """
-    Standardizes the advantages of all batches of a step, and sets negative ones to 0, as configured.
+    Normalises the advantages of all batches of a step, and sets negative ones to 0, as configured.
 
     Args:
         experiences (`list` of [`Experience`]):
@@ -160,7 +164,9 @@ def finish_advantages(
             Sums a tensor over processes.
     """
     advantages = [x.advantages for x in experiences]
-    if args.normalize_advantages:
+    if args.normalize_advantages == "group":
+        advantages = [scale_by_group(x.advantages, x.rewards) for x in experiences]
+    elif args.normalize_advantages == "step":
         advantages = standardize(advantages, [x.thoughts.mask for x in experiences], reduce)
     if args.positive_advantages_only:
         advantages = [x.clamp(min=0) for x in advantages]
@@ -168,11 +174,44 @@ def finish_advantages(
 
 
 @torch.no_grad()
-def worth_training_on(
-    experience: Experience, threshold: float, text_length: int, keeps_rows: bool
-) -> tuple[torch.Tensor, Experience]:
+def drop_groups(
+    experiences: list[Experience],
+    factor: float,
+    average: MovingAverage,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> list[Experience]:
     """
-    The part of a batch's experience whose advantages are large enough to be trained on.
+    Marks the groups of a step whose rewards hardly differ (standard deviation filtering of RLPR,
+    huggingface.co/papers/2506.18254).
+
+    Args:
+        experiences (`list` of [`Experience`]):
+            Of each batch.
+        factor (`float`):
+            A group is dropped where the standard deviation of its rewards is below this share of `average`; one that is no
+            number is kept, for the fault to be found.
+        average ([`~learning.advantages.MovingAverage`]):
+            Of the steps' mean standard deviation, before this step; takes in this step's. Nothing is dropped at the first step.
+        reduce (`Callable`):
+            Sums a tensor over processes.
+    """
+    deviations = [group_deviation(x.rewards)[..., 0] for x in experiences]
+    groups = [x.thoughts.positions.mask for x in experiences]
+    bound = 0.0 if average.value is None else factor * average.value
+    dropped = [(own < bound) & mask for own, mask in zip(deviations, groups, strict=True)]
+    known = [own[mask & own.isfinite()] for own, mask in zip(deviations, groups, strict=True)]
+    exact = exact_dtype(groups[0].device)
+    sums = [torch.stack([x.to(exact).sum(), x.new_full((), len(x), dtype=exact)]) for x in known]
+    total, count = reduce(torch.stack(sums).sum(0)).tolist()
+    if count:
+        average.add(total / count)
+    return [replace(x, dropped=own) for x, own in zip(experiences, dropped, strict=True)]
+
+
+@torch.no_grad()
+def kept_thoughts(experience: Experience, threshold: float | None) -> torch.Tensor:
+    """
+    The thoughts of a batch that are trained on.
 
     A thought whose advantage is 0 adds nothing to the policy gradient. So groups in which all thoughts earn the same, solved
     or hopeless, only cost time.
@@ -180,8 +219,30 @@ def worth_training_on(
     Args:
         experience ([`Experience`]):
             Of the batch, with one advantage for all tokens of a thought.
-        threshold (`float`):
+        threshold (`float`, *optional*):
             The least size of an advantage that is kept; one that is no number is kept too, for the fault to be found.
+
+    Returns:
+        `torch.Tensor` of shape `(B, J, G)`, bool.
+    """
+    kept = experience.thoughts.mask[..., 0]
+    if experience.dropped is not None:
+        kept = kept & ~experience.dropped[..., None]
+    return kept if threshold is None else kept & ~(experience.advantages.abs().amax(-1) < threshold)
+
+
+@torch.no_grad()
+def worth_training_on(
+    experience: Experience, kept: torch.Tensor, text_length: int, keeps_rows: bool
+) -> tuple[torch.Tensor, Experience]:
+    """
+    The part of a batch's experience that is trained on, in as few rows, positions and thoughts as hold it.
+
+    Args:
+        experience ([`Experience`]):
+            Of the batch.
+        kept (`torch.Tensor` of shape `(B, J, G)`, bool):
+            Which thoughts, as [`kept_thoughts`] gives them.
         text_length (`int`):
             T.
         keeps_rows (`bool`):
@@ -193,13 +254,12 @@ def worth_training_on(
             that are left out are empty, with a talk of weight 0.
     """
     thoughts = experience.thoughts
-    worth = thoughts.mask[..., 0] & ~(experience.advantages.abs().amax(-1) < threshold)
-    chosen = _chosen(worth.cpu(), keeps_rows)
+    chosen = _chosen(kept.cpu(), keeps_rows)
     lengths = thoughts.host_mask[chosen.rows[:, None, None], chosen.columns[..., None], chosen.places].sum(-1)
     cut = max(int((lengths * chosen.kept).max()), 1)
     if not keeps_rows:
         chosen = _regrouped(chosen, text_length, cut + experience.talk_mask.shape[-1] + 1)
-    chosen = _Chosen(*(x.to(worth.device) for x in chosen))
+    chosen = _Chosen(*(x.to(kept.device) for x in chosen))
     of_talk = (chosen.rows[:, None], chosen.columns)
     of_thought = (chosen.rows[:, None, None], chosen.columns[..., None], chosen.places)
     positions = Positions(thoughts.positions.index[of_talk], thoughts.positions.mask[of_talk] & chosen.kept.any(2))

@@ -153,6 +153,9 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
         **batch_metrics(batch),
         **group_metrics(*talk, experience.thoughts.positions, args.useful_gain),
     }
+    if args.reward_std_filter is not None:
+        dropped = experience.dropped
+        metrics["dropped_groups"] = None if dropped is None else (dropped, experience.thoughts.positions.mask)
     if not args.uses_value_head:
         metrics["value_loss"] = metrics["_residual"] = None
     if args.thought_positions == "none":  # no talk to take them on: of all text

@@ -1,5 +1,6 @@
 """Rewards: what a thought adds to the prediction of the true next tokens, and how much the reader learns from it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,38 @@ def log_likelihood(gains: Gains) -> torch.Tensor:
     return masked_mean(gains.logps_with - gains.logps_without, gains.mask, dim=-1)
 
 
+def sequence_log_likelihood(gains: Gains) -> torch.Tensor:
+    """`log p_with - log p_without` of the whole talk, the sum over its tokens, in nats, unbounded (LaTRO,
+    huggingface.co/papers/2411.04282, eq. 4)."""
+    return talk_log_likelihood(gains.logps_with, gains.mask) - talk_log_likelihood(gains.logps_without, gains.mask)
+
+
+def marginal_log_likelihood(gains: Gains) -> torch.Tensor:
+    """
+    What a thought adds to the log of the group's mean probability of the whole talk, in nats:
+    `log (1/G) sum_j p_j - log 1/(G-1) sum_{j != i} p_j` (JEPO, huggingface.co/papers/2503.19618, section 4, after eq. 7).
+
+    The part without the thought is the control variate: it does not depend on the thought, and all else that the talk's
+    prediction without thoughts would take away cancels.
+
+    Raises:
+        `ValueError`: if G is 1.
+    """
+    logps = talk_log_likelihood(gains.logps_with, gains.mask)
+    G = logps.shape[-1]
+    if G < 2:
+        raise ValueError("`reward_type='marginal_log_likelihood'` needs `num_thoughts` of at least 2, got 1.")
+    itself = torch.eye(G, dtype=torch.bool, device=logps.device)
+    others = logps[..., None, :].masked_fill(itself, -math.inf)
+    return _log_mean(logps[..., None, :], G) - _log_mean(others, G - 1)
+
+
+def _log_mean(logps: torch.Tensor, count: int) -> torch.Tensor:
+    """Log of the mean of `count` probabilities along the last dimension; exactly their own where all are equal."""
+    highest = logps.amax(-1, keepdim=True)
+    return highest[..., 0] + ((logps - highest).exp().sum(-1) / count).log()
+
+
 def accuracy(gains: Gains) -> torch.Tensor:
     """Top-1 correctness with minus without, in [-1, 1]."""
     dtype = gains.logps_with.dtype
@@ -70,10 +103,13 @@ REWARDS: dict[str, Callable[[Gains], torch.Tensor]] = {
     "probability": probability,
     "sequence_probability": sequence_probability,
     "log_likelihood": log_likelihood,
+    "sequence_log_likelihood": sequence_log_likelihood,
+    "marginal_log_likelihood": marginal_log_likelihood,
     "accuracy": accuracy,
     "binary": binary,
 }
 REWARD_TYPES = tuple(REWARDS)
+GROUP_REWARDS = ("marginal_log_likelihood",)  # that compare a thought with the others at its position already
 
 
 def thought_rewards(

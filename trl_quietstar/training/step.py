@@ -9,12 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import QuietStarConfig
+from ..learning.advantages import MovingAverage
 from ..learning.experience import (
     Experience,
     StepPart,
+    drop_groups,
     experience_of,
     finish_advantages,
     flat,
+    kept_thoughts,
     unflat,
     worth_training_on,
 )
@@ -26,6 +29,10 @@ from ..thinking.scoring import Scores
 from .distributed import summed
 from .reference import Reference
 from .thinker import Thinker, ThoughtRequest
+
+
+# how much of the average of a group's spread a step keeps; `filter_ema_ratio` in RLPR's code
+DEVIATION_DECAY = 0.99
 
 
 class OptimizerStep:
@@ -63,6 +70,7 @@ class OptimizerStep:
         self._divided: list[Divided] = []
         self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch, for further updates on it
+        self._deviation = MovingAverage(DEVIATION_DECAY)  # of rewards within a group
 
     def begin_evaluation(self) -> None:
         """Counts the rows of evaluation data from 0 again."""
@@ -145,9 +153,9 @@ class OptimizerStep:
             self._experiences = []  # of another sampling, or of other processes
         if self._experiences:
             parts = [replace(part, experience=x) for part, x in zip(parts, self._experiences, strict=True)]
-        elif args.advantage_threshold is None and len(texts) < 2:
+        elif not args.drops_thoughts and len(texts) < 2:
             return parts
-        elif args.normalize_advantages or args.advantage_threshold is not None:
+        elif args.normalize_advantages == "step" or args.drops_thoughts:
             parts = self._judged_ahead(model, parts)
         elif args.thought_positions == "difficulty" or self.thinker.sampling.stop is not None:
             pairs = zip(texts, parts, strict=True)
@@ -158,21 +166,21 @@ class OptimizerStep:
                 counts.append(self._counted(written.text, written.thoughts.positions, written.thoughts.mask, True))
         total = TokenCounts.total(counts, self._sum)
         parts = [replace(part, counts=total) for part in parts]
-        if args.advantage_threshold is not None:  # the means stay those over all thoughts
+        if args.drops_thoughts:  # the means stay those over all thoughts
             parts = [self._worth_training_on(i, part) for i, part in enumerate(parts)]
         return parts
 
     def _worth_training_on(self, number: int, part: StepPart) -> StepPart:
-        """Leaves the thoughts with small advantages out of a batch that was judged ahead, with rows that have no others."""
+        """Leaves the thoughts that are dropped out of a batch that was judged ahead, with rows that have no others."""
         divided, args = self._divided[number], self.args
-        assert part.experience is not None and args.advantage_threshold is not None
+        assert part.experience is not None
         text, keeps_rows = divided.sampled, args.base_nll_coefficient > 0
-        given = (part.experience, args.advantage_threshold, text.input_ids.shape[1], keeps_rows)
-        rows, experience = worth_training_on(*given)
-        kept = rows.tolist()
-        self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in kept])
+        kept = kept_thoughts(part.experience, args.advantage_threshold)
+        rows, experience = worth_training_on(part.experience, kept, text.input_ids.shape[1], keeps_rows)
+        numbers = rows.tolist()
+        self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in numbers])
         judged = {**part.judged, "experience": part.experience}
-        return replace(part, rows=[part.rows[row] for row in kept], experience=experience, judged=judged)
+        return replace(part, rows=[part.rows[row] for row in numbers], experience=experience, judged=judged)
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
         """Index of each of a batch's rows in the step's global batch, or in the evaluation data, where processes have read
@@ -200,7 +208,7 @@ class OptimizerStep:
     def _judged_ahead(self, model: nn.Module, parts: list[StepPart]) -> list[StepPart]:
         """Thoughts of all batches and what they are worth, in a pass of their own, before the first one is trained on: advantages
         are standardized over all of them, or tell which are trained on."""
-        experiences, logs_all = [], self.args.advantage_threshold is not None
+        experiences, logs_all = [], self.args.drops_thoughts
         for i, (batch, divided) in enumerate(zip(self._batches, self._divided, strict=True)):
             request = self.thinker.request(divided.sampled, parts[i], with_graph=False)
             scores = request.scores(model)
@@ -208,6 +216,8 @@ class OptimizerStep:
             if logs_all:
                 parts[i] = replace(parts[i], judged={"text": divided.sampled, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
+        if self.args.reward_std_filter is not None:
+            experiences = drop_groups(experiences, self.args.reward_std_filter, self._deviation, self._sum)
         if self.args.num_iterations > 1:
             self._experiences = experiences
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
@@ -221,23 +231,24 @@ class OptimizerStep:
 
     # Checkpoints
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The experience of this process's batches, which further updates reuse; for a file of tensors."""
-        return flat(self._experiences)
+    def state(self) -> dict:
+        """What a checkpoint keeps beside experience: the moving average of the standard deviation of a group's rewards."""
+        return {"reward_deviation": [self._deviation.total, self._deviation.weight]}
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes back what [`OptimizerStep.state`] gave."""
-        self._experiences = unflat(state)
+    def load(self, state: dict) -> None:
+        """Takes back what [`OptimizerStep.state`] gave; checkpoints from before there was an average hold none."""
+        self._deviation.total, self._deviation.weight = state.get("reward_deviation", (0.0, 0.0))
 
     def save(self, folder: str, step: int) -> None:
-        """Writes the state beside a checkpoint's, where the next update after so many steps reuses it; each process its own."""
+        """Writes the experience of this process's batches beside a checkpoint's state, where the next update after so many
+        steps reuses it; each process its own."""
         if step % self.args.num_iterations:
-            save_file(self.state(), self._file(folder))
+            save_file(flat(self._experiences), self._file(folder))
 
     def restore(self, folder: str) -> None:
         """Reads what [`OptimizerStep.save`] wrote, if anything. With another number of processes a step samples anew."""
         if self._file(folder).is_file():
-            self.load(load_file(self._file(folder), device=str(self.accelerator.device)))
+            self._experiences = unflat(load_file(self._file(folder), device=str(self.accelerator.device)))
 
     def _file(self, folder: str) -> Path:
         process, count = self.accelerator.process_index, self.accelerator.num_processes

@@ -1,0 +1,27 @@
+"""Which errors are said in a line, without a traceback: those that the user of a command can mend."""
+
+import re
+import traceback
+from pathlib import Path
+
+
+PACKAGE = Path(__file__).parents[1]
+OF_FILES = ("huggingface_hub", "httpx", "transformers/utils/hub.py")  # where models and data are fetched
+
+
+def words_of(error: Exception) -> str | None:
+    """
+    What to print of an error in a line; None if it needs its traceback.
+
+    Args:
+        error (`Exception`):
+            Of this package's own wording, raised in this process or in one of a pool's, or an `OSError` of what fetches files.
+    """
+    if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return None
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if type(error.__cause__).__name__ == "RemoteTraceback":  # whose traceback is text
+        raised_in = re.findall(r'^  File "(.*?)", line', str(error.__cause__), re.MULTILINE)[-1]
+    is_own = Path(raised_in).is_relative_to(PACKAGE)
+    is_of_files = isinstance(error, OSError) and any(part in Path(raised_in).as_posix() for part in OF_FILES)
+    return " ".join(str(error).split()) if is_own or is_of_files else None
