@@ -60,7 +60,7 @@ EVALUATION = frozenset(
 )
 INSPECTION = frozenset(
     ["Thoughts", "Page", *"model_init_kwargs trust_remote_code max_length reward_prediction use_cpu seed".split()]
-    + "value_head_type value_head_hidden_size".split()
+    + "mixing_head_type value_head_type value_head_hidden_size".split()
 )
 
 # what fields of others mean here
@@ -112,7 +112,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "convert",
-        "PATH OUTPUT --n_ahead N [--FIELD VALUE ...]",
+        "PATH OUTPUT --n_ahead N [--n_ahead_talk N] [--tokenizer MODEL] [--FIELD VALUE ...]",
         "makes a thinking model of a checkpoint of the published Quiet-STaR code",
         (Source("Checkpoint", f"{OWN}/convert.py", "ConvertArguments"),),
     ),
