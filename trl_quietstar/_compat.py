@@ -6,6 +6,7 @@ them.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -135,6 +136,12 @@ def fingerprint(dataset) -> str | None:
 # Models
 
 
+# `pipeline` says of each class that is not its own that it is not supported, with a list of two hundred that are, and goes on
+logging.getLogger("transformers.pipelines.base").addFilter(
+    lambda record: not record.getMessage().startswith("The model 'QuietStar")
+)
+
+
 def set_unsaved_keys(model: PreTrainedModel, keys: list[str]) -> None:
     """Tells Transformers that `keys` are not part of the model's own checkpoint."""
     model._keys_to_ignore_on_save = set(keys)
@@ -160,6 +167,13 @@ def noted_commit(config: PreTrainedConfig) -> str | None:
 def is_compiled(model: nn.Module) -> bool:
     """Whether `model.compile()` was called on the whole model."""
     return model._compiled_call_impl is not None
+
+
+def checkpoints_layers(model: PreTrainedModel) -> bool:
+    """Whether layers keep only their inputs for the backward pass, which Transformers calls by another name from 5.24 on."""
+    if hasattr(PreTrainedModel, "is_activation_checkpointing"):
+        return model.is_activation_checkpointing
+    return model.is_gradient_checkpointing
 
 
 def holds_adapter(model: nn.Module) -> bool:

@@ -411,6 +411,8 @@ class QuietStarConfig(BaseConfig):
         if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to copy to, as PyTorch would warn
         if self.fp16 and self.device.type == "cpu":
             logger.warning(
                 "`fp16=True` does nothing on a CPU, where training is in float32; take `bf16=True`, or leave it out."

@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from huggingface_hub import is_offline_mode
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from trl import ModelConfig
 
 from ..config import QuietStarConfig
 from ..data.sources import load_splits
-from ..model.saved import saved_settings
+from ..loading import hub_kwargs
+from ..model.saved import has_file, saved_settings
 from ..settings import OPTIONS
 from .commands import Command
 from .parser import CommandParser
@@ -160,11 +164,43 @@ def _split(splits: dict, name: str, source: str):
 # Models
 
 
-def named_model(model_args: ModelConfig) -> str:
-    """The model that TRL's `ModelConfig` names; a `ValueError` if it names none."""
+def named_model(model_args: ModelConfig, args: QuietStarConfig) -> str:
+    """
+    The model that TRL's `ModelConfig` names, known to be there before data are read.
+
+    Raises:
+        `FileNotFoundError`: if there is no such model.
+        `ValueError`: if none is named.
+    """
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing; give a Hub id or a local folder.")
+    if "gguf_file" not in (args.model_init_kwargs or {}):  # which has its configuration in itself
+        check_model(model_args.model_name_or_path, **{"revision": model_args.model_revision, **hub_kwargs(args)})
     return model_args.model_name_or_path
+
+
+def check_model(source: str, **hub) -> None:
+    """
+    Refuses a model that is nowhere.
+
+    Args:
+        source (`str`):
+            Id on the Hub or local folder, of a model or an adapter.
+        hub:
+            Where on the Hub, as for `from_pretrained`.
+
+    Raises:
+        `FileNotFoundError`: if there is none.
+    """
+    if any(has_file(source, name, hub) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+        return
+    if Path(source).is_dir():
+        raise FileNotFoundError(f"{source!r} is no model: it has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}.")
+    offline = ", which is not asked while `HF_HUB_OFFLINE` is set" if is_offline_mode() else ""
+    raise FileNotFoundError(
+        f"There is no model {source!r}: it is no local folder, and was not found on the Hub{offline}. Check the name, and the "
+        "connection."
+    )
 
 
 def model_kwargs(model_args: ModelConfig) -> dict:

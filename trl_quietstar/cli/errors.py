@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 PACKAGE = Path(__file__).parents[1]
-OF_FILES = ("huggingface_hub", "httpx", "transformers/utils/hub.py")  # where models and data are fetched
+# where models and data are fetched, and where an adapter finds no layer of the name it was given
+OTHERS = {
+    "/huggingface_hub/": OSError,
+    "/transformers/utils/hub.py": OSError,
+    "/peft/tuners/tuners_utils.py": ValueError,
+}
 
 
 def words_of(error: Exception) -> str | None:
@@ -15,7 +20,7 @@ def words_of(error: Exception) -> str | None:
 
     Args:
         error (`Exception`):
-            Of this package's own wording, raised in this process or in one of a pool's, or an `OSError` of what fetches files.
+            Of this package's own wording, raised in this process or in one of a pool's, or one of [`OTHERS`].
     """
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return None
@@ -23,5 +28,6 @@ def words_of(error: Exception) -> str | None:
     if type(error.__cause__).__name__ == "RemoteTraceback":  # whose traceback is text
         raised_in = re.findall(r'^  File "(.*?)", line', str(error.__cause__), re.MULTILINE)[-1]
     is_own = Path(raised_in).is_relative_to(PACKAGE)
-    is_of_files = isinstance(error, OSError) and any(part in Path(raised_in).as_posix() for part in OF_FILES)
-    return " ".join(str(error).split()) if is_own or is_of_files else None
+    place = Path(raised_in).as_posix()
+    is_clear = is_own or any(part in place and isinstance(error, kind) for part, kind in OTHERS.items())
+    return " ".join(str(error).split()) if is_clear else None

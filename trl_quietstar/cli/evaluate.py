@@ -16,6 +16,7 @@ from .arguments import (
     DataArguments,
     ThinkerArguments,
     argument,
+    check_model,
     cut,
     load_data,
     model_kwargs,
@@ -66,6 +67,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     (args,) = parser_of((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
     source, names = required(args, "model", "tasks")
     hub = {} if args.revision is None else {"revision": args.revision}
+    check_model(source, **hub)
     model = QuietStarLM(
         source,
         args.think,
@@ -95,7 +97,7 @@ def evaluate_on_text(argv: list[str]) -> None:
     parser = parser_of((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), "eval")
     *_, args, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        source = named_model(model_args)
+        source = named_model(model_args, args)
         fields = saved_fields(source, **{"revision": model_args.model_revision, **hub_kwargs(args)})
         if not fields:
             warn_of_untrained_heads(source)

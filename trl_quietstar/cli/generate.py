@@ -13,7 +13,7 @@ from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..modeling import QuietStarForCausalLM
 from ..thinking.when import Thinking
-from .arguments import ThinkerArguments, argument, parser_of, required
+from .arguments import ThinkerArguments, argument, check_model, parser_of, required
 
 
 @dataclass
@@ -35,6 +35,7 @@ def run(argv: list[str]) -> None:
     (args,) = parser_of((GenerateArguments,), "generate").parse_args_and_config(argv)
     source, prompt = required(args, "model", "prompt")
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    check_model(source, revision=args.revision)
     model = QuietStarForCausalLM.from_pretrained(source, **hub).eval()
     base = cast(ThinkingModel, base_of(model))
     if base.fresh_thought_embeddings and args.think != "never":

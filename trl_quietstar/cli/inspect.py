@@ -22,7 +22,7 @@ from ..text.positions import choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.drawing import fixed_draws, thought_sampling
 from ..thinking.likelihood import think_in_chunks
-from .arguments import argument, parser_of, required, saved_fields, thinking_line
+from .arguments import argument, check_model, parser_of, required, saved_fields, thinking_line
 
 
 @dataclass
@@ -74,6 +74,7 @@ def _parsed(argv: list[str]) -> tuple[InspectArguments, QuietStarConfig, bool]:
         parser.set_defaults(output_dir=scratch, report_to="none")
         inspect_args, args = parser.parse_args_and_config(argv)
         source, _ = required(inspect_args, "model", "text")
+        check_model(source, **hub_kwargs(args))
         fields = saved_fields(source, **hub_kwargs(args))
         # a few random ones, which saves time in training alone
         if not isinstance(fields.get("thought_positions"), str):

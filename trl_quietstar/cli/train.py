@@ -3,6 +3,7 @@
 from typing import cast
 
 from datasets import Dataset
+from huggingface_hub import HfApi
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import QuietStarConfig
@@ -15,7 +16,9 @@ def run(argv: list[str]) -> None:
     """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
     parser = parser_of((DataArguments, QuietStarConfig, ModelConfig), "train")
     data_args, args, model_args = parser.parse_args_and_config(argv)
-    source = named_model(model_args)
+    if args.push_to_hub:
+        _check_hub(args)
+    source = named_model(model_args, args)
     train_dataset, eval_dataset = load_data(data_args)
     args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
     trainer = QuietStarREINFORCETrainer(
@@ -29,7 +32,7 @@ def run(argv: list[str]) -> None:
     checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
     before = trainer.evaluate() if eval_dataset is not None else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_locally(str(args.output_dir))
     if before is not None:
         after = trainer.evaluate()
         trainer.save_metrics("eval", after)
@@ -46,7 +49,7 @@ def run(argv: list[str]) -> None:
     if trainer.accelerator.is_main_process:
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        _push(trainer)
 
 
 def _taught(trainer: QuietStarREINFORCETrainer) -> tuple[int, int]:
@@ -55,6 +58,32 @@ def _taught(trainer: QuietStarREINFORCETrainer) -> tuple[int, int]:
     is_taught = any(stages.at(step)["written_thought_coefficient"] > 0 for step in stages.starts)
     written = dataset["written_ids"] if is_taught and "written_ids" in dataset.column_names else []
     return sum(map(bool, written)), len(dataset)
+
+
+def _check_hub(args: QuietStarConfig) -> None:
+    """Refuses to train for a Hub that would take nothing: it is out of reach, or does not know the user."""
+    try:
+        HfApi().whoami(token=args.hub_token)
+    except Exception as error:  # of several libraries
+        raise ConnectionError(
+            f"`push_to_hub` needs the Hub ({_first_line(error)}). Log in by `hf auth login` where it can be reached, or leave "
+            "`push_to_hub` out and upload the folder later: `hf upload REPOSITORY FOLDER`."
+        ) from error
+
+
+def _push(trainer: QuietStarREINFORCETrainer) -> None:
+    """Uploads what was trained; if that fails, what was trained is on disk all the same."""
+    try:
+        trainer.push_to_hub()
+    except Exception as error:
+        raise ConnectionError(
+            f"What was trained is in {trainer.args.output_dir!r}, and could not be pushed ({_first_line(error)}). Upload it later: "
+            f"`hf upload REPOSITORY {trainer.args.output_dir}`."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _truth(value: str | bool | None) -> str | bool | None:

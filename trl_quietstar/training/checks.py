@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import IntervalStrategy, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import BEMACallback
 
 from ..config import QuietStarConfig
@@ -18,6 +19,18 @@ from .optimizers import check_optimizers
 NO_LOGITS = (
     "evaluation scores thoughts and holds no logits. `evaluate` returns reward, NLL and accuracy; for a number of your own "
     "call `model.log_likelihoods` or `model.generate` in a callback's `on_evaluate`."
+)
+# loggers that Transformers imports, by the name of their package
+IMPORTED_LOGGERS = (
+    "wandb",
+    "trackio",
+    "tensorboard",
+    "mlflow",
+    "swanlab",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "codecarbon",
 )
 # what other trainers take, and what to do here
 UNKNOWN = {
@@ -53,13 +66,15 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
     Raises:
         `OSError`: if nothing can be written to `args.output_dir`.
         `TypeError`: if `args` is no `QuietStarConfig`.
-        `ValueError`: if data is missing or of a kind that an option cannot use, or the model cannot be quantized or adapted
-            as asked.
+        `ImportError`: if a logger is not installed.
+        `ValueError`: if data is missing or of a kind that an option cannot use, a logger is unknown, or the model cannot be
+            quantized or adapted as asked.
     """
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
     if train_dataset is None and not eval_dataset:
         raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
+    _check_loggers(args)
     if train_dataset is not None and args.should_save:
         check_output_dir(str(args.output_dir))
     if args.num_iterations > 1:
@@ -78,6 +93,20 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
         check_quantization(model, args, peft_config, training=train_dataset is not None)
     if peft_config is not None:
         check_adapter(model, peft_config)
+
+
+def _check_loggers(args: QuietStarConfig) -> None:
+    """What `report_to` names is known to Transformers, and installed."""
+    available = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` names {name!r}; choose among {', '.join(INTEGRATION_TO_CALLBACK)}, or 'none'."
+            )
+        if name not in available and name in IMPORTED_LOGGERS:
+            raise ImportError(
+                f"`report_to` names {name!r}, which is not installed: `pip install {name}`, or give 'none'."
+            )
 
 
 def _check_repeats(args: QuietStarConfig, train_dataset) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .._compat import checkpoints_layers
 from ..branches.base import BranchPath
 from ..branches.cached_replay import CachedReplay
 from ..branches.memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
@@ -149,7 +150,7 @@ class Thinker:
             type(self.path) is SharedPrefix
             and args.disable_dropout
             and args.policy_temperature is None  # what was drawn is known at that of sampling
-            and not (args.gradient_checkpointing or base.is_gradient_checkpointing)
+            and not (args.gradient_checkpointing or checkpoints_layers(base))
             and args.single_pass is not False
             and args.branch_batch_size is None
             and not has_router_loss(base.config)
