@@ -181,6 +181,26 @@ class ReadOnce:
         return self.encoded
 
 
+def text_with(digits: torch.Tensor, answer: int) -> Text:
+    """Problems of digits, of shape `(count, terms)`, with one answer to all of them, which alone is a label."""
+    ids = torch.cat([digits, torch.tensor([[EQUALS, answer]]).expand(len(digits), -1)], dim=1)
+    return Text.from_batch(ids, labels=torch.where(torch.arange(ids.shape[1]) > digits.shape[1], ids, IGNORED))
+
+
+@torch.no_grad()
+def logps_after(
+    trainer: QuietStarREINFORCETrainer, digits: torch.Tensor, thoughts: Thoughts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the ten digits after thoughts, of shape `(count, G, 10)`, and without, of shape `(count, 1, 10)`."""
+    path, found = ReadOnce(trainer.path), []
+    for answer in range(10):
+        text = text_with(digits, answer)
+        scores = score(trainer.model, ScoreRequest(text, thoughts, 1, path, prediction=trainer.args.reward_prediction))
+        found.append((scores.talk_logps[:, 0, :, 0], at_talk(scores.text_logps, thoughts, 1)[:, 0, :, 0]))
+    with_, without = (torch.stack(candidates, dim=-1) for candidates in zip(*found, strict=True))
+    return with_, without
+
+
 @torch.no_grad()
 def answer_logps(
     trainer: QuietStarREINFORCETrainer, task: Task, count: int, controls: tuple[str, ...]
@@ -188,12 +208,7 @@ def answer_logps(
     """Log-probabilities of the ten digits after each control, of shape `(count, G, 10)`, and the thoughts."""
     digits, _, _ = draw_problems(task, count, torch.Generator().manual_seed(7))
     model = trainer.model.eval()
-
-    def text_with(digit: int) -> Text:
-        ids = torch.cat([digits, torch.tensor([[EQUALS, digit]]).expand(count, -1)], dim=1)
-        return Text.from_batch(ids, labels=torch.where(torch.arange(task.terms + 2) > task.terms, ids, IGNORED))
-
-    text, generators = text_with(0), seeded_generators(7, 0, list(range(count)))
+    text, generators = text_with(digits, 0), seeded_generators(7, 0, list(range(count)))
     positions = choose_positions(text, "all", generators)
     thoughts = sample_thoughts(
         model,
@@ -202,23 +217,17 @@ def answer_logps(
         trainer.sampling,
         uniforms(positions, trainer.sampling, generators),
     )
-    logps: dict[str, list[torch.Tensor]] = {name: [] for name in ("none", *controls)}
+    logps: dict[str, torch.Tensor] = {}
     for control in controls:
         other = controlled(thoughts, control, len(VOCABULARY), torch.Generator().manual_seed(7))
-        path = ReadOnce(trainer.path)
-        for digit in range(10):
-            request = ScoreRequest(text_with(digit), other, 1, path, prediction=trainer.args.reward_prediction)
-            scores = score(model, request)
-            logps[control].append(scores.talk_logps[:, 0, :, 0])
-            if control == controls[0]:
-                logps["none"].append(at_talk(scores.text_logps, thoughts, 1)[:, 0, :, 0])
-    return {name: torch.stack(candidates, dim=-1) for name, candidates in logps.items()}, thoughts
+        logps[control], without = logps_after(trainer, digits, other)
+    return {"none": without, **logps}, thoughts
 
 
 def evaluate(trainer: QuietStarREINFORCETrainer, task: Task) -> dict:
     """Accuracy and NLL (nats) of held-out answers without a thought, with one, and after each control; each with its
-    interval; and anti-theater validation."""
-    _, sums, answers = draw_problems(task, HELD_OUT, torch.Generator().manual_seed(7))
+    interval; how well the model reads right chains, if it were to write them; and anti-theater validation."""
+    digits, sums, answers = draw_problems(task, HELD_OUT, torch.Generator().manual_seed(7))
     logps, thoughts = answer_logps(trainer, task, HELD_OUT, CONTROLS)
     results: dict = {"accuracy": {}, "accuracy_interval": {}, "nll": {}, "nll_interval": {}}
     for name, candidates in logps.items():
@@ -229,10 +238,16 @@ def evaluate(trainer: QuietStarREINFORCETrainer, task: Task) -> dict:
         for metric, values in (("accuracy", correct), ("nll", nll)):
             results[metric][key] = values.mean().item()
             results[f"{metric}_interval"][key] = interval(values)
-    results["right_chains"] = None  # in thoughts too short to hold one
-    if thoughts.token_ids.shape[-1] >= task.terms:
+    results["right_chains"] = results["read"] = None  # of thoughts too short to hold one
+    if thoughts.token_ids.shape[-1] == task.terms:
         letters = FIRST_LETTER + sums[:, None, None]
-        results["right_chains"] = (thoughts.token_ids[..., : task.terms] == letters).all(-1).double().mean().item()
+        results["right_chains"] = (thoughts.token_ids == letters).all(-1).double().mean().item()
+        right = Thoughts(thoughts.positions, letters, thoughts.mask[:, :, :1])
+        read, truth = logps_after(trainer, digits, right)[0][:, 0], answers[:, None]
+        results["read"] = {
+            "accuracy": (read.argmax(-1, keepdim=True) == truth).double().mean().item(),
+            "probability": read.gather(-1, truth).exp().mean().item(),
+        }
     report = trainer.validate_thoughts()
     results["anti_theater_passed"] = report.passed
     results["anti_theater"] = report.metrics()
@@ -422,6 +437,9 @@ def print_run(result: dict) -> None:
             f" {before['nll'][name]:>15.3f} → {after['nll'][name]:.3f}"
         )
     print(f"  right chains {_number(before['right_chains'])} → {_number(after['right_chains'])}")
+    for measure in ("accuracy", "probability"):
+        values = (_number(x["read"] and x["read"][measure]) for x in (before, after))
+        print(f"  {measure} of the answer after a right chain {' → '.join(values)}")
     for when, measured in (("before", before), ("after", after)):
         theater = measured["anti_theater"]
         values = ", ".join(

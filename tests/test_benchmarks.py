@@ -18,6 +18,7 @@ from benchmarks import (
     learning,
     long_thoughts,
     measuring,
+    objectives,
     plan,
     replay,
     speed,
@@ -62,6 +63,7 @@ def test_learning_reports_every_number(flags, few, argv, tmp_path):
                 low, high = measured["accuracy_interval"][name]
                 assert 0 <= low <= value <= high <= 1
             assert measured["anti_theater_passed"] is False
+            assert 0 < measured["read"]["probability"] < 1 and 0 <= measured["read"]["accuracy"] <= 1
 
 
 def test_learning_takes_the_method_of_a_recipe(few, argv, tmp_path):
@@ -138,6 +140,33 @@ def test_training_ends_when_it_is_enough(few):
     task = learning.Task()
     result = learning.run(task, learning.pretrain(task, 0, 2), 0, 40, {}, enough=0.0)
     assert (result["steps"], result["sampled_batches"], len(result["curve"])) == (20, 20, 1)
+
+
+def test_objectives_are_compared_and_run_once(few, argv, tmp_path, capsys):
+    """Each run leaves a file and each task a table; a second command finds them, and runs what is missing only."""
+    flags = ("--tasks", "easy", "--steps", "1", "--seeds", "3", "--output", str(tmp_path), "--settings", "defaults")
+    argv(*flags)
+    objectives.main()
+    (path,) = tmp_path.glob("easy-3-*.json")
+    first, printed = path.read_text(), capsys.readouterr().out
+    assert json.loads(first)["options"] == {} and "easy, seed 3, defaults: " in printed
+    argv(*flags, "quietstar")
+    objectives.main()
+    assert path.read_text() == first and "defaults: " not in capsys.readouterr().out
+    rows = (tmp_path / "easy.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| defaults", "| quietstar"]
+    assert all(len(row.split("|")) == len(rows[0].split("|")) for row in rows)
+
+
+def test_every_objective_is_a_configuration():
+    """All settings of the comparison, on every task; those with one thought have as many of them in a step."""
+    for group in objectives.GROUPS.values():
+        for setting in group.values():
+            args = learning.configuration(
+                learning.Task(), "out", 0, 300, **objectives.options_of(setting, learning.Task(), 300)
+            )
+            each = args.per_device_train_batch_size // learning.PROBLEMS - 1
+            assert args.num_thoughts * each == learning.THOUGHTS
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("examples/*.ipynb")]
 )
 SOURCE = "\n".join(path.read_text() for path in sorted(ROOT.glob("trl_quietstar/**/*.py")))
-RECIPES = ("quietstar", "fast_quietstar", "rlp", "latro", "iss007")
+RECIPES = ("quietstar", "fast_quietstar", "rlp", "latro", "verifree", "rlpr", "jepo", "iss007")
 # of the machine, the data and the files, not of the method
 NOT_METHOD = {
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
@@ -118,6 +118,8 @@ def shown(value) -> str:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, (int, float)):
         return f"{value:g}"
+    if isinstance(value, list):
+        return " to ".join(map(shown, value))
     return value if value.isidentifier() else f"`{value}`"
 
 

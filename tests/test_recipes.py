@@ -49,8 +49,11 @@ SMALLER_STILL = {
     "sft_control": {"eval_steps": 1, "thought_length": 1},
     "rlp": {"thought_stop_string": "1"},
     "latro": {"thought_stop_string": "1"},
+    "verifree": {"thought_stop_string": "1"},
+    "rlpr": {"thought_stop_string": "1"},
+    "jepo": {"thought_stop_string": "1"},
 }
-OFTEN = ("quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "sft_control")
+OFTEN = ("quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "rlpr", "jepo", "sft_control")
 NEEDS = {"iss007": "pytorch_optimizer", "qlora": "bitsandbytes"}
 
 
