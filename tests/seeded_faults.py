@@ -265,9 +265,9 @@ FAULTS = (
     # data and commands
     Fault(
         "the end of a text keeps the mask of its beginning",
-        'row["thought_mask"][-length:] if keep_end else',
-        'row["thought_mask"][:length] if keep_end else',
-        "bad_data trainer_data columns",
+        'row[column][-length:] if keep_end else',
+        'row[column][:length] if keep_end else',
+        "bad_data trainer_data columns score",
     ),
     Fault(
         "notes beside data are the data",
@@ -276,6 +276,9 @@ FAULTS = (
         "data_files",
     ),
     Fault("a flag that says true is a folder", '{"true": True, "false": False}.get', "{}.get", "cli"),
+    # scores
+    Fault("rewards look at the whole talk", '"mask": talk.score_mask[', '"mask": talk.target_mask[', "score"),
+    Fault("a score ends a token early", "stop = len(ids)\n", "stop = len(ids) - 1\n", "score"),
     # written thoughts and what is learned from them
     Fault(
         "a written thought is placed a token late",

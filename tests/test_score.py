@@ -2,13 +2,19 @@
 
 import functools
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import processors
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.data.batches import TextCollator
+from trl_quietstar.data.prepare import prepare_texts
+from trl_quietstar.data.score import FindScore, last_match
 from trl_quietstar.evaluation.anti_theater import SUMS, text_sums
 from trl_quietstar.evaluation.inspection import inspect_texts
 from trl_quietstar.learning.experience import experience_of, flat, unflat
@@ -19,6 +25,7 @@ from trl_quietstar.text.batch import Positions, Text, Thoughts, talk_after
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import byte_tokenizer, exact_model, sampling
+from .tokenizers import KINDS
 from .training import tiny_args
 
 
@@ -216,3 +223,291 @@ def test_a_page_shows_the_gain_in_scored_tokens():
     gains = scores.talk_logps[0, 1, 0, :2] - scores.text_logps[0, 5:7]
     assert first["gain"] == pytest.approx(float(gains.detach().mean()), abs=1e-5)
     assert len([nll for nll in first["nll_with"] if nll is not None]) == 4
+
+
+# In data
+
+
+def prepare(rows, folder, tokenizer=None, name="train", **options):
+    """What becomes of rows ahead of training."""
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    args = tiny_args(folder, **{"max_length": None, **options})
+    return prepare_texts(data, tokenizer, args, name, len(tokenizer), args.packing)
+
+
+def stream(rows: list[dict]) -> IterableDataset:
+    """The rows as a stream."""
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def scored(row: dict, tokenizer=None) -> str:
+    """The scored tokens of a row as text."""
+    ids = [token for token, mask in zip(row["input_ids"], row["score_mask"], strict=True) if mask]
+    return (tokenizer or byte_tokenizer()).decode(ids)
+
+
+def bare(text: str) -> str:
+    """Without spaces, which tokenizers decode as they like."""
+    return re.sub("[ ▁]", "", text)
+
+
+# in the style of GSM8K
+PROBLEM = {
+    "prompt": "A crate holds 6 rows of 8 jars. 5 jars break. How many are whole?\n",
+    "completion": "There are 6*8 = <<6*8=48>>48 jars.\nOf these 48-5 = <<48-5=43>>43 are whole.\n#### 43",
+}
+FINAL = dict(score_pattern="#### (.*)")
+TALK = [{"role": "user", "content": "3 plus 4 is"}, {"role": "assistant", "content": "3 and 4 , so 7 ."}]
+
+
+def test_a_final_answer(tmp_path):
+    """GSM8K's, by a pattern or a column, whose last occurrence counts: rows and labels are those without a score."""
+    (plain,) = prepare([PROBLEM], tmp_path)
+    assert "score_mask" not in plain
+    for row, options in (
+        (PROBLEM, FINAL),
+        ({**PROBLEM, "score": "43"}, {}),
+        (PROBLEM, dict(score_pattern=r"43(?!.*43)")),
+    ):
+        for data in ([row], stream([row])):
+            (found,) = prepare(data, tmp_path, **options)
+            assert scored(found) == " 43" and sum(found["score_mask"][-4:]) == sum(found["score_mask"])
+            assert all(found[name] == plain[name] for name in ("input_ids", "labels"))
+
+
+def test_thoughts_are_taken_out_first(tmp_path):
+    """So that a score is looked for in the text without them, and its tokens are those of that text."""
+    taken = dict(thought_pattern="<<(.*?)>>", min_thought_length=1, thought_length=40)
+    clean = {**PROBLEM, "completion": re.sub("<<.*?>>", "", PROBLEM["completion"])}
+    for rows, options in (([PROBLEM], FINAL), ([{**PROBLEM, "score": "43 are whole"}], {})):
+        (found,) = prepare(rows, tmp_path, **taken, **options)
+        (alone,) = prepare([{**rows[0], **clean}], tmp_path, **options)
+        assert len(found["written_at"]) == 2
+        assert all(found[name] == alone[name] for name in ("input_ids", "labels", "score_mask"))
+    with pytest.raises(ValueError, match="'6\\*8=48'.* in 'score', which does not occur in 'There are 6\\*8 = 48"):
+        prepare([{**PROBLEM, "score": "6*8=48"}], tmp_path, **taken)
+    # the whole worked solution becomes the thought: the answer alone is left to read
+    whole = dict(thought_pattern=r"(.+)\n(?=#### )", min_thought_length=1, thought_length=100)
+    (found,) = prepare([PROBLEM], tmp_path, **whole, **FINAL)
+    decode = byte_tokenizer().decode
+    assert decode(found["input_ids"]) == PROBLEM["prompt"] + "#### 43<eos>" and scored(found) == " 43"
+    assert decode(found["written_ids"][0]) == PROBLEM["completion"].removesuffix("\n#### 43") + "<eos>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_a_score(kind, tmp_path):
+    """The fewest that hold it, whatever the tokenizer."""
+    tokenizer = KINDS[kind](tmp_path)
+    if kind == "BOS":  # and a token of its own after each text
+        ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=ids
+        )
+    text = " 12 plus 104 is 116 and 7 plus 2 is 9 ."
+    for score_ in ("116", " 116", "104 is 116", "6 and", "plus 2 is 9", "9 .", "lus 2", " 12"):
+        row = {"prompt": "3 plus 4 is", "completion": text, "score": score_}
+        (found,) = prepare([row], tmp_path, tokenizer)
+        mask, ids = found["score_mask"], found["input_ids"]
+        first, end = mask.index(1), len(mask) - mask[::-1].index(1)
+        assert all(mask[first:end]) and all(label != -100 for label in found["labels"][first:end])
+        own, *fewer = (
+            bare(tokenizer.decode(part)) for part in (ids[first:end], ids[first + 1 : end], ids[first : end - 1])
+        )
+        assert bare(score_) in own
+        if bare(score_) == score_:  # a space may be a token
+            assert not any(score_ in part for part in fewer)
+        if score_ not in ("lus 2", "6 and"):  # which end within a token
+            after = tokenizer.decode(ids[end:], skip_special_tokens=True)
+            assert bare(after) == bare(text[text.rindex(score_) + len(score_) :])
+
+
+def test_the_last_match_counts():
+    """Its group 1, or all of it; a match with nothing in it is none."""
+    text = "a #### 1\nb #### 22\nc"
+    for pattern, found in (("#### (.*)", "22"), ("####.*", "#### 22"), ("c(x)?", None), ("#### (3)", None)):
+        place = last_match(text, pattern)
+        assert (place and text[slice(*place)]) == found
+    assert last_match("#### ", "#### (.*)") is None
+
+
+def test_the_assistants_last_turn(tmp_path):
+    """Of messages in any form; a score in another turn is none."""
+    talk = [TALK[0], {"role": "assistant", "content": "7 , surely"}, *TALK]
+    turned = [{"from": m["role"], "value": m["content"]} for m in talk]
+    forms = ({"messages": talk}, {"conversations": turned}, {"prompt": talk[:1], "completion": talk[1:]})
+    for row in forms:
+        for more, options in (({"score": "7"}, {}), ({}, dict(score_pattern="so (.*) ")), ({"score": "so 7"}, {})):
+            for data in ([{**row, **more}], stream([{**row, **more}])):
+                (found,) = prepare(data, tmp_path, assistant_only_loss="messages" in row, **options)
+                assert scored(found) == ("so 7" if more.get("score") == "so 7" else " 7")
+                assert found["score_mask"][-10:].count(1) == found["score_mask"].count(1)
+        with pytest.raises(ValueError, match="Row 0 of the train dataset has 'surely'.* does not occur in '3 and 4"):
+            prepare([{**row, "score": "surely"}], tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [5, 12, 20, 100])
+def test_cut_texts_keep_what_is_scored_in_them(mode, max_length, tmp_path):
+    """The mask is cut with its tokens, at either end, with written thoughts and without."""
+    row = {"text": "3 plus 4[so] is 7 . 104 plus 12[hm] is 116 . 3 plus 4[so] is 7 ."}
+    taken = dict(thought_pattern=r"\[(.*?)\]", min_thought_length=1)
+    for options in ({}, taken):
+        (whole,) = prepare([row], tmp_path, score_pattern=r"\d+ plus 12.*116", **options)
+        length = len(whole["input_ids"])
+        kept = slice(max(length - max_length, 0), None) if mode == "keep_end" else slice(max_length)
+        found = list(
+            prepare(
+                stream([row]),
+                tmp_path,
+                score_pattern=r"\d+ plus 12.*116",
+                max_length=max_length,
+                truncation_mode=mode,
+                **options,
+            )
+        )
+        for name in ("input_ids", "labels", "score_mask"):
+            assert found[0][name] == whole[name][kept]
+    ids = {"input_ids": list(range(9)), "score_mask": [0, 1, 1, 0, 1, 0, 0, 0, 1]}
+    (found,) = prepare([ids], tmp_path, max_length=4, truncation_mode=mode)
+    assert found["score_mask"] == ([0, 0, 0, 1] if mode == "keep_end" else [0, 1, 1, 0])
+
+
+def test_packed_rows_keep_their_masks(tmp_path):
+    """Each text has the tokens, labels and mask that it has alone; without scores rows are packed as TRL packs them."""
+    rows = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {b} and {a} , {a + b} ."} for a in range(5) for b in range(4)
+    ]
+    options = dict(score_pattern=r", (\d+)", shuffle_dataset=True)
+    alone = prepare(rows, tmp_path, **options)
+    for data in (rows, stream(rows)):
+        found = list(prepare(data, tmp_path, packing=True, max_length=64, **options))
+        texts, columns = [], ("input_ids", "labels", "score_mask")
+        for row in found:
+            end = 0
+            for length in row["seq_lengths"]:
+                texts.append(tuple(tuple(row[name][end : end + length]) for name in columns))
+                end += length
+        assert len(found) < len(rows) and sorted(texts) == sorted(
+            tuple(tuple(row[name]) for name in columns) for row in alone
+        )
+    bare = prepare(rows, tmp_path, packing=True, max_length=64, shuffle_dataset=True)
+    assert bare.column_names == ["input_ids", "labels", "seq_lengths"]
+
+
+def test_rows_without_a_score(tmp_path, caplog):
+    """None: all of the row is scored. No match: nothing is, and a warning counts such rows, as it does rows whose score is cut."""
+    rows = [{"text": "3 plus 4 is 7 .", "score": None}, {"text": "3 plus 4 is 7 .", "score": "7"}]
+    whole, part = prepare(rows, tmp_path)["score_mask"]
+    assert set(whole) == {1} and sum(part) == 1
+    rows = [{"text": f"{i} plus 4 is" + (f" #### {i + 4}" if i % 3 else "")} for i in range(9)]
+    found = prepare(rows, tmp_path, **FINAL)
+    assert [any(row["score_mask"]) for row in found] == [bool(i % 3) for i in range(9)]
+    assert "3 of 9 rows of the train dataset have no token that is both scored and predicted" in caplog.text
+    caplog.clear()
+    list(prepare(stream(rows), tmp_path, name="streamed", **FINAL))
+    assert caplog.text.count("Some rows of the streamed dataset have no token that is both scored") == 1
+
+
+def test_batches_have_the_mask(tmp_path):
+    """Padded with 0, and read into the text."""
+    rows = prepare(
+        [{"text": "3 plus 4 is 7 .", "score": "7"}, {"text": "1 plus 1 is 2 and on and on", "score": "2"}], tmp_path
+    )
+    batch_ = TextCollator(0)([rows[0], rows[1]])
+    assert batch_["score_mask"].tolist()[1] == rows[1]["score_mask"]
+    assert batch_["score_mask"][0, len(rows[0]["score_mask"]) :].tolist() == [0] * (
+        len(rows[1]["score_mask"]) - len(rows[0]["score_mask"])
+    )
+    assert torch.equal(Text.from_batch(**batch_).score_mask, batch_["score_mask"].bool())
+
+
+def test_a_column_of_numbers_is_another_column(tmp_path, caplog):
+    """It is left alone, with a warning, and kept where columns are; also in a stream that begins without it."""
+    rows = [{"prompt": "3 plus 4 is", "completion": " 7", "score": 7}]
+    for data in (rows, stream(rows)):
+        (found,) = prepare(data, tmp_path, remove_unused_columns=False)
+        assert found["score"] == 7 and "score_mask" not in found
+    assert "The column 'score' of the train dataset holds no strings, and is left alone" in caplog.text
+    late = [{"text": "3 plus 4"}, {"text": "3 plus 4", "score": 0.5}]
+    assert len(list(prepare(stream(late), tmp_path))) == 2
+    with pytest.raises(ValueError, match="Row 1 of the train dataset has 'score', which the first row has not"):
+        list(prepare(stream([late[0], {**late[1], "score": "4"}]), tmp_path))
+    (found,) = prepare([{"text": "3 plus 4", "score": "4"}], tmp_path, remove_unused_columns=False)
+    assert found["score"] == "4" and sum(found["score_mask"]) == 1
+
+
+ROW = {"prompt": "3 plus 4 is", "completion": " 7 ."}
+IDS = {"input_ids": [3, 4, 5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [ROW | {"score": "7"}, ROW | {"score": "8"}],
+            {},
+            r"Row 1 of the train dataset has '8'.* in 'score', which does not",
+        ),
+        ([ROW | {"score": "3"}], {}, "Row 0 of the train dataset has '3'.*which does not occur in ' 7 .'"),
+        ([ROW | {"score": ""}], {}, "Row 0 of the train dataset has ''"),
+        ([ROW, ROW], FINAL, "Row 0 of the train dataset has no match of `score_pattern`.* and no other row has one"),
+        ([ROW | {"score": "7"}], dict(score_pattern="7"), "has the column 'score', and `score_pattern` is set"),
+        ([{"messages": TALK[:1], "score": "7"}], {}, "Row 0 .*which does not occur in ''"),
+        ([IDS | {"score": "7"}], {}, "holds token ids, in which 'score' stands for nothing"),
+        ([IDS], dict(score_pattern="7"), "holds token ids, in which `score_pattern` finds nothing"),
+        ([ROW | {"score_mask": [0, 1]}], {}, "has a `score_mask` for each token, which needs `input_ids`"),
+        ([IDS | {"score_mask": [0, 1]}], {}, "Row 0 .*2 `score_mask` and 4 `input_ids`"),
+        ([IDS | {"score_mask": [0, 2, 0, 0]}], {}, "Row 0 .*2 .*in 'score_mask'; whole numbers from 0 to 1"),
+        (
+            [IDS | {"score_mask": [1, 0, 0, 0]}],
+            {},
+            "All 1 rows of the train dataset have no token that is both scored",
+        ),
+        (
+            [IDS | {"score_mask": [0, 1, 0, 0], "labels": [-100, -100, 5, 6]}],
+            {},
+            "All 1 rows of the train dataset have no token that is both scored",
+        ),
+        ([PROBLEM], dict(**FINAL, max_length=110), "All 1 rows of the train dataset have no token.*or `max_length`"),
+        ([{"score": "3 plus 4"}], dict(dataset_text_field="score"), "`dataset_text_field` is 'score'"),
+    ],
+    ids=str,
+)
+def test_bad_scores_are_refused(rows, options, message, tmp_path):
+    """By the number of the row, before anything is computed; and in a stream when the row comes."""
+    with pytest.raises(ValueError, match=message):
+        prepare(rows, tmp_path, **options)
+    if "and no other row" not in message and "All 1 rows" not in message:
+        with pytest.raises(ValueError, match=message):
+            list(prepare(stream(rows), tmp_path, **options))
+
+
+def test_a_message_of_parts_is_refused():
+    """Since a place in it is no place in a string."""
+    talk = [TALK[0], {"role": "assistant", "content": [{"type": "text", "text": "7"}]}]
+    step = FindScore("train", "messages", "text", True, byte_tokenizer(), None)
+    with pytest.raises(
+        ValueError, match="Row 3 of the train dataset has a score in a message of parts; give the content"
+    ):
+        step({"messages": talk, "score": "7"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("(7", "which is no regular expression"), (r"\d*", "which matches the empty text")]
+)
+def test_bad_patterns_are_refused(pattern, message, tmp_path):
+    """With the configuration."""
+    with pytest.raises(ValueError, match=f"`score_pattern` is .*{message}"):
+        tiny_args(tmp_path, score_pattern=pattern)
+
+
+def test_a_stream_that_is_never_scored_ends(tmp_path, monkeypatch):
+    """After thousands of rows in which nothing is."""
+    monkeypatch.setattr("trl_quietstar.data.rows.MOST_UNUSABLE", 7)
+    rows = [{"text": "3 plus 4 is #### 7"}, *[{"text": "3 plus 4 is 7"}] * 9]
+    with pytest.raises(
+        ValueError, match="7 rows of the train dataset, one after the other, have no token that is both"
+    ):
+        list(prepare(stream(rows), tmp_path, **FINAL))
+    assert len(list(prepare(stream(rows[:8]), tmp_path, **FINAL))) == 8

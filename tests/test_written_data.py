@@ -422,7 +422,7 @@ BAD_ROWS = {
     "a template that refuses a part": (
         {"messages": TALK, "thought": "a"},
         {"chat_template": "{% if messages | length == 1 %}{{ raise_exception('odd') }}{% endif %}abc"},
-        "messages before a written thought that the chat template refuses (TemplateError: odd); change the one",
+        "messages around a thought or a score that the chat template refuses (TemplateError: odd); change the one",
     ),
 }
 

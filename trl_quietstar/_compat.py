@@ -104,12 +104,11 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     args: BaseConfig,
     completion_only_loss: bool,
-    packing: bool,
     name: str,
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes a dataset exactly as `SFTTrainer` does: text, prompt/completion, conversational or pre-tokenized in;
-    `input_ids`, `labels` and, when packed, `seq_lengths` out.
+    Tokenizes a dataset exactly as `SFTTrainer` does: text, prompt/completion, conversational or pre-tokenized in; `input_ids`
+    and `labels` out.
     """
     trainer: Any = SimpleNamespace(  # all that the method reads of its trainer
         _tokenizer=SimpleNamespace(eos_token=tokenizer.eos_token or ""),  # a tokenizer may have none
@@ -117,7 +116,7 @@ def prepare_dataset(
         chat_template=None,
     )
     options: Any = args  # read for names that both trainers' options have
-    return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, packing, None, name)
+    return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, False, None, name)
 
 
 def left_on_host(loader: DataLoader) -> DataLoader:

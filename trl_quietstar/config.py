@@ -89,6 +89,12 @@ class QuietStarConfig(BaseConfig):
         "group 1, or the whole match if there is no group, becomes a written thought at that place, e.g. "
         "`<think>(.*?)</think>`. `.` matches line breaks too. None: texts are left as they are.",
     )
+    score_pattern: str | None = option(
+        None,
+        "Regular expression of the part of each completion, text or last turn of the assistant's that rewards look at: group 1, or "
+        "the whole match if there is no group, of its last match, e.g. `#### (.*)` for a final answer. `.` matches no line break. "
+        "None: what a column `score` names, or all of it.",
+    )
     dataset_num_proc: Annotated[int | None, Limits(1)] = option(
         None, "Number of processes that tokenize the data. None: the main process does."
     )

@@ -364,7 +364,7 @@ def check_training(args: "QuietStarConfig") -> None:
     """Refuses contradictions among the options of data, optimizers and evaluation."""
     if args.max_steps == 0:
         raise ValueError("`max_steps` is 0; give a number of optimizer steps, or -1 to train `num_train_epochs`.")
-    check_pattern(args)
+    check_patterns(args)
     if args.packing and args.max_length is None:
         raise ValueError("`packing=True` needs `max_length`, the length of a packed row; it is None.")
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
@@ -386,23 +386,26 @@ def check_training(args: "QuietStarConfig") -> None:
         )
 
 
-def check_pattern(args: "QuietStarConfig") -> None:
-    """Refuses a `thought_pattern` that is no pattern of thoughts, or whose thoughts the other options leave no place for."""
-    if args.thought_pattern is None:
-        return
-    try:
-        matches_nothing = re.compile(args.thought_pattern, re.DOTALL).match("") is not None
-    except re.error as error:
-        raise ValueError(
-            f"`thought_pattern` is {args.thought_pattern!r}, which is no regular expression ({error}); put a backslash before "
-            r"each character of ()[]{}.*+?|^$\ that stands for itself."
-        ) from error
-    if matches_nothing:
-        raise ValueError(
-            f"`thought_pattern` is {args.thought_pattern!r}, which matches the empty text, and so everywhere; give what stands "
-            r"around a thought, such as '<think>(.*?)</think>' or '\[(.*?)\]'."
-        )
-    if args.packing:
+def check_patterns(args: "QuietStarConfig") -> None:
+    """Refuses a pattern of thoughts or scores that is none, or whose thoughts the other options leave no place for."""
+    examples = {
+        "thought_pattern": r"a thought, such as '<think>(.*?)</think>' or '\[(.*?)\]'",
+        "score_pattern": "a final answer, such as '#### (.*)'",
+    }
+    for name, example in examples.items():
+        pattern = getattr(args, name)
+        try:
+            matches_nothing = pattern is not None and re.compile(pattern, re.DOTALL).match("") is not None
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` is {pattern!r}, which is no regular expression ({error}); put a backslash before "
+                r"each character of ()[]{}.*+?|^$\ that stands for itself."
+            ) from error
+        if matches_nothing:
+            raise ValueError(
+                f"`{name}` is {pattern!r}, which matches the empty text, and so everywhere; give what stands around {example}."
+            )
+    if args.packing and args.thought_pattern is not None:
         raise ValueError(
             "`packing=True` joins texts, and `thought_pattern` finds thoughts at places of one; set `packing=False`."
         )

@@ -1,14 +1,17 @@
 """Rows of tokens as padded batches, and the order in which they come."""
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import pack_dataset
 from trl.trainer.utils import RepeatSampler, pad
 
 from .._compat import DataCollatorForLanguageModeling
+from ..config import QuietStarConfig
 
 
 # The texts that batches are made of.
-TEXT_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask")
+TEXT_COLUMNS = ("input_ids", "labels", "seq_lengths", "thought_mask", "score_mask")
 # Written thoughts of each row, where data hold any: the token ids of each, and the index of the token that it follows.
 WRITTEN_COLUMNS = ("written_ids", "written_at")
 # All columns that batches are made of.
@@ -21,8 +24,8 @@ class TextCollator(DataCollatorForLanguageModeling):
     """
     Pads rows to a batch as TRL's collator does, with position ids that restart at each packed document.
 
-    A batch has `input_ids`, `labels`, `attention_mask` and `position_ids` of shape `(B, T)`, and `thought_mask` of that shape
-    where rows have one. Where rows have written thoughts, it has `written_ids` of shape `(B, K, L)` and `written_at` of shape
+    A batch has `input_ids`, `labels`, `attention_mask` and `position_ids` of shape `(B, T)`, and `thought_mask` and
+    `score_mask` of that shape where rows have them. Where rows have written thoughts, it has `written_ids` of shape `(B, K, L)` and `written_at` of shape
     `(B, K)`, with -1 where there is none; K is at least 1.
 
     Args:
@@ -38,14 +41,39 @@ class TextCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
-        if "thought_mask" in examples[0]:
-            batch["thought_mask"] = pad([torch.tensor(example["thought_mask"]) for example in examples])
+        for mask in ("thought_mask", "score_mask"):
+            if mask in examples[0]:
+                batch[mask] = pad([torch.tensor(example[mask]) for example in examples])
         if "written_ids" in examples[0]:
             batch["written_ids"], batch["written_at"] = padded_thoughts(examples)
         others = [name for name in examples[0] if name not in (*TOKEN_COLUMNS, *WRITTEN_COLUMNS)]
         if self.with_columns and others:
             batch["columns"] = {name: [example[name] for example in examples] for name in others}
         return batch
+
+
+def packed(
+    dataset: Dataset | IterableDataset, columns: list[str], args: QuietStarConfig, workers: dict
+) -> Dataset | IterableDataset:
+    """
+    Several texts in a row, as `SFTTrainer` packs them, with all the columns of tokens that are named.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows of tokens.
+        columns (`list[str]`):
+            Columns with a value for each token, which are packed; others are left out.
+        args ([`QuietStarConfig`]):
+            Tells how, and whether rows are shuffled before and after.
+        workers (`dict`):
+            Keyword arguments of `dataset.map`.
+    """
+    assert args.max_length is not None  # without which `packing` is refused
+    dataset = dataset.select_columns(columns)
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, workers)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
 def padded_thoughts(examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,9 @@ from .._compat import prepare_dataset
 from ..config import QuietStarConfig
 from ..learning.reward_functions import ARGUMENTS, RewardFunction, column_parameters
 from ..model.family import check_length, max_positions
-from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS
-from .rows import RowCheck, columns_read, has_position, has_prediction
+from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS, packed
+from .rows import MOST_UNUSABLE, RowCheck, Run, columns_read, has_position, has_prediction
+from .score import SPAN, FindScore, Mark, checked_scores, find_scores, holds_scores
 from .written import cut, holds_thoughts, take_out
 
 
@@ -25,8 +26,6 @@ logger = logging.get_logger(__name__)
 # Columns that are checked and then left out.
 CHECKED_ALONE = ("attention_mask", "position_ids")
 ASIDE = "kept "  # put before a column's name, so that no library takes the column for one that it knows
-# A stream with more rows than this, one after the other, that cannot be trained on is refused: it might be read for ever.
-MOST_UNUSABLE = 5_000
 DROPPED = (
     "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
     "`max_length`, `completion_only_loss` or the labels mask the rest"
@@ -65,7 +64,8 @@ def prepare_texts(
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns `input_ids` and `labels`; `seq_lengths` when
-            packed; `written_ids` and `written_at` if rows hold written thoughts; and those that [`kept_columns`] names.
+            packed; `score_mask` if rewards look at a part of the texts; `written_ids` and `written_at` if rows hold written
+            thoughts; and those that [`kept_columns`] names.
 
     Raises:
         `TypeError`: if it is not a dataset.
@@ -78,7 +78,7 @@ def prepare_texts(
     is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
     kept = kept_columns(source.names, reward_function, args, name, packing)
     workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
-    run = _Run(name) if source.is_stream else None
+    run = Run(name, DROPPED) if source.is_stream else None
 
     dataset = _rows_of_our_own(dataset, source, kept)
     check = _row_check(source, completion_only, tokenizer, args, vocab_size)
@@ -91,21 +91,17 @@ def prepare_texts(
 
     options = copy.copy(args)
     options.shuffle_dataset = args.shuffle_dataset and not packing  # which is for the rows that packing makes
-    if is_written:  # places of thoughts are found in whole rows
-        dataset = take_out(dataset, source.kind, source.is_conversation, tokenizer, args, name, **workers)
-        options.max_length = None
-    dataset = prepare_dataset(dataset, tokenizer, options, completion_only, packing=False, name=name)
-    if is_written:
-        dataset = cut(dataset, args, name, **workers)
-    if "thought_mask" in source.columns or "seq_lengths" in source.columns:
-        dataset = dataset.map(_cut, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
+    dataset = _tokenized(dataset, source, completion_only, tokenizer, options, is_written, workers)
     dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
     _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
+    masks = ("score_mask",) if source.is_scored or "score_mask" in source.columns else ()
+    if masks:
+        dataset = checked_scores(dataset, name, **workers)
     if packing:
-        return prepare_dataset(dataset, tokenizer, args, completion_only, packing, name)
+        return packed(dataset, ["input_ids", "labels", *masks], args, workers)
     if kept:  # under their own names again
         made = dataset.column_names or WRITTEN_COLUMNS if is_written else ()
-        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *source.columns, *made)]
+        own = [column for column in OWN_COLUMNS if column in ("input_ids", "labels", *masks, *source.columns, *made)]
         dataset = dataset.select_columns([*own, *aside]).rename_columns(dict(zip(aside, kept, strict=True)))
     return dataset
 
@@ -120,6 +116,7 @@ class _Source:
     kind: str
     columns: list[str]
     is_conversation: bool
+    is_scored: bool  # rewards look at a part of the texts, which is found in them
 
 
 def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | IterableDataset, _Source]:
@@ -142,7 +139,10 @@ def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | Iterab
     names = list(first) if is_stream else dataset.column_names
     kind, columns = columns_read(names, args.dataset_text_field, name)
     is_conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
-    return dataset, _Source(name, is_stream, names, kind, columns, is_conversation)
+    is_scored = holds_scores(dataset, first, names, kind, args, name)
+    if not is_scored or args.score_pattern is not None:
+        columns = [column for column in columns if column != "score"]
+    return dataset, _Source(name, is_stream, names, kind, columns, is_conversation, is_scored)
 
 
 def _is_confined(source: _Source, args: QuietStarConfig) -> bool:
@@ -219,6 +219,35 @@ def _row_check(
         source.is_conversation,
         masks,
     )
+
+
+def _tokenized(
+    dataset: Dataset | IterableDataset,
+    source: _Source,
+    completion_only: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: QuietStarConfig,
+    is_written: bool,
+    workers: dict,
+) -> Dataset | IterableDataset:
+    """Rows of tokens with labels, and with the written thoughts and masks that belong to them, cut to `max_length`."""
+    name, kind, keep_end, options = source.name, source.kind, args.truncation_mode == "keep_end", copy.copy(args)
+    if is_written:
+        dataset = take_out(dataset, kind, source.is_conversation, tokenizer, args, name, **workers)
+    if source.is_scored:
+        how = (name, kind, args.dataset_text_field, source.is_conversation, tokenizer, args.score_pattern)
+        dataset = find_scores(dataset, FindScore(*how), **workers)
+    if is_written or source.is_scored:  # whose places are those in whole rows
+        options.max_length = None
+    dataset = prepare_dataset(dataset, tokenizer, options, completion_only, name)
+    if source.is_scored:
+        most = None if is_written else args.max_length
+        dataset = dataset.map(Mark(most, keep_end), **workers).remove_columns(SPAN)
+    if is_written:
+        dataset = cut(dataset, args, name, **workers)
+    if source.is_scored or {"thought_mask", "score_mask", "seq_lengths"} & set(source.columns):
+        dataset = dataset.map(_cut, fn_kwargs={"keep_end": keep_end})
+    return dataset
 
 
 def _own_row(row: dict, kind: str) -> dict:
@@ -310,27 +339,11 @@ def _set_aside(row: dict, columns: list[str]) -> dict:
 
 
 @dataclass
-class _Run:
-    """Counts the rows of a stream since the last one that can be trained on, and stops a stream without such rows."""
-
-    name: str
-    length: int = 0
-
-    def add(self) -> None:
-        self.length += 1
-        if self.length > MOST_UNUSABLE:
-            raise ValueError(
-                f"{MOST_UNUSABLE:,} rows of the {self.name} dataset, one after the other, {DROPPED}; look at what the stream "
-                "gives."
-            )
-
-
-@dataclass
 class _Counted:
     """Checks a row, and counts it if it is a stream's."""
 
     check: RowCheck
-    run: _Run | None
+    run: Run | None
 
     def __call__(self, row: dict, index: int) -> bool:
         if self.run is not None:
@@ -344,7 +357,7 @@ class _Usable:
 
     name: str
     vocab_size: int
-    run: _Run | None = None
+    run: Run | None = None
 
     def __call__(self, row: dict) -> bool:
         greatest = max(chain(row["input_ids"], *row.get("written_ids", ())), default=0)
@@ -362,10 +375,11 @@ class _Usable:
 
 
 def _cut(row: dict, keep_end: bool) -> dict:
-    """Cuts `thought_mask` and `seq_lengths` to the tokens that are left of their text."""
+    """Cuts `thought_mask`, `score_mask` and `seq_lengths` to the tokens that are left of their text."""
     length, cut = len(row["input_ids"]), {}
-    if "thought_mask" in row:
-        cut["thought_mask"] = row["thought_mask"][-length:] if keep_end else row["thought_mask"][:length]
+    for column in ("thought_mask", "score_mask"):
+        if column in row:
+            cut[column] = row[column][-length:] if keep_end else row[column][:length]
     if "seq_lengths" in row:
         lengths, left = [], length
         for document in reversed(row["seq_lengths"]) if keep_end else row["seq_lengths"]:

@@ -22,20 +22,23 @@ KINDS = {
 }
 # The columns that each kind of data may have besides. Columns with other names are not read.
 EXTRAS = {
+    "text": ("score",),
     "input_ids": (
         "labels",
         "completion_mask",
         "assistant_masks",
         "thought_mask",
+        "score_mask",
         "seq_lengths",
         "attention_mask",
         "position_ids",
     ),
-    "prompt": ("tools", "chat_template_kwargs", "thought"),
-    "messages": ("tools", "chat_template_kwargs", "thought"),
-    "conversations": ("tools", "chat_template_kwargs", "thought"),
+    "prompt": ("tools", "chat_template_kwargs", "thought", "score"),
+    "messages": ("tools", "chat_template_kwargs", "thought", "score"),
+    "conversations": ("tools", "chat_template_kwargs", "thought", "score"),
 }
-MASKS = ("completion_mask", "assistant_masks", "thought_mask", "attention_mask")
+MASKS = ("completion_mask", "assistant_masks", "thought_mask", "score_mask", "attention_mask")
+MAY_BE_NONE = ("tools", "thought", "score")
 # Arguments of a chat template that are the preparation's, and that a row must not give.
 OF_PREPARATION = {"tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
 # Columns that a text may refer to and a causal LM cannot see, so that the text alone would mean something else.
@@ -82,12 +85,12 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
             "or rename the others."
         )
     kind = next(iter(kinds))
-    if kind == "text" and text_field in ("prompt", "completion", "messages", "conversations"):
+    if kind == "text" and text_field in ("prompt", "completion", "messages", "conversations", "score"):
         raise ValueError(
-            f"`dataset_text_field` is {text_field!r}, a name that stands for another kind of data; rename the column, to "
+            f"`dataset_text_field` is {text_field!r}, a name that stands for other data; rename the column, to "
             "'text' for one."
         )
-    return kind, [*kinds[kind], *(column for column in EXTRAS.get(kind, ()) if column in columns)]
+    return kind, [*kinds[kind], *(column for column in EXTRAS[kind] if column in columns)]
 
 
 @dataclass
@@ -125,23 +128,27 @@ class RowCheck:
     loss_masks: tuple[str, ...] = ()
 
     def __call__(self, row: dict, index: int) -> bool:
-        for column in (*EXTRAS.get(self.kind, ()), *PICTURES):
+        for column in (*EXTRAS[self.kind], *PICTURES):
+            value = row.get(column)
+            is_other = column == "score" and not isinstance(value, str)  # a number, say, which is left alone
             # the columns of a stream are known by its first row alone
-            if column not in self.columns and row.get(column) is not None:
+            if column not in self.columns and value is not None and not is_other:
                 self._refuse(index, f"{column!r}, which the first row has not", "give it to each row, or to none")
         for column in self.columns:
-            if column not in row or (row[column] is None and column not in ("tools", "thought")):
+            if column not in row or (row[column] is None and column not in MAY_BE_NONE):
                 self._refuse(index, f"nothing in {column!r}", "give it a value, or leave the row out")
         thoughts = row["thought"] if "thought" in self.columns and row["thought"] is not None else []
         for thought in thoughts if isinstance(thoughts, list) else [thoughts]:
             self._check_string(index, "thought", thought)
+        if "score" in self.columns and row["score"] is not None:
+            self._check_string(index, "score", row["score"])
         if self.kind == "input_ids":
             self._check_tokens(row, index)
         elif self.is_conversation:
             self._check_conversation(row, index)
         else:
             for column in self.columns:
-                if column not in EXTRAS.get(self.kind, ()):
+                if column not in EXTRAS[self.kind]:
                     self._check_string(index, column, row[column])
         return True
 
@@ -282,6 +289,41 @@ class RowCheck:
             self._check_string(index, where, part.get("text"))
 
 
+# A stream with more rows than this, one after the other, of which nothing is learned is refused: it might be read for ever.
+MOST_UNUSABLE = 5_000
+
+
+@dataclass
+class Run:
+    """
+    Counts the rows of a stream since the last one of use, and stops a stream without such rows.
+
+    Args:
+        name (`str`):
+            Name of the dataset, for messages.
+        why (`str`):
+            What is wrong with such rows: what follows "rows".
+    """
+
+    name: str
+    why: str
+    length: int = 0
+
+    def add(self) -> None:
+        """
+        Counts a row.
+
+        Raises:
+            `ValueError`: if it is one too many.
+        """
+        self.length += 1
+        if self.length > MOST_UNUSABLE:
+            raise ValueError(
+                f"{MOST_UNUSABLE:,} rows of the {self.name} dataset, one after the other, {self.why}; look at what the stream "
+                "gives."
+            )
+
+
 def refusal(index: int, name: str, found: str, fix: str) -> ValueError:
     """The error for a bad row of a dataset: what was found in it, and how to mend it."""
     return ValueError(f"Row {index} of the {name} dataset has {found}; {fix}.")
@@ -305,6 +347,11 @@ def shown(value) -> str:
 def has_prediction(row: dict) -> bool:
     """Whether a tokenized row has something to predict: a label at its second token or later."""
     return any(label != -100 for label in row["labels"][1:])
+
+
+def has_score(row: dict) -> bool:
+    """Whether a tokenized row has a label that is scored, at its second token or later."""
+    return any(label != -100 and mask for label, mask in zip(row["labels"][1:], row["score_mask"][1:], strict=True))
 
 
 def has_position(row: dict, prompt_end: bool = False) -> bool:

@@ -6,8 +6,6 @@ it cuts rows and their thoughts to `max_length`, which TRL then does not do.
 """
 
 import functools
-import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from trl.data_utils import common_prefix_length
 from ..config import QuietStarConfig
 from ..thinking.drawing import thought_end
 from .batches import WRITTEN_COLUMNS
+from .places import Places
 from .rows import KINDS, refusal
 
 
@@ -29,7 +28,6 @@ logger = logging.get_logger(__name__)
 NUMBER = "number of the row"  # a column between the two steps, since TRL may shuffle rows
 LISTS = List(List(Value("int64")))  # of token ids; the first rows, if they hold no thoughts, do not tell
 NO_TOKEN = 2**31 - 1  # fills a row of token ids where there is no token; above the ids of any tokenizer
-MARK = "\ue000"  # of a place in a message; a character that Unicode leaves to private use
 
 # a thought's place, which is the number of a message (0 in plain text) and of a character of it, and the thought
 Found = tuple[tuple[int, int], str]
@@ -144,17 +142,13 @@ def cut(dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, **
 
 
 @dataclass
-class TakeOut:
+class TakeOut(Places):
     """
     Takes the written thoughts of a row out of it: a function for `dataset.map(..., with_indices=True)`.
 
     Args:
-        name (`str`):
-            Name of the dataset, for messages.
-        kind (`str`), text_field (`str`), is_conversation (`bool`):
-            Kind of data, name of the column of plain text, and whether rows hold messages.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
+        name, kind, text_field, is_conversation, tokenizer:
+            As in [`~data.places.Places`].
         pattern (`str`, *optional*):
             Regular expression of thoughts within texts; without one they are in the column `thought`.
         stop_string (`str`, *optional*):
@@ -168,11 +162,6 @@ class TakeOut:
         `ValueError`: for a thought that sampling could not have written, or that has no place.
     """
 
-    name: str
-    kind: str
-    text_field: str
-    is_conversation: bool
-    tokenizer: PreTrainedTokenizerBase
     pattern: str | None
     stop_string: str | None
     least: int
@@ -234,18 +223,6 @@ class TakeOut:
             thoughts += [((turn, place), thought) for place, thought in found]
         return {column: messages}, thoughts
 
-    def _turns(self, row: dict) -> list[int]:
-        """Numbers of the messages that the assistant wrote; of a prompt and a completion, those in the completion."""
-        first = len(row["prompt"]) if self.kind == "prompt" else 0
-        messages = self._messages(row)
-        return [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
-
-    def _messages(self, row: dict) -> list[dict]:
-        """All messages of a row, as TRL gives them to the chat template."""
-        names = {"from": "role", "value": "content"} if self.kind == "conversations" else {}
-        messages = sum((list(row[column]) for column in KINDS[self.kind]), [])
-        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
-
     # Places
 
     def _places(self, row: dict, index: int, thoughts: list[Found]) -> list[int]:
@@ -267,12 +244,6 @@ class TakeOut:
             raise self._refusal(index, "a written thought before its first token", fix)
         return [places[place] for place, _ in thoughts]
 
-    def _text(self, row: dict, index: int) -> str:
-        """The text that TRL makes tokens of, up to the EOS token that it adds."""
-        if self.is_conversation:
-            return self._rendered(row, index, self._messages(row))
-        return row[self.text_field] if self.kind == "text" else row["prompt"] + row["completion"]
-
     def _text_before(self, row: dict, index: int, whole: str, turn: int, character: int) -> str:
         """
         What stands before a place in a conversation: before a turn, what generation would be asked to go on from. A turn without
@@ -281,24 +252,10 @@ class TakeOut:
         messages = self._messages(row)
         if character == 0 and turn > 0:
             return self._rendered(row, index, messages[:turn], add_generation_prompt=True)
-        content = messages[turn].get("content")
-        if not isinstance(content, str):
+        if not isinstance(messages[turn].get("content"), str):
             fix = "give the content of that message as a string"
             raise self._refusal(index, "a thought before its first message, which holds no string", fix)
-        messages[turn] = {**messages[turn], "content": content[:character] + MARK + content[character:]}
-        return os.path.commonprefix([whole, self._rendered(row, index, messages)])
-
-    def _rendered(self, row: dict, index: int, messages: list[dict], **options) -> str:
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options |= dict(tools=tools, **row.get("chat_template_kwargs", {}))
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except Exception as error:  # a template is a program of its own, and may fail in any way
-            words = (
-                f"messages before a written thought that the chat template refuses ({type(error).__name__}: {error})"
-            )
-            raise self._refusal(index, words, "change the one or the other") from error
+        return self._up_to(row, index, whole, turn, character)
 
     # Tokens
 
@@ -331,9 +288,6 @@ class TakeOut:
             raise self._refusal(index, f"{what}, whose last token does not end it by {ending}", fix)
         return ids
 
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-
     def _ends(self, ids: list[int]) -> list[bool]:
         """Whether a sampled thought would have ended, for each number of tokens at which it may."""
         rows = [[NO_TOKEN] * (len(ids) - length) + ids[:length] for length in range(self.least, len(ids) + 1)]
@@ -345,9 +299,6 @@ class TakeOut:
 
     def __getstate__(self) -> dict:  # without what tells an end, which no process can send to another
         return {name: value for name, value in vars(self).items() if name != "_end"}
-
-    def _refusal(self, index: int, found: str, fix: str) -> ValueError:
-        return refusal(index, self.name, found, fix)
 
 
 @dataclass
