@@ -214,7 +214,7 @@ FAULTS = (
     ),
     Fault(
         "accuracy without thoughts is that with them",
-        "(experience.correct_without.expand_as(scores.talk_correct), said)",
+        "(experience.correct_without.expand_as(scores.talk_correct), scored)",
         "(scores.talk_correct, said)",
         "trainer_models trainer runs",
     ),
@@ -265,8 +265,8 @@ FAULTS = (
     # data and commands
     Fault(
         "the end of a text keeps the mask of its beginning",
-        'row[column][-length:] if keep_end else',
-        'row[column][:length] if keep_end else',
+        "row[column][-length:] if keep_end else",
+        "row[column][:length] if keep_end else",
         "bad_data trainer_data columns score",
     ),
     Fault(

@@ -12,6 +12,7 @@ from tokenizers import processors
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.cli import main
 from trl_quietstar.data.batches import TextCollator
 from trl_quietstar.data.prepare import prepare_texts
 from trl_quietstar.data.score import FindScore, last_match
@@ -20,13 +21,14 @@ from trl_quietstar.evaluation.inspection import inspect_texts
 from trl_quietstar.learning.experience import experience_of, flat, unflat
 from trl_quietstar.learning.metrics import BatchResult, run_metrics
 from trl_quietstar.learning.objective import LossInputs
-from trl_quietstar.learning.rewards import REWARD_TYPES, WEIGHTINGS, talk_weights
+from trl_quietstar.learning.rewards import REWARD_TYPES, WEIGHTINGS, talk_weights, thought_rewards
 from trl_quietstar.text.batch import Positions, Text, Thoughts, talk_after
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
+from .pages import embedded
 from .tiny import byte_tokenizer, exact_model, sampling
 from .tokenizers import KINDS
-from .training import tiny_args
+from .training import assert_same_state, log_of, logged, saved_model, tiny_args, tiny_trainer
 
 
 PROMPT, LENGTHS = 3, (10, 7, 9)
@@ -223,6 +225,23 @@ def test_a_page_shows_the_gain_in_scored_tokens():
     gains = scores.talk_logps[0, 1, 0, :2] - scores.text_logps[0, 5:7]
     assert first["gain"] == pytest.approx(float(gains.detach().mean()), abs=1e-5)
     assert len([nll for nll in first["nll_with"] if nll is not None]) == 4
+
+
+def test_inspect_scores_by_a_pattern(tmp_path):
+    """The gain of each thought is that in the tokens that it finds; a pattern that finds nothing is refused."""
+    model, page, name = saved_model(tmp_path / "model"), tmp_path / "page.html", tmp_path / "text.txt"
+    name.write_text("3 plus 4 is 7 .")
+    flags = ["--model", model, "--text", str(name), "--output", str(page), "--use_cpu", "--talk_length", "completion"]
+    assert main(["inspect", *flags, "--thought_length", "2", "--score_pattern", r"is (\d)"]) == 0
+    (text,) = embedded(page.read_text("utf-8"))["texts"]
+    (at,) = [i for i, token in enumerate(text["tokens"]) if token["piece"] == " 7"]
+    for i, token in enumerate(text["tokens"][:-1]):
+        for thought in token["thoughts"]:
+            wanted = text["tokens"][at]["nll_without"] - thought["nll_with"][at - i - 1] if i < at else 0
+            assert thought["gain"] == pytest.approx(wanted, abs=2e-5)
+    for pattern, more in (("x", []), (r"is (\d)", ["--max_length", "3"])):
+        with pytest.raises(ValueError, match="`score_pattern` .* has no match within the"):
+            main(["inspect", *flags, "--score_pattern", pattern, *more])
 
 
 # In data
@@ -511,3 +530,66 @@ def test_a_stream_that_is_never_scored_ends(tmp_path, monkeypatch):
     ):
         list(prepare(stream(rows), tmp_path, **FINAL))
     assert len(list(prepare(stream(rows[:8]), tmp_path, **FINAL))) == 8
+
+
+# In training
+
+ANSWERS = {
+    "prompt": [f"{i} plus 1 is" for i in range(8)],
+    "completion": [f" 1 more than {i} , so {i + 1} ." for i in range(8)],
+}
+NUMBERS = ("logps_with", "logps_without", "correct_with", "correct_without")
+WHOLE = dict(thought_positions="prompt_end", talk_length="completion")
+
+
+def trained(folder, data: dict, **options):
+    """A trainer after two steps."""
+    trainer = tiny_trainer(folder, data=Dataset.from_dict(data), **{**WHOLE, "max_steps": 2, **options})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, dict(packing=True, max_length=48, thought_positions=2, talk_length=2)])
+def test_rows_without_a_score_are_trained_as_ever(options, tmp_path):
+    """Bit for bit: where all of a row is scored, and where no option or column says anything."""
+    options = dict(nll_weighting="share", preflight_thoughts=8, seed=3, **options)
+    bare = trained(tmp_path, ANSWERS, **options)
+    ours = trained(tmp_path, {**ANSWERS, "score": [None] * 8}, **options)
+    assert_same_state(ours.model, bare.model)
+    assert log_of(ours) == log_of(bare)
+    part = trained(tmp_path, ANSWERS, score_pattern=r"so (\d+)", **options)
+    assert [entry["rl/reward"] for entry in logged(part)] != [entry["rl/reward"] for entry in logged(bare)]
+
+
+def test_a_step_rewards_the_final_answer(tmp_path):
+    """A reward function is given the answer's tokens, and the NLLs of the step are those of the whole completion."""
+    seen = []
+
+    def answer(mask, text, **scores):
+        seen.append([text.input_ids[b, text.score_mask[b]].tolist() for b in range(len(mask))])
+        assert mask.sum() == text.score_mask.sum() == len(mask)
+        return thought_rewards(mask=mask, **{x: scores[x] for x in NUMBERS}, reward_type="probability")
+
+    options = dict(max_steps=1, train_sampling_strategy="sequential", score_pattern=r"so (\d+)")
+    own, ours = trained(tmp_path, ANSWERS, reward_function=answer, **options), trained(tmp_path, ANSWERS, **options)
+    bare = trained(tmp_path, ANSWERS, **{**options, "score_pattern": None})
+    assert seen[0] == [byte_tokenizer()(f" {i + 1}")["input_ids"] for i in range(4)]
+    (own,), (found,), (whole,) = logged(own), logged(ours), logged(bare)
+    assert own["rl/reward"] == found["rl/reward"] != whole["rl/reward"]
+    for name in ("rl/nll_with", "rl/reader_nll", "rl/nll_without"):
+        assert found[name] == whole[name]
+
+
+def test_a_model_is_evaluated_by_its_final_answers(tmp_path):
+    """In the evaluation and in the validation of thoughts; and preflight looks at them."""
+    data = Dataset.from_dict(ANSWERS)
+    more = dict(score_pattern=r"so (\d+)", preflight_thoughts=16, useful_gain=0.0, max_steps=1)
+    ours, bare = (tiny_trainer(tmp_path, data=data, evaluation=data, **{**WHOLE, **x}) for x in (more, {}))
+    report = ours.validate_thoughts()
+    assert report.thoughts == 16 and ours.evaluate()["eval_nll_with"] == bare.evaluate()["eval_nll_with"]
+    assert ours.evaluate()["eval_reward"] != bare.evaluate()["eval_reward"]
+    assert report.estimates["nll_real"] != bare.validate_thoughts().estimates["nll_real"]
+    assert report.estimates["accuracy_real"].value == ours.evaluate()["eval_accuracy_with"]
+    ours.train()
+    (before,) = logged(ours, "preflight_useful_thoughts")
+    assert 0 <= before["preflight_useful_thoughts"] <= 1

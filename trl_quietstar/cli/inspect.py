@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import QuietStarConfig
+from ..data.score import SPAN, FindScore
 from ..evaluation.inspection import ShownScores, inspect_texts
 from ..evaluation.page import write_page
 from ..loading import build_model, hub_kwargs
@@ -55,7 +56,8 @@ def run(argv: list[str]) -> None:
     check_length(len(kept), args.thought_length, max_positions(base.config))
     token_ids = torch.tensor([kept])
     labels = token_ids.masked_fill(torch.arange(len(kept)) < given, -100)
-    text = Text.from_batch(token_ids, labels=labels).to(args.device)
+    scored = _score_mask(prompt, words, tokenizer, args.score_pattern, len(kept))
+    text = Text.from_batch(token_ids, labels=labels, score_mask=scored).to(args.device)
     texts = inspect_texts(tokenizer, text, *think_about(base, text, tokenizer, args))
     warnings = _warnings(source, is_trained, len(kept), len(ids))
     for warning in warnings:
@@ -98,6 +100,23 @@ def _check_kept(kept: int, given: int, name: str, max_length: int | None) -> Non
             if given
             else f"The text {name!r} has fewer than two tokens; give a longer one."
         )
+
+
+def _score_mask(
+    prompt: str, words: str, tokenizer: PreTrainedTokenizerBase, pattern: str | None, count: int
+) -> torch.Tensor | None:
+    """Mask of shape `(1, count)`: the tokens that the gain of a thought is taken over. None: of all."""
+    if pattern is None:
+        return None
+    find = FindScore("inspected", "prompt", "text", False, tokenizer, pattern)
+    first, end = find({"prompt": prompt, "completion": words}, 0)[SPAN]
+    if first >= min(end, count):
+        raise ValueError(
+            f"`score_pattern` ({pattern!r}) has no match within the {count:,} tokens that are shown; change the pattern, raise "
+            "`max_length`, or leave it out."
+        )
+    at = torch.arange(count)
+    return ((first <= at) & (at < end))[None]
 
 
 def _warnings(model: str, trained: bool, shown: int, tokens: int) -> list[str]:
