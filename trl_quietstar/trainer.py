@@ -78,8 +78,8 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         args ([`QuietStarConfig`], *optional*):
             Configuration. Defaults to the default one, with an output directory named after the model.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Text, prompt/completion, conversational or pre-tokenized data. Beside `input_ids`, a column
-            `thought_mask` may say after which tokens (1) thoughts are allowed. Needed to train, not to evaluate.
+            Text, prompt/completion, conversational or pre-tokenized data. Beside `input_ids`, a column `thought_mask` may say
+            after which tokens (1) thoughts are allowed, and `score_mask` which rewards look at. Needed to train, not to evaluate.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Data to evaluate on; never packed.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
