@@ -398,7 +398,7 @@ def run(
             training_data(task, seed, steps, args.per_device_train_batch_size // PROBLEMS - 1),
             held_out_data(task),
             processing_class=tokenizer(),
-            reward_function=flipped if sabotage == "flipped_reward" else None,
+            reward_functions=flipped if sabotage == "flipped_reward" else None,
         )
         if sabotage == "random_thoughts":
             think_at_random(trainer)

@@ -3,12 +3,14 @@
     python examples/custom_reward.py --reward gain --length-cost 0.01 --output out/short
     python examples/custom_reward.py --reward last --output out/last
 
-A reward function gets its arguments by name:
+A reward function gets the arguments that its signature names:
 
 - `logps_with`, `correct_with` of shape `(B, J, G, M)`: log-probability in nats and correctness of the talk tokens after a thought,
 - `logps_without`, `correct_without` of shape `(B, J, 1, M)`: both without a thought,
 - `mask` of shape `(B, J, 1, M)`: the talk tokens that count,
 - `text` and `thoughts`: the batch and its sampled thoughts,
+- `thought_texts`: the thoughts as strings, in lists of B, J and G,
+- `log_metric`: called with a name and a number, logs it as `rl/name`,
 - any other parameter: a column of the data, as a list with one value for each row, such as `answer`.
 
 It returns the rewards of the thoughts, of shape `(B, J, G)`. Letters: B sequences, J positions, G thoughts at each position, M talk
@@ -28,13 +30,13 @@ from trl_quietstar.learning.rewards import masked_mean
 def gain_minus_length(cost: float) -> RewardFunction:
     """Log-likelihood gain in nats a talk token, minus `cost` nats for each token of the thought."""
 
-    def reward(logps_with, logps_without, mask, thoughts, **others) -> torch.Tensor:
+    def reward(logps_with, logps_without, mask, thoughts) -> torch.Tensor:
         return masked_mean(logps_with - logps_without, mask, dim=-1) - cost * thoughts.mask.sum(-1)
 
     return reward
 
 
-def last_token_gain(logps_with, logps_without, mask, **others) -> torch.Tensor:
+def last_token_gain(logps_with, logps_without, mask) -> torch.Tensor:
     """Gain in probability of the last talk token alone, such as the digit that ends an answer."""
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     return masked_mean(logps_with.exp() - logps_without.exp(), is_last, dim=-1)
@@ -70,7 +72,7 @@ def main() -> None:
         arguments.model,
         args,
         train_dataset=texts.select(range(min(len(texts), 2_000))),
-        reward_function=last_token_gain if arguments.reward == "last" else gain_minus_length(arguments.length_cost),
+        reward_functions=last_token_gain if arguments.reward == "last" else gain_minus_length(arguments.length_cost),
     )
     trainer.train()
     trainer.save_model()

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_quietstar.data.batches import RepeatedRows
 from trl_quietstar.data.prepare import prepare_texts
+from trl_quietstar.learning.reward_functions import RewardFunctions
 from trl_quietstar.learning.rewards import thought_rewards
 
 from .tiny import byte_tokenizer, sums
@@ -61,7 +62,7 @@ def test_columns_reach_the_reward_function_by_name(options, tmp_path):
     tokenizer = byte_tokenizer()
     reward = Reward(tokenizer)
     data = {"tokenizer": tokenizer, "data": marked(), "evaluation": marked(3, first=40)}
-    trainer = tiny_trainer(tmp_path, reward_function=reward.named, max_steps=2, **data, **options)
+    trainer = tiny_trainer(tmp_path, reward_functions=reward.named, max_steps=2, **data, **options)
     trainer.train()
     trainer.evaluate()
     reward.check({"answer", "number"})
@@ -76,10 +77,12 @@ def test_all_columns_reach_a_function_that_takes_any(tmp_path):
     for data in (marked(), stream):
         reward = Reward(tokenizer)
         options = dict(max_steps=1, max_length=60, remove_unused_columns=False)
-        tiny_trainer(tmp_path, data=data, tokenizer=tokenizer, reward_function=reward.any_of_them, **options).train()
+        tiny_trainer(tmp_path, data=data, tokenizer=tokenizer, reward_functions=reward.any_of_them, **options).train()
         reward.check({"answer", "number"})
     reward = Reward(tokenizer)
-    tiny_trainer(tmp_path, data=marked(), tokenizer=tokenizer, reward_function=reward.any_of_them, max_steps=1).train()
+    tiny_trainer(
+        tmp_path, data=marked(), tokenizer=tokenizer, reward_functions=reward.any_of_them, max_steps=1
+    ).train()
     assert all(columns == {} for _, columns in reward.seen)
 
 
@@ -92,14 +95,15 @@ def test_prompts_and_messages_reach_it_as_they_were(tmp_path):
         return logps_with.mean(-1)
 
     rows = {"prompt": ["3 plus 4 is"], "completion": [" 7 ."]}
-    tiny_trainer(tmp_path, data=Dataset.from_dict(rows), reward_function=reward, max_steps=1).train()
+    tiny_trainer(tmp_path, data=Dataset.from_dict(rows), reward_functions=reward, max_steps=1).train()
     assert seen == [(["3 plus 4 is"], [" 7 ."])]
 
 
 def prepare(data, folder, reward=None, **options) -> Dataset:
     """What becomes of data ahead of training."""
     args = tiny_args(folder, **{"max_length": 60, **options})
-    return prepare_texts(data, byte_tokenizer(), args, "train", 300, args.packing, reward)
+    functions = RewardFunctions.of(reward, args)
+    return prepare_texts(data, byte_tokenizer(), args, "train", 300, args.packing, functions)
 
 
 def test_all_columns_stay_where_none_is_to_be_removed(tmp_path):
@@ -121,7 +125,11 @@ def test_all_columns_stay_where_none_is_to_be_removed(tmp_path):
 @pytest.mark.parametrize(
     "reward, options, words",
     [
-        (lambda answer, **_: 0, {}, "takes 'answer', which is no column of the train dataset (text, mask)"),
+        (
+            lambda answer, **_: 0,
+            {},
+            "The reward function `<lambda>` takes 'answer', which is no column of the train dataset (text, mask)",
+        ),
         (lambda labels, **_: 0, {}, "takes 'labels', which it finds in `text`"),
         (
             lambda text, **_: 0,
@@ -140,7 +148,7 @@ def test_columns_that_cannot_be_given(reward, options, words, tmp_path):
 
 def test_packing_has_no_columns(tmp_path):
     """Rows are joined, so that nothing is a row's own; without a reward function that asks, they are left out as in TRL."""
-    with pytest.raises(ValueError, match=r"`packing=True` joins rows, and `reward_function` takes .*\(answer\)"):
+    with pytest.raises(ValueError, match=r"`packing=True` joins rows, and `reward_functions` take .*\(answer\)"):
         prepare(marked(), tmp_path, lambda answer, **_: 0, packing=True)
     packed = prepare(marked(), tmp_path, packing=True, remove_unused_columns=False)
     assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}

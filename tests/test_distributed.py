@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
 from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar.learning.reward_functions import RewardFunctions
 from trl_quietstar.learning.rewards import thought_rewards
 from trl_quietstar.model.sharding import load_sharded
 from trl_quietstar.training.checks import check_streams
@@ -192,10 +193,10 @@ def test_a_fault_of_one_process_is_all_processes(engine, tmp_path):
     """DDP and FSDP2 skip the step, as one process would; DeepSpeed, which has nothing to skip, stops with a checkpoint."""
     if engine.startswith("zero"):
         with pytest.raises(AssertionError, match=r"\[1, 1\]"):
-            Run(engine, tmp_path, reward_function=SpoiltReward())
+            Run(engine, tmp_path, reward_functions=SpoiltReward())
         check_checkpoint(tmp_path / "checkpoint-1")
         return
-    run, single = (Run(name, tmp_path / name, reward_function=SpoiltReward()) for name in (engine, "one"))
+    run, single = (Run(name, tmp_path / name, reward_functions=SpoiltReward()) for name in (engine, "one"))
     assert [entry["rl/skipped_steps"] for entry in run.history if "loss" in entry] == [0, 1, 1]
     assert_same(run, single, metrics=False)  # the loss of a step with a NaN is none
 
@@ -242,9 +243,10 @@ def test_columns_of_a_stream_that_one_process_reads_for_all():
 
     def check(processes, reward, dispatches=None, data=stream):
         accelerator = SimpleNamespace(num_processes=processes, dispatch_batches=dispatches)
-        check_streams(SimpleNamespace(remove_unused_columns=True), accelerator, data, {"one": None}, reward)
+        functions = RewardFunctions({"reward": reward}, (1.0,))
+        check_streams(SimpleNamespace(remove_unused_columns=True), accelerator, data, {"one": None}, functions)
 
-    with pytest.raises(ValueError, match="takes columns of a stream, .*'dispatch_batches': False"):
+    with pytest.raises(ValueError, match="take columns of a stream, .*'dispatch_batches': False"):
         check(2, lambda answer, **_: 0)
     check(2, lambda text, **_: 0)
     check(1, lambda answer, **_: 0)

@@ -357,8 +357,8 @@ def test_arguments_of_another_kind_are_named(tmp_path, caplog):
     """Before anything is loaded; and what has no effect is said."""
     with pytest.raises(TypeError, match=r"`processing_class` is 'gpt2' \(`str`\); give a tokenizer"):
         tiny_trainer(tmp_path, tokenizer="gpt2")
-    with pytest.raises(TypeError, match="`reward_function` is a `list`; give one function"):
-        tiny_trainer(tmp_path, reward_function=[print])
+    with pytest.raises(TypeError, match="`reward_functions` holds a `int`; give functions"):
+        tiny_trainer(tmp_path, reward_functions=[print, 1])
     with caplog.at_level(logging.WARNING, logger="trl_quietstar"):
         trainer = tiny_trainer(tmp_path, model_init_kwargs={"dtype": "float64"})
     assert "`model_init_kwargs` (dtype) has no effect" in caplog.text

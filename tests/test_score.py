@@ -571,7 +571,7 @@ def test_a_step_rewards_the_final_answer(tmp_path):
         return thought_rewards(mask=mask, **{x: scores[x] for x in NUMBERS}, reward_type="probability")
 
     options = dict(max_steps=1, train_sampling_strategy="sequential", score_pattern=r"so (\d+)")
-    own, ours = trained(tmp_path, ANSWERS, reward_function=answer, **options), trained(tmp_path, ANSWERS, **options)
+    own, ours = trained(tmp_path, ANSWERS, reward_functions=answer, **options), trained(tmp_path, ANSWERS, **options)
     bare = trained(tmp_path, ANSWERS, **{**options, "score_pattern": None})
     assert seen[0] == [byte_tokenizer()(f" {i + 1}")["input_ids"] for i in range(4)]
     (own,), (found,), (whole,) = logged(own), logged(ours), logged(bare)

@@ -125,7 +125,7 @@ def test_a_reward_function_is_the_reward(tmp_path):
 
     options = dict(reward_clip_range=[-0.01, 0.01])
     runs = {
-        name: tiny_trainer(tmp_path, reward_function=function, **options)
+        name: tiny_trainer(tmp_path, reward_functions=function, **options)
         for name, function in (
             ("none", None),
             ("same", probability),
@@ -142,8 +142,8 @@ def test_a_reward_function_is_the_reward(tmp_path):
 @pytest.mark.parametrize("wrong", [lambda **_: 1.0, lambda logps_with, **_: logps_with], ids=["a number", "a token's"])
 def test_a_reward_function_gives_one_number_a_thought(wrong, tmp_path):
     """Anything else is refused by name, with the shape that is wanted."""
-    with pytest.raises(ValueError, match=r"reward_function.*\(B, J, G\)"):
-        tiny_trainer(tmp_path, reward_function=wrong).train()
+    with pytest.raises(ValueError, match=r"The reward function `<lambda>` gave .*\(B, J, G\)"):
+        tiny_trainer(tmp_path, reward_functions=wrong).train()
 
 
 def test_unfinished_thoughts_pay(tmp_path):

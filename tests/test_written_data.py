@@ -354,7 +354,7 @@ def test_the_trainer_keeps_them(options, tmp_path):
             tmp_path,
             data=data,
             evaluation=Dataset.from_list([row] * 4),
-            reward_function=reward,
+            reward_functions=reward,
             thought_pattern="<<(.*?)>>",
             min_thought_length=1,
             thought_length=20,

@@ -31,7 +31,7 @@ DEFAULTS = dict(
     use_cpu=True,
     disable_tqdm=True,
 )
-OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_function")
+OWN = ("peft_config", "callbacks", "optimizers", "quantization_config", "reward_functions")
 EVAL_METRICS = (
     *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
     *("exact_match_with", "exact_match_without", "useful_thoughts"),

@@ -194,6 +194,14 @@ class QuietStarConfig(BaseConfig):
         "`marginal_log_likelihood`: what it adds to the log of the mean probability, over the group, of all of them; "
         "`accuracy`; or `binary`, which is 1 where accuracy rises and 0 elsewhere.",
     )
+    reward_functions: list[str] | None = option(
+        None,
+        "Rewards in place of `reward_type`, whose weighted sum is the reward: names such as `probability` and the other reward "
+        "types, or import paths of your own functions, `module:function`. None: `reward_type` is the reward.",
+    )
+    reward_weights: list[float] | None = option(
+        None, "Weight of each of the `reward_functions`, in their order. None: all are 1."
+    )
     reward_prediction: Annotated[str, Choices("mixed", "thought")] = option(
         SAVED.prediction,
         "Prediction that is rewarded and trained after a thought: `mixed` by the mixing head, or the `thought`'s alone.",

@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 # What can be refused before anything is loaded
 
 
-def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> None:
+def check_kinds(model, args: QuietStarConfig, tokenizer) -> None:
     """
     Refuses arguments of another kind than the trainer takes, and warns of one that has no effect.
 
     Raises:
-        `TypeError`: for a tokenizer that is none, or a reward that is no function.
+        `TypeError`: for a tokenizer that is none.
     """
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -55,10 +55,6 @@ def check_kinds(model, args: QuietStarConfig, tokenizer, reward_function) -> Non
         raise TypeError(
             f"`processing_class` is {tokenizer!r} (`{type(tokenizer).__name__}`); give a tokenizer, such as "
             "`AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
-        )
-    if reward_function is not None and not callable(reward_function):
-        raise TypeError(
-            f"`reward_function` is a `{type(reward_function).__name__}`; give one function, which may add up several rewards."
         )
     if args.model_init_kwargs and not isinstance(model, str):
         logger.warning(

@@ -125,6 +125,7 @@ TYPE_WORDS = {
     dict: "a dictionary",
     list[float]: "a list of numbers",
     list[int]: "a list of whole numbers",
+    list[str]: "a list of strings",
 }
 
 

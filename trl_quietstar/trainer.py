@@ -27,7 +27,7 @@ from .branches.base import BranchPath
 from .config import QuietStarConfig
 from .learning.metrics import BatchResult
 from .learning.objective import Coefficients, LossInputs, WrittenInputs, quietstar_loss
-from .learning.reward_functions import RewardFunction
+from .learning.reward_functions import RewardFunction, RewardFunctions
 from .loading import build_model, check_kinds, default_args, prepare_to_train
 from .model.routing import use_router_loss
 from .thinking.drawing import SamplingSettings
@@ -86,11 +86,10 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
             Tokenizer, or a processor whose tokenizer is taken. Defaults to the model's own. A missing pad token is taken care of.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
-        reward_function (`Callable`, *optional*):
-            Your own reward, in place of `args.reward_type`. Called with the named arguments of
-            [`~learning.rewards.thought_rewards`] (`logps_with` and so on, `mask`) and `text` and `thoughts`; returns one number for
-            each thought, `(B, J, G)`. Any other parameter is a column of the data, a list of one value for each row; with
-            `args.remove_unused_columns=False` a function that takes `**kwargs` gets all columns.
+        reward_functions (`Callable`, `str`, or `list` of them, *optional*):
+            In place of `args.reward_type`: functions, or their names as in `args.reward_functions`. The reward is the sum of what
+            they give, by `args.reward_weights`. Each is called with the named arguments that its signature asks for, and gives
+            one number for each thought (docs/usage.md, "Rewards of your own").
         optimizers (`tuple`, *optional*):
             Optimizer and scheduler, in place of those that `args` describes. An optimizer over a model without heads gets the
             heads as a group of their own, at `args.heads_learning_rate`.
@@ -134,7 +133,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        reward_function: RewardFunction | None = None,
+        reward_functions: RewardFunction | str | list[RewardFunction | str] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
@@ -143,17 +142,17 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         refuse_unknown(unknown)
         args = default_args(model) if args is None else args
         check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
-        check_kinds(model, args, processing_class, reward_function)
+        check_kinds(model, args, processing_class)
+        self.reward_functions = functions = RewardFunctions.of(reward_functions, args)
         set_seed(args.seed)  # adapters and heads start at random
         thinking, tokenizer = build_model(model, args, processing_class, quantization_config, peft_config)
         base = prepare_to_train(thinking, args, needs_weights=train_dataset is not None)
         base.add_model_tags(self._tag_names)
-        self.reward_function = reward_function
-        how = (args, tokenizer, base.config, reward_function)
+        how = (args, tokenizer, base.config, functions)
         super().__init__(
             model=thinking,
             args=args,
-            data_collator=collator(tokenizer, base.config, reward_function),
+            data_collator=collator(tokenizer, base.config, functions),
             train_dataset=prepared(train_dataset, "train", *how, trains=True),
             eval_dataset=prepared_evaluation(eval_dataset, *how),
             processing_class=tokenizer,
@@ -162,7 +161,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         )
         check_engine_options(args, self.accelerator, optimizers)
         hold_all(optimizers, self.model, args.heads_learning_rate)
-        check_streams(args, self.accelerator, self.train_dataset, self.eval_dataset, reward_function)
+        check_streams(args, self.accelerator, self.train_dataset, self.eval_dataset, functions)
         if train_dataset is not None:
             self._check_output()
         if (args.fp16_full_eval or args.bf16_full_eval) and not self.is_model_parallel:
@@ -171,7 +170,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         self.thinker = Thinker(args, self.model, self.accelerator, tokenizer)
         self.reference = Reference(args, self.model, self.accelerator)
         self.ref_model = self.reference.model
-        self.step = OptimizerStep(args, self.accelerator, self.thinker, self.reference, reward_function)
+        self.step = OptimizerStep(args, self.accelerator, self.thinker, self.reference, functions)
         self.runlog = RunLog(args, self.accelerator, self.thinker)
         self.guard = FaultGuard(args, self.model, self.accelerator, tokenizer, self.save_checkpoint)
         self.anti_theater = AntiTheaterCallback(self)

@@ -1,5 +1,7 @@
 """`trl-quietstar train`: trains from a recipe, with an evaluation before and after."""
 
+import os
+import sys
 from typing import cast
 
 from datasets import Dataset
@@ -16,6 +18,7 @@ def run(argv: list[str]) -> None:
     """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
     parser = parser_of((DataArguments, QuietStarConfig, ModelConfig), "train")
     data_args, args, model_args = parser.parse_args_and_config(argv)
+    sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
     if args.push_to_hub:
         _check_hub(args)
     source = named_model(model_args, args)

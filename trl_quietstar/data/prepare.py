@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .._compat import prepare_dataset
 from ..config import QuietStarConfig
-from ..learning.reward_functions import ARGUMENTS, RewardFunction, column_parameters
+from ..learning.reward_functions import ARGUMENTS, ON_DEMAND, RewardFunctions
 from ..model.family import check_length, max_positions
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS, packed
 from .rows import MOST_UNUSABLE, RowCheck, Run, columns_read, has_position, has_prediction
@@ -39,7 +39,7 @@ def prepare_texts(
     name: str,
     vocab_size: int,
     packing: bool = False,
-    reward_function: RewardFunction | None = None,
+    reward_functions: RewardFunctions | None = None,
 ) -> Dataset | IterableDataset:
     """
     Checks each row, then tokenizes, cuts and masks as `SFTTrainer` does, and drops texts with no token to predict.
@@ -59,8 +59,8 @@ def prepare_texts(
             V of the model; ids lie below it.
         packing (`bool`):
             Whether to pack several texts into a row.
-        reward_function (`Callable`, *optional*):
-            The user's reward; the columns that it takes are kept.
+        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
+            The columns that they take are kept.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns `input_ids` and `labels`; `seq_lengths` when
@@ -76,7 +76,7 @@ def prepare_texts(
     completion_only = _is_confined(source, args)
     _check_options(source, completion_only, tokenizer, args, packing)
     is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
-    kept = kept_columns(source.names, reward_function, args, name, packing)
+    kept = kept_columns(source.names, reward_functions, args, name, packing)
     workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
     run = Run(name, DROPPED) if source.is_stream else None
 
@@ -287,17 +287,17 @@ def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: s
 
 
 def kept_columns(
-    columns: list[str], reward_function: RewardFunction | None, args: QuietStarConfig, name: str, packing: bool
+    columns: list[str], reward_functions: RewardFunctions | None, args: QuietStarConfig, name: str, packing: bool
 ) -> list[str]:
     """
-    The columns that stay in the dataset beside its tokens: those that a reward function names, and with
+    The columns that stay in the dataset beside its tokens: those that reward functions name, and with
     `remove_unused_columns=False` all.
 
     Args:
         columns (`list[str]`):
             All columns of the dataset.
-        reward_function (`Callable`, *optional*):
-            The user's reward.
+        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
+            Of the run.
         args ([`QuietStarConfig`]):
             Configuration of the trainer.
         name (`str`):
@@ -308,27 +308,28 @@ def kept_columns(
     Raises:
         `ValueError`: if a column that is needed is missing, has a name that means something else, or is lost in packing.
     """
-    named, takes_any = ({}, False) if reward_function is None else column_parameters(reward_function)
+    named = {} if reward_functions is None else reward_functions.columns
+    takes_any = reward_functions is not None and reward_functions.takes_any
     others = [column for column in columns if column not in TOKEN_COLUMNS]
-    for parameter, needed in named.items():
+    for parameter, needed_by in named.items():
         if parameter in TOKEN_COLUMNS:
-            raise ValueError(f"`reward_function` takes {parameter!r}, which it finds in `text`; take `text` for it.")
-        if needed and parameter not in others:
+            raise ValueError(f"A reward function takes {parameter!r}, which it finds in `text`; take `text` for it.")
+        if needed_by is not None and parameter not in others:
             raise ValueError(
-                f"`reward_function` takes {parameter!r}, which is no column of the {name} dataset ({', '.join(columns)}), "
+                f"The reward function `{needed_by}` takes {parameter!r}, which is no column of the {name} dataset ({', '.join(columns)}), "
                 f"and none of its own arguments ({', '.join(ARGUMENTS)}); add the column, or give the parameter a default."
             )
     kept = [column for column in others if column in named or not args.remove_unused_columns]
     taken = [column for column in kept if column in named or takes_any]
-    clashing = [column for column in taken if column in ARGUMENTS and column not in (args.dataset_text_field, "text")]
+    asked = [x for x in ON_DEMAND if x in others and reward_functions is not None and reward_functions.asks_for(x)]
+    clashing = asked + [x for x in taken if x in ARGUMENTS and x not in (args.dataset_text_field, "text")]
     if clashing:
         raise ValueError(
-            f"The column {clashing[0]!r} of the {name} dataset has the name of an argument of `reward_function`; rename it, "
-            "or set `remove_unused_columns=True`."
+            f"The column {clashing[0]!r} of the {name} dataset has the name of an argument of reward functions; rename it."
         )
     if packing and taken:
         raise ValueError(
-            f"`packing=True` joins rows, and `reward_function` takes their columns ({', '.join(taken)}); set `packing=False`."
+            f"`packing=True` joins rows, and `reward_functions` take their columns ({', '.join(taken)}); set `packing=False`."
         )
     return [] if packing else kept
 

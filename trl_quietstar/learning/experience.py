@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
 from .advantages import MovingAverage, group_deviation, scale_by_group, standardize, thought_advantages
 from .objective import TokenCounts
-from .reward_functions import RewardFunction, columns_taken
+from .reward_functions import RewardFunctions
 from .rewards import talk_weights, thought_rewards
 
 
@@ -45,6 +45,8 @@ class Experience:
             Weight of each thought in the NLLs of the talk after it, by `args.nll_weighting`. None: all are 1.
         dropped (`torch.Tensor` of shape `(B, J)`, bool, *optional*):
             Groups that [`drop_groups`] leaves out of the update.
+        measured (`dict`):
+            Metrics of the reward functions, as in [`~learning.reward_functions.RewardFunctions.judge`].
     """
 
     thoughts: Thoughts
@@ -59,6 +61,7 @@ class Experience:
     reference_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
+    measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def exists(self) -> torch.Tensor:
@@ -77,8 +80,9 @@ def experience_of(
     reference: ThoughtScores | None,
     args: "QuietStarConfig",
     sampling: SamplingSettings,
-    reward_function: RewardFunction | None = None,
+    reward_functions: RewardFunctions | None = None,
     columns: dict[str, list] | None = None,
+    made: dict[str, Any] | None = None,
 ) -> Experience:
     """
     Rewards and advantages of scored thoughts. Advantages are not yet final: see [`finish_advantages`].
@@ -94,10 +98,12 @@ def experience_of(
             Tells the reward, its clipping and penalty, and the baseline.
         sampling ([`~thinking.drawing.SamplingSettings`]):
             How the thoughts were sampled; for the penalty on unfinished ones.
-        reward_function (`Callable`, *optional*):
+        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
             In place of `args.reward_type`.
         columns (`dict`, *optional*):
-            Columns of the data, one value for each row, for the reward function.
+            Columns of the data, one value for each row, for the reward functions.
+        made (`dict`, *optional*):
+            Further arguments that reward functions ask for, by their names.
 
     Raises:
         `ValueError`: if a reward function gives anything but one number for each thought.
@@ -113,12 +119,12 @@ def experience_of(
         "correct_without": at_talk(no_thought.text_correct, thoughts, talk_length),
         "mask": talk.score_mask[:, :, None],
     }
-    if reward_function is None:
+    measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    if reward_functions is None:
         rewards = thought_rewards(**gains, reward_type=args.reward_type)
     else:
-        taken = columns_taken(reward_function, columns or {})
-        rewards = _checked(reward_function(**gains, text=text, thoughts=thoughts, **taken), thoughts)
-        rewards = rewards.to(scores.talk_logps) * thoughts.mask[..., 0]
+        own = {**gains, "text": text, "thoughts": thoughts, **(made or {})}
+        rewards, measured = reward_functions.judge(own, columns or {}, scores.talk_logps.dtype)
     if args.reward_clip_range is not None:
         rewards = rewards.clamp(*args.reward_clip_range)
     if args.unfinished_thought_penalty:
@@ -137,16 +143,8 @@ def experience_of(
         scores.thought_logps.detach(),
         None if reference is None or args.beta == 0 else reference.thought_logps,
         talk_weights(scores.talk_logps, gains["mask"], rewards, args.nll_weighting),
+        measured=measured,
     )
-
-
-def _checked(rewards: object, thoughts: Thoughts) -> torch.Tensor:
-    """What a user's reward function gave, if it is one number for each thought."""
-    wanted = tuple(thoughts.mask.shape[:3])
-    if not isinstance(rewards, torch.Tensor) or rewards.shape != wanted:
-        given = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
-        raise ValueError(f"`reward_function` gave {given}; it must give a tensor of shape (B, J, G), here {wanted}.")
-    return rewards
 
 
 def finish_advantages(
@@ -334,9 +332,11 @@ def flat(experiences: list[Experience]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for i, experience in enumerate(experiences):
         own = {field.name: getattr(experience, field.name) for field in fields(experience)}
-        thoughts = own.pop("thoughts")
+        thoughts, measured = own.pop("thoughts"), own.pop("measured")
         own |= {"index": thoughts.positions.index, "positions": thoughts.positions.mask}
         own |= {"token_ids": thoughts.token_ids, "mask": thoughts.mask}
+        for name, pair in measured.items():
+            own |= {f"values.{name}": pair[0], f"counted.{name}": pair[1]}
         # clones: a file holds no views
         tensors |= {f"{i}.{name}": tensor.clone() for name, tensor in own.items() if tensor is not None}
     return tensors
@@ -346,13 +346,16 @@ def unflat(tensors: dict[str, torch.Tensor]) -> list[Experience]:
     """Makes the experience of a step's batches from the tensors that [`flat`] gave."""
     batches: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        number, name = key.split(".")
+        number, name = key.split(".", 1)
         batches.setdefault(int(number), {})[name] = tensor
     experiences = []
     for _, own in sorted(batches.items()):
         positions = Positions(own.pop("index"), own.pop("positions"))
         own.setdefault("score_mask", own["talk_mask"])  # in checkpoints from before there were scores
-        experiences.append(Experience(Thoughts(positions, own.pop("token_ids"), own.pop("mask")), **own))
+        thoughts = Thoughts(positions, own.pop("token_ids"), own.pop("mask"))
+        names = [name.removeprefix("values.") for name in own if name.startswith("values.")]
+        measured = {name: (own.pop(f"values.{name}"), own.pop(f"counted.{name}")) for name in names}
+        experiences.append(Experience(thoughts, **own, measured=measured))
     return experiences
 
 

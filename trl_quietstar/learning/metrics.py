@@ -54,6 +54,8 @@ EVAL_METRICS = (
     *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
     *("exact_match_with", "exact_match_without", "useful_thoughts"),
 )
+# metrics that follow from the spread of others
+DERIVED = ("reward_std", "explained_variance")
 # terms of the objective, of which a batch holds its part of the step's mean
 PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
 
@@ -77,7 +79,9 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     exact = exact_dtype(tokens.device)
     share = torch.full((), batch.share, dtype=exact, device=tokens.device)
     parts = {"total_loss": batch.loss, **batch.terms}
+    functions = {name: pair for name, pair in experience.measured.items() if name.startswith("rewards/")}
     moments = {
+        **functions,
         "reward": (experience.rewards, exists),
         "return": (experience.returns, tokens),
         "residual": (experience.returns - scores.thought_values.detach(), tokens),
@@ -237,6 +241,9 @@ class MetricSums:
     def means(self) -> dict[str, float | None]:
         """Mean of every metric, and what follows from the spread of some."""
         means = {name: self.mean(name) for name in self._names if not name.startswith("_")}
+        for name in [name for name in means if name.startswith("rewards/")]:
+            variance = self._variance(name)
+            means[name.replace("/mean", "/std")] = None if variance is None else variance**0.5
         reward, returns, residual = (self._variance(name) for name in ("reward", "return", "residual"))
         means["reward_std"] = None if reward is None else reward**0.5
         # the share of the returns' variance that the values predict

@@ -9,7 +9,7 @@ from trl import BEMACallback
 
 from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
-from ..learning.reward_functions import RewardFunction, has_columns
+from ..learning.reward_functions import RewardFunctions
 from ..loading import check_adapter, check_quantization
 from .distributed import check_engine, is_sharded
 from .folders import check_output_dir
@@ -42,7 +42,8 @@ UNKNOWN = {
     "optimizer_cls_and_kwargs": "set `optim` and `optim_args`, or give an optimizer in `optimizers`.",
     "preprocess_logits_for_metrics": NO_LOGITS,
     "ref_model": "the reference is a copy of the model at the start, kept where `beta` is above 0.",
-    "reward_funcs": "give one `reward_function`.",
+    "reward_function": "give it as `reward_functions`, which takes one or several.",
+    "reward_funcs": "give them as `reward_functions`.",
     "tokenizer": "give it as `processing_class`.",
 }
 
@@ -162,7 +163,7 @@ def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimi
 
 
 def check_streams(
-    args: QuietStarConfig, accelerator: Accelerator, train_dataset, eval_dataset, function: RewardFunction | None
+    args: QuietStarConfig, accelerator: Accelerator, train_dataset, eval_dataset, functions: RewardFunctions | None
 ) -> None:
     """
     Refuses columns of a stream that one process reads for all: it is dealt out as tensors, and columns are none.
@@ -172,19 +173,19 @@ def check_streams(
             Options and processes of the run.
         train_dataset, eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             All data of the run.
-        function (`Callable`, *optional*):
-            The user's reward function.
+        functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
+            The reward functions of the run.
 
     Raises:
-        `ValueError`: if the reward function takes columns of such a stream.
+        `ValueError`: if reward functions take columns of such a stream.
     """
     evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     streams = [dataset for dataset in (train_dataset, *evaluation) if isinstance(dataset, IterableDataset)]
     if accelerator.num_processes == 1 or accelerator.dispatch_batches is False or not streams:
         return
-    if function is not None and has_columns(function, args):
+    if functions is not None and functions.has_columns(args):
         raise ValueError(
-            "`reward_function` takes columns of a stream, which one process reads for all; set "
+            "`reward_functions` take columns of a stream, which one process reads for all; set "
             "`accelerator_config={'dispatch_batches': False}`, or load the data whole."
         )
 

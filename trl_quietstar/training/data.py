@@ -8,7 +8,7 @@ from .._compat import left_on_host
 from ..config import QuietStarConfig
 from ..data.batches import OWN_COLUMNS, RepeatedRows, TextCollator
 from ..data.prepare import check_amount, check_longest, longest_text, prepare_texts
-from ..learning.reward_functions import RewardFunction, column_parameters
+from ..learning.reward_functions import RewardFunctions
 from ..loading import pad_token_id
 from ..model.adapters import base_of
 from .checkpoints import CheckpointTrainer
@@ -20,7 +20,7 @@ def prepared(
     args: QuietStarConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
-    reward_function: RewardFunction | None,
+    reward_functions: RewardFunctions | None,
     trains: bool = False,
 ) -> Dataset | IterableDataset | None:
     """
@@ -35,8 +35,8 @@ def prepared(
             Options of the run, and what turns text into tokens.
         config ([`~transformers.PreTrainedConfig`]):
             The model's.
-        reward_function (`Callable`, *optional*):
-            The user's own; the columns that it takes are kept.
+        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
+            The columns that they take are kept.
         trains (`bool`):
             Whether it is trained on: then it may be packed, and must be enough for a step.
 
@@ -46,7 +46,7 @@ def prepared(
     if dataset is None:
         return None
     vocab_size = config.get_text_config().vocab_size
-    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_function)
+    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_functions)
     check_amount(dataset, args, name, trains)
     longest = longest_text(dataset, args.max_length)
     if longest is not None:
@@ -62,11 +62,11 @@ def prepared_evaluation(eval_dataset, *how):
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, reward_function: RewardFunction | None
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, reward_functions: RewardFunctions | None
 ) -> TextCollator:
-    """The collator of a run; the columns of the data are kept where a reward function may want them."""
+    """The collator of a run; the columns of the data are kept where reward functions may want them."""
     pad_id = pad_token_id(tokenizer)  # which may have been added to the tokenizer alone
-    return TextCollator(pad_id if pad_id < config.get_text_config().vocab_size else 0, reward_function is not None)
+    return TextCollator(pad_id if pad_id < config.get_text_config().vocab_size else 0, reward_functions is not None)
 
 
 class DataTrainer(CheckpointTrainer):
@@ -74,16 +74,15 @@ class DataTrainer(CheckpointTrainer):
     again for each further update on them."""
 
     processing_class: PreTrainedTokenizerBase
-    reward_function: RewardFunction | None
+    reward_functions: RewardFunctions | None
 
     def _prepared_as(self, dataset, name: str):
         """A dataset that came after the start, as those that were given then."""
         config = base_of(self.model).config
-        return prepared(dataset, name, self.args, self.processing_class, config, self.reward_function)
+        return prepared(dataset, name, self.args, self.processing_class, config, self.reward_functions)
 
     def _set_signature_columns_if_needed(self) -> None:
-        named = {} if self.reward_function is None else column_parameters(self.reward_function)[0]
-        self.keep_columns([*OWN_COLUMNS, *named])
+        self.keep_columns([*OWN_COLUMNS, *(() if self.reward_functions is None else self.reward_functions.columns)])
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return inputs  # not moved: `Thinker.text` sends what the model needs

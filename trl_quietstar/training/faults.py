@@ -250,7 +250,12 @@ def _reward(batch: BatchResult) -> torch.Tensor:
 
 def bad_values(batch: BatchResult) -> list[str]:
     """Which of the reward and the terms of a batch are not finite, each with its value. If all are, it is the loss that is not."""
-    values = {"reward": _reward(batch), **batch.terms}
+    parts = {
+        f"reward of `{name.split('/')[1]}`": values.masked_fill(~mask, 0).sum()
+        for name, (values, mask) in batch.experience.measured.items()
+        if name.startswith("rewards/")
+    }
+    values = {"reward": _reward(batch), **parts, **batch.terms}
     if all(math.isfinite(value) for value in values.values()):
         values = {"loss": batch.loss}
     return [f"{name} ({value.item()})" for name, value in values.items() if not math.isfinite(value)]

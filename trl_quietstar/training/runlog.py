@@ -17,7 +17,7 @@ from ..config import QuietStarConfig
 from ..evaluation.inspection import inspect_texts
 from ..evaluation.page import write_page
 from ..evaluation.report import print_thoughts, thought_table
-from ..learning.metrics import EVAL_METRICS, BatchResult, MetricSums, run_metrics
+from ..learning.metrics import DERIVED, EVAL_METRICS, BatchResult, MetricSums, run_metrics
 from ..learning.objective import Coefficients
 from ..text.positions import usable_positions
 from .collapse import CollapseWatch
@@ -53,6 +53,7 @@ class RunLog:
         self.evaluated: str | None = None  # name of the data that an evaluation is of, while it lasts
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._own: dict[str, set[str]] = {"train": set(), "eval": set()}  # names of metrics of reward functions
         self._read_rewards: deque[float] = deque(maxlen=100)  # of the last optimizer steps
         self.begin_run()
 
@@ -119,6 +120,10 @@ class RunLog:
                 tokens = tokens + batch.written.text_mask.sum() + batch.written.thought_mask.sum()
             metrics["num_thoughts"] = (batch.experience.exists.sum(), torch.ones((), device=tokens.device))
             metrics["tokens"] = (tokens, torch.ones_like(tokens))
+        own = batch.experience.measured
+        _refuse_twice(own.keys() & {*metrics, *DERIVED})
+        self._own[mode] |= own.keys()
+        metrics |= own
         grown = self._sums[mode].add(metrics, lambda sums: summed(sums, self.accelerator), batch.finite)
         if training:
             self._batch_rewards.append(grown["reward"])
@@ -167,7 +172,7 @@ class RunLog:
         start = now if self._window_start is None else self._window_start
         metrics = {f"rl/{name}": mean for name, mean in sums.means().items() if name != "tokens"}
         rewards = self.recent_rewards
-        metrics |= {
+        window = {
             "rl/episode": step,
             "rl/avg_reward_100": sum(rewards) / len(rewards) if rewards else None,
             "rl/entropy_coefficient": Coefficients.of(self.args, step - 1).entropy,  # of the last step
@@ -177,14 +182,15 @@ class RunLog:
             "rl/skipped_steps": skipped,
             "rl/tokens_per_second": sums.total("tokens") / max(now - start, 1e-9),
         }
+        _refuse_twice({f"rl/{name}" for name in self._own["train"]} & window.keys())
         self._window_start, self._last_logged_step = now, step
-        return {name: value for name, value in metrics.items() if value is not None}
+        return {name: value for name, value in {**metrics, **window}.items() if value is not None}
 
     # Evaluations
 
     def begin_evaluation(self) -> None:
         """Begins the sums of an evaluation."""
-        self._sums["eval"] = MetricSums()
+        self._sums["eval"], self._own["eval"] = MetricSums(), set()
 
     def end_evaluation(self, metrics: dict[str, float], prefix: str, step: int, is_faulty: bool) -> None:
         """
@@ -200,7 +206,9 @@ class RunLog:
             is_faulty (`bool`):
                 Whether something in it was not finite. A mean of the other batches would pass for one of all: all are NaN.
         """
-        measured = {name: self._sums["eval"].mean(name) for name in EVAL_METRICS}
+        found = self._sums["eval"].means()
+        names = [*EVAL_METRICS, *(name for name in found if name in self._own["eval"] or name.startswith("rewards/"))]
+        measured = {name: found.get(name) for name in names}
         thinks = self.args.thought_positions != "none"
         means = {name: mean or 0.0 for name, mean in measured.items() if thinks or mean is not None}
         if is_faulty:
@@ -254,3 +262,11 @@ class RunLog:
         self._sums["train"] = MetricSums(state["metrics"])
         self._last_logged_step = state["last_logged_step"]
         self.collapse.load(state["collapse"])
+
+
+def _refuse_twice(names: set[str]) -> None:
+    """Refuses names that a reward function logs and that the run logs too."""
+    if names:
+        raise ValueError(
+            f"A reward function logs {min(names)!r}, which is a metric of the run; log it by another name."
+        )

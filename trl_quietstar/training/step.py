@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,8 +24,8 @@ from ..learning.experience import (
     worth_training_on,
 )
 from ..learning.objective import TokenCounts, WrittenInputs
-from ..learning.reward_functions import RewardFunction
-from ..text.batch import Positions, Text, talk_after
+from ..learning.reward_functions import RewardFunctions
+from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..text.divided import Divided
 from ..thinking.scoring import Scores
 from .distributed import summed
@@ -47,8 +49,8 @@ class OptimizerStep:
             Of the run.
         thinker ([`Thinker`]), reference ([`Reference`]):
             Sample and score thoughts.
-        reward_function (`Callable`, *optional*):
-            The user's own, in place of `args.reward_type`.
+        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
+            In place of `args.reward_type`.
     """
 
     def __init__(
@@ -57,10 +59,10 @@ class OptimizerStep:
         accelerator: Accelerator,
         thinker: Thinker,
         reference: Reference,
-        reward_function: RewardFunction | None = None,
+        reward_functions: RewardFunctions | None = None,
     ):
         self.args, self.accelerator, self.thinker, self.reference = args, accelerator, thinker, reference
-        self.reward_function = reward_function
+        self.reward_functions = reward_functions
         self._rows_seen = 0  # of the evaluation, before the current batch
         self.begin_run()
 
@@ -126,7 +128,7 @@ class OptimizerStep:
             part ([`~learning.experience.StepPart`]), request ([`ThoughtRequest`]), scores ([`~thinking.scoring.Scores`]):
                 The batch's part of the step, what was asked, and the answer.
             columns (`dict`, *optional*):
-                Columns of the data, for the reward function.
+                Columns of the data, for the reward functions.
             written ([`~learning.objective.WrittenInputs`], *optional*):
                 Of the batch's rows with written thoughts, whose tokens count as well.
         """
@@ -224,7 +226,19 @@ class OptimizerStep:
 
     def _experience(self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling
-        return experience_of(request.text, scores, reference, self.args, sampling, self.reward_function, columns)
+        functions = self.reward_functions
+        made = {} if functions is None else self._made(functions, scores.thoughts)
+        experience = experience_of(request.text, scores, reference, self.args, sampling, functions, columns, made)
+        if functions is None or not functions.asks_for("log_metric") or self.accelerator.num_processes == 1:
+            return experience
+        # metrics are summed over processes by their order, and another process may have logged others
+        names, nothing = gather_object(list(experience.measured)), torch.zeros(0, device=self.accelerator.device)
+        measured = {name: experience.measured.get(name, (nothing, nothing)) for name in sorted(set(names))}
+        return replace(experience, measured=measured)
+
+    def _made(self, functions: RewardFunctions, thoughts: Thoughts) -> dict[str, Any]:
+        """The arguments that reward functions ask for and that take time."""
+        return {"thought_texts": self.thinker.texts(thoughts)} if functions.asks_for("thought_texts") else {}
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return summed(values, self.accelerator)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -27,6 +28,7 @@ from ..model.routing import has_router_loss
 from ..text.batch import Positions, Text, Thoughts
 from ..text.divided import Divided, Written, divide, has_written, no_thoughts
 from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
+from ..text.transfer import to_host
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
@@ -272,6 +274,13 @@ class Thinker:
             experience.logps_without,
             experience.talk_mask,
         )
+
+    def texts(self, thoughts: Thoughts) -> list[list[list[str]]]:
+        """What thoughts say, without special tokens: strings in lists of B, J and G; empty where there is no thought."""
+        ids, mask = to_host([thoughts.token_ids, thoughts.mask])
+        flat = [own[exists].tolist() for own, exists in zip(ids.flatten(0, 2), mask.flatten(0, 2), strict=True)]
+        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
+        return np.array(texts, dtype=object).reshape(ids.shape[:3]).tolist()
 
     # Memory
 
