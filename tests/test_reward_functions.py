@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
 from trl_quietstar.cli.arguments import parser_of
 from trl_quietstar.learning.reward_functions import BY_NAME, RewardFunctions
-from trl_quietstar.learning.rewards import REWARD_TYPES
+from trl_quietstar.learning.rewards import GROUP_REWARDS, REWARD_TYPES
 from trl_quietstar.text.batch import Positions, Thoughts
 
 from .tiny import byte_tokenizer, sums
@@ -53,7 +53,7 @@ def test_functions_are_named_in_three_ways(tmp_path, monkeypatch):
     assert list(found("accuracy", tmp_path).functions) == ["accuracy"]
     assert list(found(lambda thoughts: 0, tmp_path).functions) == ["<lambda>"]
     assert found(None, tmp_path) is None
-    assert set(BY_NAME) >= set(REWARD_TYPES)
+    assert set(BY_NAME) >= set(REWARD_TYPES) - set(GROUP_REWARDS)
 
 
 WRONG = {
@@ -63,6 +63,7 @@ WRONG = {
         ValueError,
         "'probabilty', which is unknown (did you mean 'probability'?); choose",
     ),
+    "of a group": (["marginal_log_likelihood"], {}, ValueError, "'marginal_log_likelihood', which is unknown"),
     "no module": (
         ["no_such:f"],
         {},
@@ -99,7 +100,7 @@ def test_options_are_lists(tmp_path):
     """On the command line several words; anything else than strings and numbers is refused."""
     parser = parser_of((QuietStarConfig,), "train")
     flags = f"--output_dir {tmp_path} --reward_functions accuracy math:sqrt --reward_weights 1 0.5"
-    (args,) = parser.parse_args_and_config(flags.split())
+    args, *_ = parser.parse_args_and_config(flags.split())
     assert args.reward_functions == ["accuracy", "math:sqrt"] and args.reward_weights == [1.0, 0.5]
     with pytest.raises(TypeError, match="`reward_functions` is 'accuracy' .*give a list of strings"):
         tiny_args(tmp_path, reward_functions="accuracy")
