@@ -4,23 +4,26 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, PreTrainedModel
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.base import BranchPath
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.cli import main
+from trl_quietstar.learning.experience import experience_of, finish_advantages
+from trl_quietstar.learning.objective import Coefficients, LossInputs, quietstar_loss
 from trl_quietstar.model.heads import PublishedMixingHead
-from trl_quietstar.text.batch import Text
+from trl_quietstar.text.batch import Positions, Text, Thoughts
 from trl_quietstar.text.positions import choose_positions
 from trl_quietstar.thinking.drawing import thought_sampling
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .commands import write_lines
 from .published import OPTIONS, base_of_checkpoint, by_hand, published_checkpoint, published_heads
+from .published_code import FOLDER, Run, run_code
 from .tiny import byte_tokenizer, exact, generators, sums, think, tiny_config, tiny_model
-from .training import saved_model, tiny_trainer
+from .training import saved_model, tiny_args, tiny_trainer
 
 
 L, M = 5, 4
@@ -68,6 +71,104 @@ def test_a_converted_checkpoint_predicts_as_computed_by_hand(form: str, path: Br
             assert difference < 1e-9, f"{name} differs by {difference:.1e}"
         weights += found["weights"].tolist()
     assert min(weights) < 0 and max(weights) > 1
+
+
+# Beside the published code itself
+
+
+CODE = pytest.mark.skipif(FOLDER is None, reason="needs a clone of the published code: see tests/published_code.py")
+
+
+def beside(folder) -> tuple[PreTrainedModel, Text]:
+    """A converted checkpoint in float64, and a text without the token that the code takes for padding."""
+    model = QuietStarForCausalLM.from_pretrained(
+        convert(folder, dtype=torch.float64), dtype=torch.float64, attn_implementation="sdpa"
+    )
+    ids = torch.randint(1, BASE_VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
+    return exact(model.eval()), Text.from_batch(ids)
+
+
+def of_code(run: Run, text: Text, count: int) -> Thoughts:
+    """The code's thoughts after the first tokens of each text."""
+    index = torch.arange(count).expand(len(text.input_ids), -1)
+    ids = run.thoughts[:, :count]
+    return Thoughts(
+        Positions(index, torch.ones_like(index, dtype=torch.bool)), ids, torch.ones_like(ids, dtype=torch.bool)
+    )
+
+
+def assert_same_gradients(model: PreTrainedModel, loss: torch.Tensor, run: Run) -> None:
+    """Those of each parameter, to 1e-6 of the code's greatest; start and end are a hundredth in the code."""
+    model.zero_grad()
+    loss.backward()
+    for name, expected in run.gradients.items():
+        ours = name
+        if name.endswith("_embedding"):
+            assert not expected[1].any(), "the deviation has an effect"
+            ours, expected = f"quietstar.{name}", expected[0] / 100
+        elif name.startswith("talk_head.0"):
+            ours = name.replace("talk_head.0", "quietstar.mixing_head")
+        found = model.get_parameter(ours).grad
+        found = torch.zeros_like(expected) if found is None else found
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1e-9), name
+
+
+@CODE
+def test_published_code_predicts_the_same(tmp_path):
+    """After the same thoughts, the same distribution at every position."""
+    model, text = beside(tmp_path)
+    run = run_code(tmp_path / "published", text.input_ids, 8)
+    count = text.input_ids.shape[1] - 1
+    with torch.no_grad():
+        scores = score(model, ScoreRequest(text, of_code(run, text, count), 1, SharedPrefix()))
+    expected = run.logits[:, :-1].log_softmax(-1).gather(-1, text.input_ids[:, 1:, None])[..., 0]
+    assert run.thoughts.shape[3] == L and (scores.talk_logps[:, :, 0, 0] - expected).abs().max() < 1e-6
+    assert (scores.talk_logps[:, :, 0, 0] - scores.text_logps).abs().max() > 0.1
+
+
+@CODE
+@pytest.mark.parametrize("weight", [0.0, 1.0], ids=["after thoughts", "without thoughts"])
+def test_published_code_has_the_same_likelihood(weight, tmp_path):
+    """The two NLLs and their gradients; the one after thoughts as the code takes it, a mean of means over the tokens ahead."""
+    model, text = beside(tmp_path)
+    options = dict(n_passes=2, n_ahead_talk=M, original_loss_weight=weight, include_policy_loss=False)
+    run = run_code(tmp_path / "published", text.input_ids, 8, options)
+    T = text.input_ids.shape[1]
+    scores = score(model, ScoreRequest(text, of_code(run, text, T - 1), M, SharedPrefix()))
+    means = [scores.talk_logps[:, : T - 1 - m, :, m].mean() for m in range(M)]
+    loss = -scores.text_logps.mean() if weight == 1 else -torch.stack(means).mean()
+    assert float(loss) == pytest.approx(run.loss, abs=1e-6)
+    assert_same_gradients(model, loss, run)
+
+
+@CODE
+def test_published_code_has_the_same_policy_gradient(tmp_path):
+    """Rewards, advantages and the policy's gradient by our own functions, at the positions that the code does not drop."""
+    model, text = beside(tmp_path)
+    options = dict(n_passes=2, n_ahead_talk=M, base_loss_beta=0, policy_loss_beta=1)
+    run = run_code(tmp_path / "published", text.input_ids, 8, options)
+    thoughts = of_code(run, text, text.input_ids.shape[1] - 1 - M)
+    args = tiny_args(
+        tmp_path,
+        mixing_head_type="published",
+        reward_type="log_likelihood",
+        advantage_baseline="mean",
+        positive_advantages_only=True,
+        policy_coefficient=M,  # the code's reward is a sum
+        policy_temperature=3.0,
+        **dict.fromkeys(("entropy_coefficient", "min_entropy_coefficient", "nll_coefficient"), 0.0),
+        **dict.fromkeys(("reader_nll_coefficient", "base_nll_coefficient"), 0.0),
+    )
+    scores = score(model, ScoreRequest(text, thoughts, M, SharedPrefix(), args.logps_temperature))
+    sampling = thought_sampling(model.quietstar_settings, None, 2)
+    (experience,) = finish_advantages([experience_of(text, scores, None, args, sampling)], args, lambda x: x)
+    loss, _ = quietstar_loss(LossInputs.of(text, scores, experience, args), Coefficients.of(args, 0))
+    assert M * float(experience.rewards.mean()) == pytest.approx(run.reward, abs=1e-6)
+    assert float(loss) == pytest.approx(run.loss, abs=1e-6) and run.loss != 0
+    assert_same_gradients(model, loss, run)
+
+
+# What a converted model writes
 
 
 def test_no_thought_and_no_text_holds_start_and_end(tmp_path):

@@ -14,8 +14,7 @@ from ..model.published import FORWARDS_ASIDE, THOUGHT_TOKENS, PublishedModel, pu
 from ..model.saved import has_file
 from ..modeling import attach_heads
 from ..settings import QuietStarSettings
-from .arguments import argument, required
-from .parser import CommandParser
+from .arguments import argument, parser_of, required
 
 
 PATHS = ("--model", "--output")  # which need not be named
@@ -51,7 +50,7 @@ def run(argv: list[str]) -> None:
     """Converts a checkpoint: `PATH OUTPUT`, then flags."""
     count = next((i for i, part in enumerate(argv) if part.startswith("-")), len(argv))
     named = [part for pair in zip(PATHS, argv[:count], strict=False) for part in pair]
-    (args,) = CommandParser((ConvertArguments,), "convert").parse_args_and_config([*named, *argv[min(count, 2) :]])
+    (args,) = parser_of((ConvertArguments,), "convert").parse_args_and_config([*named, *argv[min(count, 2) :]])
     source, output = required(args, "model", "output")
     _check_new(output)
     hub = {} if args.revision is None else {"revision": args.revision}
