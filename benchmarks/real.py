@@ -92,10 +92,10 @@ class Settings:
     terms: int = 4
     fewest_terms: int = 2
     digits: int = 2
-    cold_share: float = 0.3125
+    cold_share: float = 0.3
     written_mix: int = 0
-    warmup: float = 0.025
-    points: int = 5
+    warmup: float = 0.05
+    points: int = 4
     checkpoint_minutes: float = 6.0
     stages: dict[str, dict] = field(default_factory=dict)
 
@@ -151,7 +151,7 @@ SETTINGS = {
             "reinforcement": {
                 "per_device_train_batch_size": 32,
                 "num_thoughts": 8,
-                "learning_rate": 8e-5,
+                "learning_rate": 1e-4,
                 # of answers: partly right ones earn little, and thoughts without an advantage cost no update
                 "reward_type": "sequence_probability",
                 "nll_weighting": "probability",
