@@ -9,7 +9,7 @@ A reward function gets the arguments that its signature names:
 - `logps_without`, `correct_without` of shape `(B, J, 1, M)`: both without a thought,
 - `mask` of shape `(B, J, 1, M)`: the talk tokens that count,
 - `text` and `thoughts`: the batch and its sampled thoughts,
-- `thought_texts`: the thoughts as strings, in lists of B, J and G,
+- `thought_texts`, `answers`: the thoughts, and what the model says after each, as strings in lists of B, J and G,
 - `log_metric`: called with a name and a number, logs it as `rl/name`,
 - any other parameter: a column of the data, as a list with one value for each row, such as `answer`.
 

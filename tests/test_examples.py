@@ -146,6 +146,29 @@ def test_a_reward_of_ones_own_is_what_is_trained_on(material, tmp_path, monkeypa
     assert first["last"]["rl/thought_length"] == length
 
 
+def test_an_exact_match_is_mixed_with_the_likelihood(material, tmp_path, monkeypatch):
+    """The reward is the weighted sum of the two, and each is in the log."""
+    data = tmp_path / "problems.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"{i} + 1", "answer": f"So\n#### {i + 1}"}) for i in range(9)))
+    flags = [
+        "--model",
+        material[0],
+        "--data",
+        str(data),
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--weights",
+        "2",
+        "0.25",
+    ]
+    run(monkeypatch, "exact_match.py", *flags)
+    (entry,) = log(tmp_path)
+    parts = [entry[f"rl/rewards/{name}/mean"] for name in ("exact_match", "sequence_probability")]
+    assert entry["rl/reward"] == pytest.approx(2 * parts[0] + 0.25 * parts[1], abs=1e-6)
+
+
 def test_a_cold_start_imitates_then_samples(tmp_path, monkeypatch):
     """The first step is taught by written thoughts and samples none; in the last one all are sampled."""
     model = saved_model(tmp_path / "model")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # takes named arguments, some of `ARGUMENTS` and columns of the data, and gives one number a thought, `(B, J, G)`
 RewardFunction = Callable[..., Any]
 # arguments that only a function gets whose signature names them: they cost time
-ON_DEMAND = ("thought_texts", "log_metric")
+ON_DEMAND = ("thought_texts", "answers", "log_metric")
 ARGUMENTS = (
     *("logps_with", "logps_without", "correct_with", "correct_without", "mask", "text", "thoughts"),
     *ON_DEMAND,
@@ -41,8 +41,32 @@ def _of_type(reward_type: str) -> RewardFunction:
     return reward
 
 
+def exact_match(answers: list[list[list[str]]], answer: list) -> list[list[list[float]]]:
+    """
+    Whether the model's own answer after each thought is the right one.
+
+    Args:
+        answers (`list`):
+            What the model says after each thought, in lists of B, J and G.
+        answer (`list`):
+            The column `answer` of the data: the right answer of each row, of any type that `str` makes a string of.
+
+    Returns:
+        `list`: 1 where both are the same string, once spaces and line breaks around them are taken off, else 0. Upper and lower
+            case differ, and so do `7` and `7.0`.
+    """
+    right = [str(value).strip() for value in answer]
+    return [
+        [[float(own.strip() == wanted) for own in group] for group in row]
+        for row, wanted in zip(answers, right, strict=True)
+    ]
+
+
 # no group rewards: no baseline of advantages fits them and others alike
-BY_NAME: dict[str, RewardFunction] = {name: _of_type(name) for name in REWARDS if name not in GROUP_REWARDS}
+BY_NAME: dict[str, RewardFunction] = {
+    **{name: _of_type(name) for name in REWARDS if name not in GROUP_REWARDS},
+    "exact_match": exact_match,
+}
 
 
 def _parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:

@@ -25,7 +25,7 @@ from ..learning.experience import (
 )
 from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.reward_functions import RewardFunctions
-from ..text.batch import Positions, Text, Thoughts, talk_after
+from ..text.batch import Positions, Text, talk_after
 from ..text.divided import Divided
 from ..thinking.scoring import Scores
 from .distributed import summed
@@ -134,7 +134,8 @@ class OptimizerStep:
         """
         experience, reduce = part.experience, self._sum if part.training else _alone
         if experience is None:
-            (experience,) = finish_advantages([self._experience(request, scores, columns)], self.args, reduce)
+            judged = self._experience(request, scores, columns, part.training)
+            (experience,) = finish_advantages([judged], self.args, reduce)
             if part.training and self.args.num_iterations > 1:
                 self._experiences.append(experience)
         own = [experience.counts(request.text), *([] if written is None else [written.counts()])]
@@ -214,7 +215,7 @@ class OptimizerStep:
         for i, (batch, divided) in enumerate(zip(self._batches, self._divided, strict=True)):
             request = self.thinker.request(divided.sampled, parts[i], with_graph=False)
             scores = request.scores(model)
-            experiences.append(self._experience(request, scores, divided.columns(batch)))
+            experiences.append(self._experience(request, scores, divided.columns(batch), training=True))
             if logs_all:
                 parts[i] = replace(parts[i], judged={"text": divided.sampled, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
@@ -224,10 +225,12 @@ class OptimizerStep:
             self._experiences = experiences
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
-    def _experience(self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None) -> Experience:
+    def _experience(
+        self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None, training: bool
+    ) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling
         functions = self.reward_functions
-        made = {} if functions is None else self._made(functions, scores.thoughts)
+        made = {} if functions is None else self._made(functions, request, scores, training)
         experience = experience_of(request.text, scores, reference, self.args, sampling, functions, columns, made)
         if functions is None or not functions.asks_for("log_metric") or self.accelerator.num_processes == 1:
             return experience
@@ -236,9 +239,15 @@ class OptimizerStep:
         measured = {name: experience.measured.get(name, (nothing, nothing)) for name in sorted(set(names))}
         return replace(experience, measured=measured)
 
-    def _made(self, functions: RewardFunctions, thoughts: Thoughts) -> dict[str, Any]:
+    def _made(
+        self, functions: RewardFunctions, request: ThoughtRequest, scores: Scores, training: bool
+    ) -> dict[str, Any]:
         """The arguments that reward functions ask for and that take time."""
-        return {"thought_texts": self.thinker.texts(thoughts)} if functions.asks_for("thought_texts") else {}
+        makers = {
+            "thought_texts": lambda: self.thinker.texts(scores.thoughts),
+            "answers": lambda: self.thinker.answers(request.text, scores.thoughts, request.talk_length, training),
+        }
+        return {name: make() for name, make in makers.items() if functions.asks_for(name)}
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         return summed(values, self.accelerator)

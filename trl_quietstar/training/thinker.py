@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .._compat import checkpoints_layers
 from ..branches.base import BranchPath
 from ..branches.cached_replay import CachedReplay
-from ..branches.memory import Plan, Size, free_bytes, kept_per_token, memory_budget, plan_batch
+from ..branches.decoders import ReplayDecoder, decoder_of
+from ..branches.memory import Plan, Size, branches_without_graph, free_bytes, kept_per_token, memory_budget, plan_batch
 from ..branches.replay import Replay
 from ..branches.shared_prefix import SharedPrefix
 from ..config import QuietStarConfig
@@ -23,12 +24,14 @@ from ..learning.experience import StepPart
 from ..learning.metrics import BatchResult
 from ..learning.rewards import coherence
 from ..model.adapters import base_of
+from ..model.concurrency import eval_mode
 from ..model.heads import ThinkingModel
 from ..model.routing import has_router_loss
-from ..text.batch import Positions, Text, Thoughts
+from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..text.divided import Divided, Written, divide, has_written, no_thoughts
 from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
 from ..text.transfer import to_host
+from ..thinking.answers import eos_ids, greedy_answers
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
@@ -279,8 +282,38 @@ class Thinker:
         """What thoughts say, without special tokens: strings in lists of B, J and G; empty where there is no thought."""
         ids, mask = to_host([thoughts.token_ids, thoughts.mask])
         flat = [own[exists].tolist() for own, exists in zip(ids.flatten(0, 2), mask.flatten(0, 2), strict=True)]
-        texts = self.tokenizer.batch_decode(flat, skip_special_tokens=True)
-        return np.array(texts, dtype=object).reshape(ids.shape[:3]).tolist()
+        return self._nested(self.tokenizer.batch_decode(flat, skip_special_tokens=True), thoughts)
+
+    @staticmethod
+    def _nested(texts: list[str], thoughts: Thoughts) -> list[list[list[str]]]:
+        """A string for each thought, in lists of B, J and G."""
+        return np.array(texts, dtype=object).reshape(thoughts.mask.shape[:3]).tolist()
+
+    def answers(self, text: Text, thoughts: Thoughts, talk_length: int, training: bool) -> list[list[list[str]]]:
+        """
+        What the policy says after each thought, greedily, by the prediction that is rewarded: strings in lists of B, J and G. An
+        answer ends at an EOS token, and has as many tokens as there are to be predicted after the thought.
+
+        Args:
+            text ([`Text`]), thoughts ([`Thoughts`]):
+                The batch and its thoughts.
+            talk_length (`int`):
+                M.
+            training (`bool`):
+                Whether the batch is trained on; for the memory that there is.
+        """
+        if not self.is_sharded and not bool(thoughts.positions.host.mask.any()):
+            return self._nested([""] * thoughts.mask[..., 0].numel(), thoughts)
+        (B, J, G, L), (_, free) = thoughts.mask.shape, self._memory(training)
+        limits = talk_after(text, thoughts.positions, talk_length).host.target_mask.sum(-1)
+        # each thought is read with a copy of its text, as in replay
+        size = Size(B, text.input_ids.shape[1], J * G, L + talk_length + 1)
+        fitting = -self.greatest(-branches_without_graph(self.base, Replay(), size, 1, free))
+        decoder = ReplayDecoder if self.is_sharded else decoder_of  # whose caches run layers as often as rows need it
+        with eval_mode(self.base):
+            args = (text, thoughts, limits, eos_ids(self.base, self.tokenizer), fitting, decoder, self.greatest)
+            ids = self.ask(text, greedy_answers, *args)
+        return self._nested(self.tokenizer.batch_decode(ids, skip_special_tokens=True), thoughts)
 
     # Memory
 
