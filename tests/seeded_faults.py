@@ -317,6 +317,30 @@ FAULTS = (
         "rewards_objective",
     ),
     Fault(
+        "a group's marginal likelihood counts the thought among the others",
+        "_log_mean(others, G - 1)",
+        "_log_mean(others, G)",
+        "rewards_objective policy_gradient",
+    ),
+    Fault(
+        "the spread of a group is taken over G",
+        "return rewards.std(-1, keepdim=True)",
+        "return rewards.std(-1, keepdim=True, correction=0)",
+        "advantages",
+    ),
+    Fault(
+        "groups with spread are dropped",
+        "(own < bound) & mask",
+        "(own > bound) & mask",
+        "advantage_threshold",
+    ),
+    Fault(
+        "the average of spreads is not in checkpoints",
+        '{"reward_deviation": [self._deviation.total, self._deviation.weight]}',
+        '{"reward_deviation": [0.0, 0.0]}',
+        "advantage_threshold",
+    ),
+    Fault(
         "groups without a useful thought count as mixed",
         "groups.any(-1) & ~groups.all(-1)",
         "~groups.all(-1)",

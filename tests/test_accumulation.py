@@ -27,6 +27,7 @@ CASES = {
     "difficult positions": dict(thought_positions="difficulty", difficulty_threshold=0.3, min_thought_interval=2),
     "early ends": dict(min_thought_length=1, thought_stop_string="1"),
     "standardized": dict(normalize_advantages="step", min_thought_length=1, thought_stop_string="1"),
+    "scaled by group": dict(normalize_advantages="group", advantage_baseline="mean", num_iterations=2, max_steps=2),
     "positive": dict(positive_advantages_only=True, advantage_baseline="leave_one_out"),
     "reference": dict(beta=0.3, no_thought_model="reference"),
     "weighted": dict(nll_weighting="share", thought_positions="3"),

@@ -142,31 +142,35 @@ def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
     assert kept.talk_weights.sum() == len(wanted)
 
 
-def experience_with(rewards: torch.Tensor, exists: torch.Tensor) -> Experience:
-    """Thoughts of one token with rewards of shape `(B, J, G)`, at the positions that exist."""
+def experience_with(rewards: torch.Tensor, exists: torch.Tensor, scored: torch.Tensor) -> Experience:
+    """Thoughts of one token with rewards of shape `(B, J, G)`, at the positions that exist, and where there is anything to score."""
     B, J, G = rewards.shape
     mask = exists[..., None, None].expand(B, J, G, 1)
     spread = rewards[..., None] * mask
     talk = torch.ones(B, J, 1, 1)
     positions = Positions(torch.arange(J).expand(B, J), exists)
     thoughts = Thoughts(positions, torch.zeros(B, J, G, 1, dtype=torch.long), mask)
-    return Experience(thoughts, talk > 0, talk, talk > 0, rewards, spread, spread, spread)
+    return Experience(thoughts, talk > 0, scored[..., None, None], talk, talk > 0, rewards, spread, spread, spread)
 
 
 def test_groups_without_spread_are_dropped():
     """Those whose standard deviation is below the share of its average over the steps before; not at the first one, and not
-    where a reward is no number, which the average leaves out as it does positions that do not exist."""
-    exists = torch.tensor([[True, True, True], [True, False, False]])
+    where a reward is no number, which the average leaves out as it does positions that do not exist or have nothing scored."""
+    exists = torch.tensor([[True, True, True], [True, False, True]])
+    scored = torch.tensor([[True, True, True], [True, True, False]])
     wide, narrow, none = [0.0, 1.0], [0.4, 0.6], [0.5, 0.5]
     first = torch.tensor([[wide, narrow, none], [wide, wide, wide]])
     second = torch.tensor([[narrow, wide, none], [[0.0, float("nan")], none, none]])
     average, reduce = MovingAverage(0.5), lambda sums: sums
-    (whole,) = drop_groups([experience_with(first, exists)], 0.5, average, reduce)
+    (whole,) = drop_groups([experience_with(first, exists, scored)], 0.5, average, reduce)
     assert not whole.dropped.any()
     deviation = 0.5**0.5  # of `wide`, over G - 1
     before = (deviation + 0.2 * deviation + 0 + deviation) / 4
     assert average.value == pytest.approx(before)
-    halves = [experience_with(second[:1], exists[:1]), experience_with(second[1:], exists[1:])]
+    again = MovingAverage(0.5)  # two processes with the same batch
+    drop_groups([experience_with(first, exists, scored)], 0.5, again, lambda sums: 2 * sums)
+    assert again.value == pytest.approx(before)
+    halves = [experience_with(*(x[row : row + 1] for x in (second, exists, scored))) for row in (0, 1)]
     ours = torch.cat([x.dropped for x in drop_groups(halves, 0.5, average, reduce)])
     assert ours.tolist() == [[True, False, True], [False, False, False]]  # narrow: 0.2 < 0.5 * 0.55
     now = (0.2 * deviation + deviation + 0) / 3

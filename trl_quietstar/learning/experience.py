@@ -68,6 +68,11 @@ class Experience:
         """Mask of shape `(B, J, G)`: the thoughts that were written."""
         return self.thoughts.positions.mask[..., None].expand_as(self.rewards)
 
+    @property
+    def groups(self) -> torch.Tensor:
+        """Mask of shape `(B, J)`: the positions with thoughts and something to be rewarded for."""
+        return self.thoughts.positions.mask & self.score_mask.flatten(2).any(-1)
+
     def counts(self, text: Text) -> TokenCounts:
         """Numbers of tokens that the objective's means are taken over in this batch, given its text."""
         return TokenCounts.of(self.thoughts.mask, self.talk_mask, text.predicted())
@@ -194,7 +199,7 @@ def drop_groups(
             Sums a tensor over processes.
     """
     deviations = [group_deviation(x.rewards)[..., 0] for x in experiences]
-    groups = [x.thoughts.positions.mask for x in experiences]
+    groups = [x.groups for x in experiences]
     bound = 0.0 if average.value is None else factor * average.value
     dropped = [(own < bound) & mask for own, mask in zip(deviations, groups, strict=True)]
     known = [own[mask & own.isfinite()] for own, mask in zip(deviations, groups, strict=True)]

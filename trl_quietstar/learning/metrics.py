@@ -159,7 +159,7 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
     }
     if args.reward_std_filter is not None:
         dropped = experience.dropped
-        metrics["dropped_groups"] = None if dropped is None else (dropped, experience.thoughts.positions.mask)
+        metrics["dropped_groups"] = None if dropped is None else (dropped, experience.groups)
     if not args.uses_value_head:
         metrics["value_loss"] = metrics["_residual"] = None
     if args.thought_positions == "none":  # no talk to take them on: of all text
