@@ -121,6 +121,18 @@ def test_no_option_of_a_command_is_deprecated():
     assert set(QuietStarConfig.__annotations__) <= shown
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys):
+    """Of commands, and of the flags of each."""
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    printed = capsys.readouterr().out
+    for word in ("generate", "--thought_length", "--show_thoughts"):
+        assert word in printed
+    with pytest.raises(ValueError, match="`completion dos` is not known; give one of bash"):
+        main(["completion", "dos"])
+
+
 def test_help_takes_less_than_two_seconds():
     """Of processor time: nothing imports PyTorch. It takes a tenth of one."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

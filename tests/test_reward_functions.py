@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar.cli.arguments import parser_of
+from trl_quietstar.cli.parser import CommandParser
 from trl_quietstar.learning.reward_functions import BY_NAME, RewardFunctions
 from trl_quietstar.learning.rewards import GROUP_REWARDS, REWARD_TYPES
 from trl_quietstar.text.batch import Positions, Thoughts
@@ -98,7 +98,7 @@ def test_what_cannot_be_a_reward_is_named(case, tmp_path):
 
 def test_options_are_lists(tmp_path):
     """On the command line several words; anything else than strings and numbers is refused."""
-    parser = parser_of((QuietStarConfig,), "train")
+    parser = CommandParser((QuietStarConfig,), "train")
     flags = f"--output_dir {tmp_path} --reward_functions accuracy math:sqrt --reward_weights 1 0.5"
     args, *_ = parser.parse_args_and_config(flags.split())
     assert args.reward_functions == ["accuracy", "math:sqrt"] and args.reward_weights == [1.0, 0.5]

@@ -14,8 +14,6 @@ from ..data.sources import load_splits
 from ..loading import hub_kwargs
 from ..model.saved import has_file, saved_settings
 from ..settings import OPTIONS
-from .commands import Command
-from .parser import CommandParser
 
 
 # Arguments
@@ -86,11 +84,6 @@ class ThinkerArguments:
     trust_remote_code: bool = argument(False, "Whether to run code that comes with a model on the Hub.")
 
 
-def parser_of(kinds: tuple[type, ...], name: str, command: Command | None = None) -> CommandParser:
-    """A parser of the arguments of a command, whose fields are keys of a recipe and flags."""
-    return CommandParser(kinds, name, command)
-
-
 def required(arguments, *names: str) -> list[str]:
     """The values of arguments that must be given; a `ValueError` names the first that is not."""
     for name in names:
@@ -102,6 +95,19 @@ def required(arguments, *names: str) -> list[str]:
 def renamed(argv: list[str], flag: str, name: str) -> list[str]:
     """The arguments with one flag under its other name."""
     return [name + part[len(flag) :] if part.split("=")[0] == flag else part for part in argv]
+
+
+def named(argv: list[str], *names: str) -> list[str]:
+    """The arguments with the first ones, which come without a name, under these names."""
+    count = next((i for i, part in enumerate(argv) if part.startswith("-")), len(argv))
+    pairs = zip(names, argv[:count], strict=False)
+    return [part for pair in pairs for part in pair] + argv[min(count, len(names)) :]
+
+
+def check_new_folder(output: str) -> None:
+    """Refuses a folder that has files, which a model's would be mixed with."""
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise FileExistsError(f"`output` is {output!r}, which is there and not an empty folder; give a new one.")
 
 
 # Data

@@ -117,6 +117,15 @@ COMMANDS = {
         "makes a thinking model of a checkpoint of the published Quiet-STaR code",
         (Source("Checkpoint", f"{OWN}/convert.py", "ConvertArguments"),),
     ),
+    "merge": Command(
+        "merge",
+        "ADAPTER OUTPUT [--dtype DTYPE] [--FIELD VALUE ...]",
+        "merges an adapter into its base, and saves the model with its heads",
+        (Source("Merging", f"{OWN}/merge.py", "MergeArguments"),),
+    ),
+    "completion": Command(
+        "completion", "SHELL", "prints what a shell (bash, zsh, fish, ...) needs to complete commands and flags"
+    ),
 }
 # what `eval` is with a flag that names tasks
 TASKS = Command(

@@ -1,7 +1,6 @@
 """`trl-quietstar convert`: makes a thinking model of a checkpoint of the published Quiet-STaR code."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,10 +13,10 @@ from ..model.published import FORWARDS_ASIDE, THOUGHT_TOKENS, PublishedModel, pu
 from ..model.saved import has_file
 from ..modeling import attach_heads
 from ..settings import QuietStarSettings
-from .arguments import argument, parser_of, required
+from .arguments import argument, check_new_folder, named, required
+from .parser import CommandParser
 
 
-PATHS = ("--model", "--output")  # which need not be named
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -48,11 +47,9 @@ class ConvertArguments:
 
 def run(argv: list[str]) -> None:
     """Converts a checkpoint: `PATH OUTPUT`, then flags."""
-    count = next((i for i, part in enumerate(argv) if part.startswith("-")), len(argv))
-    named = [part for pair in zip(PATHS, argv[:count], strict=False) for part in pair]
-    (args,) = parser_of((ConvertArguments,), "convert").parse_args_and_config([*named, *argv[min(count, 2) :]])
+    (args,) = CommandParser((ConvertArguments,), "convert").parse_args_and_config(named(argv, "--model", "--output"))
     source, output = required(args, "model", "output")
-    _check_new(output)
+    check_new_folder(output)
     hub = {} if args.revision is None else {"revision": args.revision}
     config = published_config(source, **hub)
     lengths = _lengths(args, config)
@@ -77,12 +74,6 @@ def converted(published: PublishedModel, settings: QuietStarSettings) -> Thinkin
     model.quietstar.load_state_dict({**model.quietstar.state_dict(), **heads})  # the value head stays as it is made
     model.generation_config.suppress_tokens = settings.thought_suppress_tokens
     return model
-
-
-def _check_new(output: str) -> None:
-    """Refuses a folder that has files, which the model's would be mixed with."""
-    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
-        raise FileExistsError(f"`output` is {output!r}, which is there and not an empty folder; give a new one.")
 
 
 def _lengths(args: ConvertArguments, config: MistralConfig) -> tuple[int, int]:

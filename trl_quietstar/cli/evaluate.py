@@ -21,7 +21,6 @@ from .arguments import (
     load_data,
     model_kwargs,
     named_model,
-    parser_of,
     renamed,
     required,
     saved_fields,
@@ -29,6 +28,7 @@ from .arguments import (
 )
 from .commands import TASKS
 from .help import names_tasks
+from .parser import CommandParser
 
 
 @dataclass
@@ -64,7 +64,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     except ImportError as error:
         raise ImportError("`--tasks` needs lm-eval; install it with `pip install trl-quietstar[eval]`.") from error
     argv = renamed(argv, "--model_name_or_path", "--model")
-    (args,) = parser_of((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
+    (args,) = CommandParser((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
     source, names = required(args, "model", "tasks")
     hub = {} if args.revision is None else {"revision": args.revision}
     check_model(source, **hub)
@@ -94,7 +94,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
 def evaluate_on_text(argv: list[str]) -> None:
     """Evaluates a model on held-out text, by the settings that it was trained with unless others are given."""
     argv = renamed(argv, "--model", "--model_name_or_path")
-    parser = parser_of((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), "eval")
+    parser = CommandParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), "eval")
     *_, args, model_args = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as scratch:
         source = named_model(model_args, args)

@@ -13,7 +13,8 @@ from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..modeling import QuietStarForCausalLM
 from ..thinking.when import Thinking
-from .arguments import ThinkerArguments, argument, check_model, parser_of, required
+from .arguments import ThinkerArguments, argument, check_model, required
+from .parser import CommandParser
 
 
 @dataclass
@@ -32,7 +33,7 @@ class GenerateArguments(ThinkerArguments):
 
 def run(argv: list[str]) -> None:
     """Writes on from a prompt, token by token as they come."""
-    (args,) = parser_of((GenerateArguments,), "generate").parse_args_and_config(argv)
+    (args,) = CommandParser((GenerateArguments,), "generate").parse_args_and_config(argv)
     source, prompt = required(args, "model", "prompt")
     hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     check_model(source, revision=args.revision)

@@ -23,7 +23,8 @@ from ..text.positions import choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.drawing import fixed_draws, thought_sampling
 from ..thinking.likelihood import think_in_chunks
-from .arguments import argument, check_model, parser_of, required, saved_fields, thinking_line
+from .arguments import argument, check_model, required, saved_fields, thinking_line
+from .parser import CommandParser
 
 
 @dataclass
@@ -71,7 +72,7 @@ def run(argv: list[str]) -> None:
 
 def _parsed(argv: list[str]) -> tuple[InspectArguments, QuietStarConfig, bool]:
     """What to look at, how to think by the saved settings and the flags, and whether the model was trained to think."""
-    parser = parser_of((InspectArguments, QuietStarConfig), "inspect")
+    parser = CommandParser((InspectArguments, QuietStarConfig), "inspect")
     with tempfile.TemporaryDirectory() as scratch:
         parser.set_defaults(output_dir=scratch, report_to="none")
         inspect_args, args = parser.parse_args_and_config(argv)

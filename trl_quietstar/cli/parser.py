@@ -83,7 +83,7 @@ def _complete(argv: list[str]) -> list[str]:
     following = [*argv[1:], "--"]
     return [
         part
-        for flag, after in zip(argv, following, strict=True)
+        for flag, after in zip(argv, following, strict=False)
         for part in ([flag, "true"] if _name(flag) == "resume_from_checkpoint" and after.startswith("--") else [flag])
     ]
 

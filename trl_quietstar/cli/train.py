@@ -11,12 +11,13 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import QuietStarConfig
 from ..evaluation.report import print_anti_theater, print_comparison, print_teaching, print_thoughts
 from ..trainer import QuietStarREINFORCETrainer
-from .arguments import DataArguments, load_data, model_kwargs, named_model, parser_of
+from .arguments import DataArguments, load_data, model_kwargs, named_model
+from .parser import CommandParser
 
 
 def run(argv: list[str]) -> None:
     """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
-    parser = parser_of((DataArguments, QuietStarConfig, ModelConfig), "train")
+    parser = CommandParser((DataArguments, QuietStarConfig, ModelConfig), "train")
     data_args, args, model_args = parser.parse_args_and_config(argv)
     sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
     if args.push_to_hub:
