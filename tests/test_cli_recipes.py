@@ -1,6 +1,8 @@
 """The recipes that come with the package, from the repository and from a wheel."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import yaml
 
 from trl_quietstar.cli import main
 from trl_quietstar.cli.recipes import recipes
+
+from .training import saved_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -99,3 +103,32 @@ def test_the_source_distribution_is_whole(distributions):
         files = {p.relative_to(ROOT).as_posix() for p in ROOT.glob(f"{folder}/**/*") if p.is_file()}
         assert {name for name in files if "__pycache__" not in name} <= names
     assert {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "setup.py"} <= names
+
+
+@pytest.mark.slow
+def test_the_first_hour_with_the_wheel_alone(distributions, tmp_path):
+    """A recipe that came with it, trained on sixty questions and answers in a file; then each command on what came out."""
+    (wheel,) = distributions.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    saved_model(tmp_path / "model")
+    rows = [{"question": f"{a} plus {b} is", "answer": f" {a + b} ."} for a in range(6) for b in range(10)]
+    for name, part in (("train", rows), ("test", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+    def command(line: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+        argv = [sys.executable, "-m", "trl_quietstar.cli", *shlex.split(line)]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command("recipes copy lora my.yaml")
+    command(
+        "train --config my.yaml --model_name_or_path model --dataset_name train.jsonl --eval_dataset_name test.jsonl --use_cpu "
+        "--dataset_config none --max_steps 2 --thought_length 3 --thought_positions 3 --eval_steps 2 --save_steps 2 --warmup_steps 0"
+    )
+    assert "3 plus 4 is" in command("generate --model out/lora --prompt '3 plus 4 is' --max_new_tokens 3")
+    mapping = '--column_mapping \'{"question": "prompt", "answer": "completion"}\''
+    assert "NLL" in command(f"eval --model out/lora --dataset_name test.jsonl --use_cpu {mapping}")
+    assert "Saved to merged" in command("merge out/lora merged")
+    assert "3 plus 4 is" in command("generate --model merged --prompt '3 plus 4 is' --max_new_tokens 3")
