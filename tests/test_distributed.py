@@ -252,3 +252,24 @@ def test_columns_of_a_stream_that_one_process_reads_for_all():
     check(1, lambda answer, **_: 0)
     check(2, lambda answer, **_: 0, dispatches=False)
     check(2, lambda answer, **_: 0, data=None)
+
+
+class Told:
+    """A reward from what the model says after thoughts, which logs of some rows only."""
+
+    def __call__(self, answers, thought_texts, log_metric):
+        for row, texts in zip(answers, thought_texts, strict=True):
+            if len(texts[0][0]) % 2:
+                log_metric("answers/length", len(row[0][0]))
+        return [[[len(own) / 10 for own in group] for group in row] for row in answers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_answers_and_logged_metrics_of_several_processes(engine, tmp_path):
+    """Processes decode equally often where they must, and sum the metrics that only some of them logged."""
+    options = dict(reward_functions=[Told(), "probability"], max_steps=2)
+    run, single = (Run(name, tmp_path / name, **options) for name in (engine, "one"))
+    assert_same(run, single)
+    assert any("rl/answers/length" in entry for entry in run.history)
+    assert all("rl/rewards/Told/std" in entry for entry in run.history if "rl/reward" in entry)
