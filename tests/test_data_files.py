@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from trl_quietstar.cli import DataArguments, console, load_data, load_splits, main
 
-from .tiny import sums
+from .tiny import sums, tiny_config
 from .training import saved_model, tiny_args
 
 
@@ -172,9 +172,12 @@ def test_a_broken_file_is_named_with_its_line(name, streaming, tmp_path):
 
 
 def test_the_command_prints_the_words_alone(tmp_path, monkeypatch, capfd):
-    """One line on the terminal, before the model is looked for."""
-    file = write(tmp_path, "a.csv", "text\na\nb, c\n")
-    monkeypatch.setattr("sys.argv", ["trl-quietstar", "train", "--model_name_or_path", "none", "--dataset_name", file])
+    """One line on the terminal, before the model is loaded: there is no more of it than its configuration."""
+    file, model = write(tmp_path, "a.csv", "text\na\nb, c\n"), tmp_path / "model"
+    tiny_config("llama").save_pretrained(model)
+    monkeypatch.setattr(
+        "sys.argv", ["trl-quietstar", "train", "--model_name_or_path", str(model), "--dataset_name", file]
+    )
     assert console() == 1
     printed = capfd.readouterr().err
     assert printed.splitlines()[-1].startswith("trl-quietstar: Line 3 of the data file") and "Traceback" not in printed
