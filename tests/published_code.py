@@ -1,7 +1,7 @@
 """Runs the published Quiet-STaR code itself, beside ours.
 
-    git clone https://github.com/ezelikman/quiet-star /tmp/quiet-star
-    QUIET_STAR_CODE=/tmp/quiet-star python -m pytest tests/test_convert.py -k published_code
+    git clone https://github.com/ezelikman/quiet-star ../quiet-star
+    QUIET_STAR_CODE=../quiet-star python -m pytest tests/test_convert.py -k published_code
 
 The code is a patch of two files of Transformers 4.37. What they import from there, and this Transformers no longer has, stands
 here; what they only draw and report with is left out. No line of theirs is changed.

@@ -92,6 +92,11 @@ def required(arguments, *names: str) -> list[str]:
     return [getattr(arguments, name) for name in names]
 
 
+def revision_of(arguments) -> dict:
+    """The revision on the Hub that arguments name, for `from_pretrained`; nothing where they name none."""
+    return {} if arguments.revision is None else {"revision": arguments.revision}
+
+
 def renamed(argv: list[str], flag: str, name: str) -> list[str]:
     """The arguments with one flag under its other name."""
     return [name + part[len(flag) :] if part.split("=")[0] == flag else part for part in argv]

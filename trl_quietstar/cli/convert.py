@@ -13,7 +13,7 @@ from ..model.published import FORWARDS_ASIDE, THOUGHT_TOKENS, PublishedModel, pu
 from ..model.saved import has_file
 from ..modeling import attach_heads
 from ..settings import QuietStarSettings
-from .arguments import argument, check_new_folder, named, required
+from .arguments import argument, check_new_folder, named, required, revision_of
 from .parser import CommandParser
 
 
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
     (args,) = CommandParser((ConvertArguments,), "convert").parse_args_and_config(named(argv, "--model", "--output"))
     source, output = required(args, "model", "output")
     check_new_folder(output)
-    hub = {} if args.revision is None else {"revision": args.revision}
+    hub = revision_of(args)
     config = published_config(source, **hub)
     lengths = _lengths(args, config)
     tokenizer = _tokenizer(args, config, hub)

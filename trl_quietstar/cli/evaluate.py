@@ -23,6 +23,7 @@ from .arguments import (
     named_model,
     renamed,
     required,
+    revision_of,
     saved_fields,
     thinking_line,
 )
@@ -66,7 +67,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     argv = renamed(argv, "--model_name_or_path", "--model")
     (args,) = CommandParser((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
     source, names = required(args, "model", "tasks")
-    hub = {} if args.revision is None else {"revision": args.revision}
+    hub = revision_of(args)
     check_model(source, **hub)
     model = QuietStarLM(
         source,

@@ -14,7 +14,7 @@ from ..model.embeddings import weight_of
 from ..model.heads import ThinkingModel
 from ..model.saved import has_file
 from ..modeling import QuietStarForCausalLM
-from .arguments import argument, check_model, check_new_folder, named, required
+from .arguments import argument, check_model, check_new_folder, named, required, revision_of
 from .parser import CommandParser
 
 
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> None:
     if args.dtype not in DTYPES:
         raise ValueError(f"`dtype` is {args.dtype!r}; choose one of {', '.join(DTYPES)}.")
     check_new_folder(output)
-    hub = {} if args.revision is None else {"revision": args.revision}
+    hub = revision_of(args)
     check_model(source, **hub)
     if not has_file(source, ADAPTER_CONFIG_NAME, hub):
         raise ValueError(
@@ -55,7 +55,8 @@ def run(argv: list[str]) -> None:
         )
     options = {**hub, "trust_remote_code": args.trust_remote_code}
     adapted = QuietStarForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
-    base, token_ids = base_of(adapted), _some_tokens(base_of(adapted))
+    base = base_of(adapted)
+    token_ids = _some_tokens(base)
     _check_base(base)
     before = _log_probabilities(adapted, token_ids)
     kind = type(adapted.peft_config["default"]).__name__

@@ -202,6 +202,14 @@ class ThinkingModel(PreTrainedModel, GenerationMixin):
         def load_heads(self, path: str | Path) -> None: ...
 
 
+def mixing_weights(model: ThinkingModel, hidden: torch.Tensor, after_thought: torch.Tensor) -> torch.Tensor:
+    """Weight of the thought in the next token, of shape `(B,)`, from the hidden states `(B, H)` without and with it: that of the
+    mixing head, or 1 where the thought alone predicts."""
+    if model.quietstar_settings.prediction == "mixed":
+        return model.quietstar.mixing_head(hidden, after_thought)
+    return torch.ones(len(hidden), dtype=model.quietstar.start_embedding.dtype, device=hidden.device)
+
+
 def give_heads(model: PreTrainedModel, settings: QuietStarSettings) -> None:
     """
     Gives a causal LM fresh heads, in place of any that it has.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..branches.decoders import Decoder, decoder_of
 from ..model.embeddings import embed_tokens
-from ..model.heads import ThinkingModel
+from ..model.heads import ThinkingModel, mixing_weights
 from ..model.lm_head import logits_of
 from ..text.batch import Text, Thoughts, gather
 from ..text.transfer import to_device
@@ -112,10 +112,7 @@ def _answered(
         if tokens is not None:  # rows that have ended take no place, so that none grows past a model's last position
             hidden = decoder.read(tokens[:, None], going_on[:, None])
             after_thought = decoder.extend(embed_tokens(model, tokens[:, None]), going_on[:, None])[:, -1]
-        mix = torch.ones(R, device=device)
-        if model.quietstar_settings.prediction == "mixed":
-            mix = model.quietstar.mixing_head(hidden, after_thought)
-        mix = mix[:, None].to(hidden.dtype)
+        mix = mixing_weights(model, hidden, after_thought)[:, None].to(hidden.dtype)
         tokens = logits_of(model, mix * after_thought + (1 - mix) * hidden).argmax(-1)
         for row, token in enumerate(tokens.tolist()):  # the one wait for the device
             if going_on[row] and token not in eos_token_ids:

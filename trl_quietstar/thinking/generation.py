@@ -17,7 +17,7 @@ from .._compat import pad_token
 from ..branches.decoders import decoder_of
 from ..model.embeddings import embed_tokens
 from ..model.family import check_length, max_positions
-from ..model.heads import ThinkingModel
+from ..model.heads import ThinkingModel, mixing_weights
 from ..model.lm_head import logits_of, uncertainty
 from ..text.positions import is_difficult
 from ..text.transfer import exact_dtype, to_device, to_host
@@ -153,10 +153,7 @@ class Predictor:
     def _weights(self, hidden: torch.Tensor, after_thought: torch.Tensor) -> torch.Tensor:
         """The thoughts' weights in this prediction, `(B,)`, 0 where there is none; thoughts that have served are dropped."""
         served = self.left > 0
-        weights = torch.ones(len(hidden), dtype=self.model.quietstar.start_embedding.dtype, device=hidden.device)
-        if self.model.quietstar_settings.prediction == "mixed":
-            weights = self.model.quietstar.mixing_head(hidden, after_thought)
-        weights = weights * to_device(served, hidden.device)
+        weights = mixing_weights(self.model, hidden, after_thought) * to_device(served, hidden.device)
         thoughts = [x[-1] if active else None for x, active in zip(self.thoughts, served.tolist(), strict=True)]
         self._unread_weights.append((thoughts, weights))
         self.left = (self.left - 1).clamp(min=0)
