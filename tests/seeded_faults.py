@@ -348,8 +348,14 @@ FAULTS = (
     ),
     Fault(
         "thoughts that fill up keep their talk",
-        "weights * chosen.kept.to(experience.rewards.dtype)",
-        "weights * torch.ones_like(chosen.kept, dtype=experience.rewards.dtype)",
+        "chosen.kept.to(experience.rewards.dtype) * repeats",
+        "torch.ones_like(chosen.kept, dtype=experience.rewards.dtype) * repeats",
+        "advantage_threshold",
+    ),
+    Fault(
+        "thoughts that were folded count once",
+        "thought * inputs.repeats[..., None]",
+        "thought * (inputs.repeats[..., None] > 0)",
         "advantage_threshold",
     ),
     Fault(

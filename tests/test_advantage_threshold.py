@@ -93,6 +93,32 @@ def test_fewer_thoughts_are_trained_on(tmp_path, monkeypatch):
     assert not any(g.any() for g in gradients.values())
 
 
+def test_thoughts_that_say_the_same_are_run_once(tmp_path, monkeypatch):
+    """Of thoughts of one token many are equal: fewer than two thirds are run, and every term has the gradient of all."""
+    seen = []
+    from trl_quietstar.trainer import quietstar_loss
+
+    def spy(inputs, *args, **kwargs):
+        seen.append(int(inputs.thought_mask.sum()))
+        return quietstar_loss(inputs, *args, **kwargs)
+
+    monkeypatch.setattr("trl_quietstar.trainer.quietstar_loss", spy)
+    terms = dict(nll_coefficient=0.7, reader_nll_coefficient=0.3, base_nll_coefficient=0.2, entropy_coefficient=0.5)
+    options = dict(
+        terms, thought_length=1, num_thoughts=8, temperature=0.3, beta=0.4, nll_weighting="share", max_steps=2
+    )
+    for weights in ({}, dict(base_nll_coefficient=0.0)):  # rows stay as they are, or are regrouped
+        whole, oracle = run(tmp_path, **(options | weights))
+        ours, trainer = run(tmp_path, reward_std_filter=0.0, **(options | weights))  # drops nothing
+        for name, gradient in whole.items():
+            mine = ours.get(name, torch.zeros(())).expand_as(gradient)
+            torch.testing.assert_close(mine, gradient, rtol=1e-7, atol=1e-9, msg=name)
+        assert logged(trainer)[1]["loss"] == pytest.approx(logged(oracle)[1]["loss"], rel=1e-6)
+        every, run_once = sum(seen[:2]), sum(seen[2:])
+        assert 0 < run_once < every * 2 / 3
+        seen.clear()
+
+
 @pytest.mark.parametrize(("text_length", "keeps_rows", "group"), [(1, False, 1), (1000, False, 2), (1, True, 2)])
 def test_each_thought_keeps_what_it_earned(text_length, keeps_rows, group):
     """Of ragged positions and groups, exactly the thoughts above the threshold are left, each with its own numbers."""

@@ -43,6 +43,8 @@ class Experience:
             Log-probabilities of the thought tokens under the reference, where there is a KL term.
         talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             Weight of each thought in the NLLs of the talk after it, by `args.nll_weighting`. None: all are 1.
+        repeats (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            How many thoughts of the group each stands for, where [`fold_repeats`] has left one of those that say the same. None: 1.
         dropped (`torch.Tensor` of shape `(B, J)`, bool, *optional*):
             Groups that [`drop_groups`] leaves out of the update.
         measured (`dict`):
@@ -60,6 +62,7 @@ class Experience:
     sampled_logps: torch.Tensor
     reference_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
+    repeats: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
     measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -235,6 +238,40 @@ def kept_thoughts(experience: Experience, threshold: float | None) -> torch.Tens
 
 
 @torch.no_grad()
+def fold_repeats(experience: Experience, kept: torch.Tensor) -> tuple[torch.Tensor, Experience]:
+    """
+    Leaves one of the thoughts of a group that say the same, to count as often as they are.
+
+    Their gradients are equal, so that one run stands for all of them. A model that is sure of itself writes few different ones: of a
+    sum's right thoughts all are one text.
+
+    Args:
+        experience ([`Experience`]):
+            Of the batch.
+        kept (`torch.Tensor` of shape `(B, J, G)`, bool):
+            Which thoughts are trained on.
+
+    Returns:
+        `tuple`: which are trained on now, and the experience: with the mean of what the folded ones have earned, and how many they
+            are.
+    """
+    ids = experience.thoughts.token_ids.masked_fill(~experience.thoughts.mask, -1)
+    same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & kept[:, :, :, None] & kept[:, :, None]
+    first = same.long().argmax(3) == torch.arange(
+        kept.shape[2], device=kept.device
+    )  # the first of those that are the same
+    repeats = same.sum(3).to(experience.rewards.dtype)
+    share = same / repeats.clamp(min=1)[..., None]
+    weights = experience.talk_weights
+    return kept & first, replace(
+        experience,
+        advantages=torch.where(kept[..., None], torch.einsum("bjgh,bjhl->bjgl", share, experience.advantages), 0),
+        talk_weights=None if weights is None else torch.einsum("bjgh,bjh->bjg", share, weights),
+        repeats=repeats,
+    )
+
+
+@torch.no_grad()
 def worth_training_on(
     experience: Experience, kept: torch.Tensor, text_length: int, keeps_rows: bool
 ) -> tuple[torch.Tensor, Experience]:
@@ -254,7 +291,7 @@ def worth_training_on(
 
     Returns:
         `tuple`: the index of the rows, `(rows,)`, in the host's memory, at least one; and their experience. Slots of thoughts
-            that are left out are empty, with a talk of weight 0.
+            that are left out are empty, with a talk of weight 0; that of others has the weight of all that they stand for.
     """
     thoughts = experience.thoughts
     chosen = _chosen(kept.cpu(), keeps_rows)
@@ -267,7 +304,8 @@ def worth_training_on(
     of_thought = (chosen.rows[:, None, None], chosen.columns[..., None], chosen.places)
     positions = Positions(thoughts.positions.index[of_talk], thoughts.positions.mask[of_talk] & chosen.kept.any(2))
     mask = thoughts.mask[of_thought][..., :cut] & chosen.kept[..., None]
-    weights = 1.0 if experience.talk_weights is None else experience.talk_weights[of_thought]
+    weights, repeats = (1.0 if x is None else x[of_thought] for x in (experience.talk_weights, experience.repeats))
+    repeats = chosen.kept.to(experience.rewards.dtype) * repeats
     reference = experience.reference_logps
     return chosen.rows.cpu(), Experience(
         Thoughts(positions, thoughts.token_ids[of_thought][..., :cut] * mask, mask),
@@ -280,7 +318,8 @@ def worth_training_on(
         experience.returns[of_thought][..., :cut],
         experience.sampled_logps[of_thought][..., :cut],
         None if reference is None else reference[of_thought][..., :cut],
-        weights * chosen.kept.to(experience.rewards.dtype),
+        weights * repeats,
+        repeats,
     )
 
 

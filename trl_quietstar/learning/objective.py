@@ -182,6 +182,8 @@ class LossInputs:
             Of the thought tokens under the policy that wrote them, as in [`policy_terms`].
         talk_weights (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             Weight of each thought in both NLLs of the talk after it. None: 1.
+        repeats (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            How many thoughts each stands for in the means over thought tokens. None: 1.
         written ([`WrittenInputs`], *optional*):
             Of the rows with written thoughts. None: there are none.
     """
@@ -202,6 +204,7 @@ class LossInputs:
     router_loss: torch.Tensor | None = None
     sampled_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
+    repeats: torch.Tensor | None = None
     written: WrittenInputs | None = None
 
     @classmethod
@@ -244,6 +247,7 @@ class LossInputs:
             router_loss=scores.router_loss,
             sampled_logps=experience.sampled_logps if reuses else None,
             talk_weights=experience.talk_weights,
+            repeats=experience.repeats,
             written=written,
         )
 
@@ -345,6 +349,7 @@ def _terms(
     """The batch's part of each term, with gradient; a new term of the objective is one entry here and its weight."""
     policy = policy_terms(inputs.thought_logps, inputs.advantages.detach(), inputs.sampled_logps, clip_range)
     thought, talk, text = inputs.thought_mask, inputs.talk_mask, inputs.text_mask
+    thought = thought if inputs.repeats is None else thought * inputs.repeats[..., None]
     weights = inputs.talk_weights
     read = talk if weights is None else talk * weights.detach()[..., None]
     terms = {

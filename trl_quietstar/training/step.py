@@ -19,6 +19,7 @@ from ..learning.experience import (
     experience_of,
     finish_advantages,
     flat,
+    fold_repeats,
     kept_thoughts,
     unflat,
     worth_training_on,
@@ -179,7 +180,8 @@ class OptimizerStep:
         assert part.experience is not None
         text, keeps_rows = divided.sampled, args.base_nll_coefficient > 0
         kept = kept_thoughts(part.experience, args.advantage_threshold)
-        rows, experience = worth_training_on(part.experience, kept, text.input_ids.shape[1], keeps_rows)
+        kept, folded = fold_repeats(part.experience, kept)
+        rows, experience = worth_training_on(folded, kept, text.input_ids.shape[1], keeps_rows)
         numbers = rows.tolist()
         self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in numbers])
         judged = {**part.judged, "experience": part.experience}
