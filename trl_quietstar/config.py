@@ -7,11 +7,12 @@ from transformers.utils import logging
 
 from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
+from .derived import Derived
 from .learning.advantages import BASELINES, NORMALIZATIONS
 from .learning.rewards import REWARD_TYPES, WEIGHTINGS
 from .model.heads import MIXING_HEADS, VALUE_HEADS
+from .readers import READERS
 from .rules import (
-    READERS,
     TRAINER_LIMITS,
     Choices,
     Limits,
@@ -28,12 +29,11 @@ from .settings import OPTIONS, QuietStarSettings
 
 logger = logging.get_logger(__name__)
 
-VALUE_BASELINES = tuple(name for name, baseline in BASELINES.items() if baseline.uses_value_head)
 SAVED = QuietStarSettings()  # defaults of the options that a saved model remembers
 
 
 @dataclass
-class QuietStarConfig(BaseConfig):
+class QuietStarConfig(Derived, BaseConfig):
     """
     Configuration of [`QuietStarREINFORCETrainer`].
 
@@ -433,41 +433,6 @@ class QuietStarConfig(BaseConfig):
             )
         self._enter_each_stage()
         check_processes_and_memory(self)
-
-    @property
-    def uses_value_head(self) -> bool:
-        """Whether advantages come from the value head."""
-        return self.advantage_baseline in VALUE_BASELINES
-
-    @property
-    def logps_temperature(self) -> float:
-        """Temperature that the policy's log-probabilities are taken at."""
-        return self.temperature if self.policy_temperature is None else self.policy_temperature
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """How far below and above 1 the probability ratio may go."""
-        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
-    def drops_thoughts(self) -> bool:
-        """Whether thoughts are left out of the update once they are judged."""
-        return self.advantage_threshold is not None or self.reward_std_filter is not None
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether a reference model is needed."""
-        return self.beta > 0 or self.no_thought_model == "reference"
-
-    @property
-    def combines_optimizers(self) -> bool:
-        """Whether Muon or Grokfast act beside AdamW."""
-        return self.muon_learning_rate is not None or self.grokfast_lambda > 0
-
-    @property
-    def longest_thought(self) -> int:
-        """The largest `thought_length` of all stages."""
-        return max(self.stages.at(step)["thought_length"] for step in self.stages.starts)
 
     def settings(self) -> QuietStarSettings:
         """The part of the configuration that a saved model keeps."""

@@ -16,7 +16,8 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 
-from ..config import VALUE_BASELINES, QuietStarConfig
+from ..config import QuietStarConfig
+from ..derived import VALUE_BASELINES
 from ..model.adapters import base_of
 from ..model.saved import read_heads, saved_settings
 from ..rules import ADAMW
