@@ -63,7 +63,8 @@ SCALE = {
     *("max_steps", "num_train_epochs", "learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("thought_positions", "difficulty_threshold", "min_thought_interval"),
     *("thought_length", "talk_length", "num_thoughts", "thought_start_text", "thought_end_text"),
-    # thoughts are all of one length here
+    # answers are scored whole, and thoughts are all of one length here
+    "score_pattern",
     *("min_thought_length", "thought_stop_string", "unfinished_thought_penalty"),
     *("save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to", "log_thoughts"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "load_best_model_at_end"),

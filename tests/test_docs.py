@@ -26,6 +26,7 @@ NOT_METHOD = {
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
     *(
         "max_eval_samples",
+        "eval_size",
         "logging_steps",
         "curriculum",
         "branch_batch_size",

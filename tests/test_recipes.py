@@ -24,7 +24,15 @@ EXPLAINED = [path for path in RECIPES if path.stem != "demo"]  # docs/results.md
 # what to run, where it goes and what is seen of it, and not how it is trained
 NO_METHOD = {
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_streaming", "column_mapping", "output_dir"),
-    *("eval_strategy", "eval_steps", "max_eval_samples", "load_best_model_at_end", "logging_steps", "log_thoughts"),
+    *(
+        "eval_strategy",
+        "eval_steps",
+        "max_eval_samples",
+        "eval_size",
+        "load_best_model_at_end",
+        "logging_steps",
+        "log_thoughts",
+    ),
     *("save_steps", "save_total_limit", "branch_batch_size"),
 }
 PARTS = (DataArguments, QuietStarConfig, ModelConfig)
@@ -53,7 +61,7 @@ SMALLER_STILL = {
     "rlpr": {"thought_stop_string": "1"},
     "jepo": {"thought_stop_string": "1"},
 }
-OFTEN = ("quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "rlpr", "jepo", "sft_control")
+OFTEN = ("qa", "quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "rlpr", "jepo", "sft_control")
 NEEDS = {"iss007": "pytorch_optimizer", "qlora": "bitsandbytes"}
 
 
@@ -116,7 +124,7 @@ def test_links_of_a_page_lead_somewhere(path):
 
 
 def data_file(folder: Path, columns: list[str]) -> str:
-    """JSON lines of texts, or of their two parts in the columns that a recipe renames."""
+    """JSON lines of texts, or of questions and answers in the columns that a recipe reads."""
     rows = [{"text": text} for text in sums()[:24]]
     if columns:
         rows = [dict(zip(columns, text.split("is", 1), strict=True)) for text in sums()[:24]]
@@ -137,7 +145,8 @@ def test_a_recipe_trains(path, tmp_path):
         pytest.skip(f"needs {NEEDS[path.stem]}")
     recipe = yaml.safe_load(path.read_text())
     model, out = saved_model(tmp_path / "model"), tmp_path / "out"
-    data = data_file(tmp_path, list(recipe.get("column_mapping", ())))
+    is_text = recipe["dataset_name"] == "open-web-math/open-web-math"
+    data = data_file(tmp_path, [] if is_text else list(recipe.get("column_mapping", ("question", "answer"))))
     flags = {**SMALLER, **SMALLER_STILL.get(path.stem, {}), "model_name_or_path": model, "dataset_name": data}
     flags |= {"output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     if "eval_strategy" in recipe:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from trl import ModelConfig
 
 from ..config import QuietStarConfig
+from ..data.questions import as_chat, as_prompts, columns_of, give_template, split_off
 from ..data.sources import load_splits
-from ..loading import hub_kwargs
+from ..loading import hub_kwargs, load_tokenizer
 from ..model.saved import has_file, saved_settings
 from ..settings import OPTIONS
 
@@ -48,12 +50,25 @@ class DataArguments:
         None, "JSON object that renames columns, from their names to new ones."
     )
     max_eval_samples: int | None = argument(None, "Number of texts that evaluation stops after. None: it takes all.")
+    eval_size: float | None = argument(
+        None,
+        "Rows of the training split that are set apart for evaluation where there is no other data for it: below 1 their share, "
+        "from 1 on their number. The same rows in every run, whatever its seed. None: none are.",
+    )
+    chat: bool = argument(
+        False,
+        "Whether prompts and completions of plain text become a user's message and its answer, in the model's chat template; or, "
+        "where it has none, `Question: ...` and `Answer: ...`. `trl-quietstar generate --chat` does the same.",
+    )
 
     def __post_init__(self):
         if isinstance(self.column_mapping, str):
             self.column_mapping = _mapping(self.column_mapping)
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise ValueError(f"`max_eval_samples` is {self.max_eval_samples}; give a number of texts, at least 1.")
+        size = self.eval_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise ValueError(f"`eval_size` is {size:g}; give a share below 1, or a number of rows.")
 
 
 def _mapping(text: str) -> dict:
@@ -118,16 +133,20 @@ def check_new_folder(output: str) -> None:
 # Data
 
 
-def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+def load_data(
+    arguments: DataArguments, text_field: str = "text"
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Training and evaluation data, the latter None where there is none.
 
     Args:
         arguments ([`DataArguments`]):
             What to load.
+        text_field (`str`):
+            Name of the column of plain text, if there is one.
 
     Raises:
-        `ValueError`: if no dataset is named, or it lacks the split.
+        `ValueError`: if no dataset is named, it lacks the split, or it is not what an option needs.
     """
     if arguments.dataset_name is None:
         raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a data file.")
@@ -144,11 +163,33 @@ def load_data(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Data
         if evaluation is not None:
             source = arguments.eval_dataset_name or arguments.dataset_name
             evaluation = _rename(evaluation, arguments.column_mapping, source)
-    return train, None if evaluation is None else cut(evaluation, arguments)
+    if evaluation is None and arguments.eval_size is not None:
+        train, evaluation = split_off(train, arguments.eval_size)
+        print(
+            f"Of the {len(train) + len(evaluation)} rows of {arguments.dataset_name!r}, {len(evaluation)} are set apart for evaluation "
+            "(`eval_size`) and not trained on."
+        )
+    train = _as_asked(train, arguments, text_field)
+    return train, None if evaluation is None else _as_asked(cut(evaluation, arguments), arguments, text_field)
+
+
+def _as_asked(dataset: Dataset | IterableDataset, arguments: DataArguments, text_field: str):
+    """Data with the names of columns that are read, and as messages where that is asked for."""
+    dataset = as_prompts(dataset, text_field)
+    return as_chat(dataset) if arguments.chat else dataset
+
+
+def chat_tokenizer(arguments: DataArguments, source: str, args: QuietStarConfig) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer with a template for the messages that `chat` makes; None, for the model's own, without `chat`."""
+    if not arguments.chat:
+        return None
+    tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code, **hub_kwargs(args))
+    give_template(tokenizer)
+    return tokenizer
 
 
 def _rename(dataset: Dataset | IterableDataset, mapping: dict, source: str) -> Dataset | IterableDataset:
-    names = dataset.column_names or list(next(iter(dataset), {}))
+    names = columns_of(dataset)
     missing = [name for name in mapping if name not in names]
     if missing:
         raise ValueError(

@@ -16,6 +16,7 @@ from .arguments import (
     DataArguments,
     ThinkerArguments,
     argument,
+    chat_tokenizer,
     check_model,
     cut,
     load_data,
@@ -104,12 +105,13 @@ def evaluate_on_text(argv: list[str]) -> None:
             warn_of_untrained_heads(source)
         parser.set_defaults(output_dir=scratch, report_to="none", **fields)
         eval_args, data_args, args, model_args = parser.parse_args_and_config(argv)
-        train_dataset, eval_dataset = load_data(data_args)
+        train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
         args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
         trainer = QuietStarREINFORCETrainer(
             model=source,
             args=args,
             eval_dataset=cut(train_dataset, data_args) if eval_dataset is None else eval_dataset,
+            processing_class=chat_tokenizer(data_args, source, args),
             quantization_config=get_quantization_config(model_args),
         )
         if trainer.accelerator.is_main_process:

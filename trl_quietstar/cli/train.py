@@ -11,7 +11,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import QuietStarConfig
 from ..evaluation.report import print_anti_theater, print_comparison, print_teaching, print_thoughts
 from ..trainer import QuietStarREINFORCETrainer
-from .arguments import DataArguments, load_data, model_kwargs, named_model
+from .arguments import DataArguments, chat_tokenizer, load_data, model_kwargs, named_model
 from .parser import CommandParser
 
 
@@ -23,13 +23,14 @@ def run(argv: list[str]) -> None:
     if args.push_to_hub:
         _check_hub(args)
     source = named_model(model_args, args)
-    train_dataset, eval_dataset = load_data(data_args)
+    train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
     args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
     trainer = QuietStarREINFORCETrainer(
         model=source,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=chat_tokenizer(data_args, source, args),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -16,6 +16,7 @@ from .folders import check_output_dir
 from .optimizers import check_optimizers
 
 
+GIVE = " (on the command line: `--eval_dataset_name`, or `--eval_size 0.1` for a tenth of the training rows)"
 NO_LOGITS = (
     "evaluation scores thoughts and holds no logits. `evaluate` returns reward, NLL and accuracy; for a number of your own "
     "call `model.log_likelihoods` or `model.generate` in a callback's `on_evaluate`."
@@ -83,13 +84,13 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
     if args.anti_theater_steps is not None:
         if not eval_dataset:
             raise ValueError(
-                f"`anti_theater_steps={args.anti_theater_steps}` needs an `eval_dataset` to validate the thoughts on."
+                f"`anti_theater_steps={args.anti_theater_steps}` needs an `eval_dataset` to validate the thoughts on{GIVE}."
             )
         if isinstance(eval_dataset, Dataset):
             check_texts(len(eval_dataset))
     strategy = IntervalStrategy(args.eval_strategy)
     if strategy != IntervalStrategy.NO and not eval_dataset:
-        raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`.")
+        raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`{GIVE}.")
     if quantization_config is not None:
         check_quantization(model, args, peft_config, training=train_dataset is not None)
     if peft_config is not None:
