@@ -53,6 +53,7 @@ SMALLER_STILL = {
     "fast_quietstar": {"curriculum": json.dumps(STAGES)},
     "iss007": {"eval_steps": 1, "save_steps": 1},
     "lora": {"eval_steps": 1, "anti_theater_steps": 2},
+    "qa": {"min_thought_length": 1},
     "qlora": {"eval_steps": 1},
     "sft_control": {"eval_steps": 1, "thought_length": 1},
     "rlp": {"thought_stop_string": "1"},

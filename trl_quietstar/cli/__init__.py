@@ -1,13 +1,14 @@
 """The command line.
 
-    trl-quietstar recipes copy lora
-    trl-quietstar train --config lora.yaml --learning_rate 2e-4
+    trl-quietstar recipes copy qa
+    trl-quietstar check --config qa.yaml
+    trl-quietstar train --config qa.yaml --learning_rate 1e-4
     trl-quietstar generate --model out/lora --prompt "Twice seven is" --show-thoughts
     trl-quietstar eval --model_name_or_path out/lora --dataset_name test.jsonl --anti-theater
     trl-quietstar eval --model out/lora --tasks gsm8k --compare
     trl-quietstar inspect --model out/lora --text story.txt --output report.html
     trl-quietstar convert quietstar-8-ahead out/published --n_ahead 8 --tokenizer mistralai/Mistral-7B-v0.1
-    accelerate launch -m trl_quietstar.cli train --config lora.yaml
+    accelerate launch -m trl_quietstar.cli train --config qa.yaml
 
 Every field of `QuietStarConfig`, TRL's `ModelConfig` and `DataArguments` is a key of the recipe and a flag, which wins.
 

@@ -72,19 +72,31 @@ HELP = {
     "resume_from_checkpoint": "Folder of a checkpoint to go on from. Without a folder: the last checkpoint in `output_dir`.",
 }
 
+TRAINING = "[--config RECIPE.yaml] [--model_name_or_path MODEL] [--dataset_name DATA] [--FIELD VALUE ...]"
+OF_TRAINING = {"dtype": None}  # the trainer's own default, which goes by what is trained
+
 COMMANDS = {
     "recipes": Command(
         "recipes",
         "[copy NAME [DEST]]",
         "lists the recipes that come with the package, or copies one, to change it and train by it",
     ),
+    "check": Command(
+        "check",
+        TRAINING,
+        "shows before a run what it would be, for the arguments of `train`: the fields that differ from the defaults, rows as the "
+        "model sees them, time and memory of a step, and whether the model's thoughts help at all",
+        (DATA, CONFIG, MODEL, *TRAINER),
+        unused=OF_OTHERS,
+        defaults=OF_TRAINING,
+    ),
     "train": Command(
         "train",
-        "[--config RECIPE.yaml] [--model_name_or_path MODEL] [--dataset_name DATA] [--FIELD VALUE ...]",
+        TRAINING,
         "trains a causal language model to think, evaluates it before and after where there is evaluation data, and saves it",
         (DATA, CONFIG, MODEL, *TRAINER),
         unused=OF_OTHERS,
-        defaults={"dtype": None},  # the trainer's own default, which goes by what is trained
+        defaults=OF_TRAINING,
     ),
     "generate": Command(
         "generate",

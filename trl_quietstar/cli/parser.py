@@ -34,6 +34,7 @@ class CommandParser(TrlParser):
         self.command = COMMANDS[name] if command is None else command
         self.names = [field.name for kind in kinds for field in fields(kind)]
         self.set_defaults(**self.command.defaults)
+        self.given: list[str] = []  # fields that flags or a recipe set, once they are parsed
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:  # type: ignore[override]  # it returns what it is asked for alone
         """
@@ -56,6 +57,7 @@ class CommandParser(TrlParser):
             raise ValueError(f"{part!r} follows no flag; options are given as `--name value`.")
         # a recipe is written for training, and other commands take from it what they use
         self._refuse_unused(flags + keys if self.command.used is None else flags)
+        self.given = [name for name in dict.fromkeys(keys + flags) if name in self.names]
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:

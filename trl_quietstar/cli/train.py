@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import cast
+from typing import NamedTuple, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -13,29 +13,54 @@ from ..evaluation.report import print_anti_theater, print_comparison, print_teac
 from ..trainer import QuietStarREINFORCETrainer
 from .arguments import DataArguments, chat_tokenizer, load_data, model_kwargs, named_model
 from .parser import CommandParser
+from .preview import print_fields, print_rows
+
+
+class Asked(NamedTuple):
+    """What a command line asks for, and which fields it gives."""
+
+    data: DataArguments
+    args: QuietStarConfig
+    model: ModelConfig
+    given: list[str]
+
+    @classmethod
+    def of(cls, argv: list[str], name: str) -> "Asked":
+        """Reads recipe and flags of a command that takes what training takes."""
+        parser = CommandParser((DataArguments, QuietStarConfig, ModelConfig), name)
+        parts = parser.parse_args_and_config(argv)
+        sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
+        return cls(*parts, parser.given)
+
+    def trainer(self) -> QuietStarREINFORCETrainer:
+        """The trainer of the run, its data read and its model loaded."""
+        data_args, args, model_args, _ = self
+        source = named_model(model_args, args)
+        train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
+        args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
+        return QuietStarREINFORCETrainer(
+            model=source,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=chat_tokenizer(data_args, source, args),
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
 
 
 def run(argv: list[str]) -> None:
-    """Trains from a recipe: evaluates, trains, evaluates again, prints what changed, and saves."""
-    parser = CommandParser((DataArguments, QuietStarConfig, ModelConfig), "train")
-    data_args, args, model_args = parser.parse_args_and_config(argv)
-    sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
+    """Trains from a recipe: shows what was asked for, evaluates, trains, evaluates again, prints what changed, and saves."""
+    asked = Asked.of(argv, "train")
+    data_args, args = asked.data, asked.args
     if args.push_to_hub:
         _check_hub(args)
-    source = named_model(model_args, args)
-    train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
-    args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
-    trainer = QuietStarREINFORCETrainer(
-        model=source,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=chat_tokenizer(data_args, source, args),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    trainer = asked.trainer()
+    if trainer.accelerator.is_main_process:
+        print_fields(asked, "train")
+        print_rows(trainer, 1)
     checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
-    before = trainer.evaluate() if eval_dataset is not None else None
+    before = trainer.evaluate() if trainer.eval_dataset is not None else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_locally(str(args.output_dir))
     if before is not None:

@@ -10,7 +10,7 @@ It draws from random generators of its own, so that training is the same with it
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import TrainerCallback
@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..data.batches import TOKEN_COLUMNS
 from ..learning.experience import StepPart
 from ..learning.metrics import Measured, MetricSums, group_metrics
+from ..learning.rewards import talk_log_likelihood
 from ..text.batch import Text, talk_after
 from ..text.positions import seeded_generators, usable_positions
 from ..thinking.scoring import ScoreRequest, Scores, at_talk
@@ -37,6 +38,51 @@ READ_AHEAD = 4  # rows that are looked at for each position that is wanted: not 
 CANDIDATES = 4  # positions that are looked at for each one that is wanted, where not all are difficult
 
 
+class Found(NamedTuple):
+    """
+    What some thoughts of a model are worth, as it is; shares are None where no thought was written.
+
+    Parameters:
+        thoughts (`int`):
+            Their number.
+        useful, mixed (`float`, *optional*):
+            Shares of the thoughts that are useful, and of the groups with useful and useless ones.
+        helping, gain (`float`, *optional*):
+            Share of the thoughts that raise the probability of the tokens after them at all, and by how much thoughts raise it on
+            average.
+        least (`float`):
+            Above which gain a thought is useful.
+        written (`bool`):
+            Whether other rows bring written thoughts.
+    """
+
+    thoughts: int
+    useful: float | None
+    mixed: float | None
+    helping: float | None
+    gain: float | None
+    least: float
+    written: bool
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether there is little to reinforce, and nothing to imitate first."""
+        return self.useful is not None and self.useful < MIXED and not self.written
+
+    def told(self) -> str:
+        """The shares in a sentence, and what to do where there is little to reinforce."""
+        groups = (
+            "" if self.mixed is None else f", and {self.mixed:.0%} of the positions have both such thoughts and others"
+        )
+        measured = (
+            f"{self.useful:.0%} of {self.thoughts} thoughts raise the probability of the tokens after them by more than {self.least} "
+            f"(`useful_gain`){groups}."
+        )
+        if not self.is_hopeless:
+            return measured
+        return f"{measured} There is little to reinforce: {advice(self.useful or 0.0)}"
+
+
 class PreflightCallback(TrainerCallback):
     """
     Measures before the first step of a run that is not resumed, and logs `preflight_useful_thoughts` and
@@ -53,8 +99,24 @@ class PreflightCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.preflight_thoughts is None or args.thought_positions == "none" or state.global_step > 0:
             return
-        rows, written = self._rows(math.ceil(args.preflight_thoughts / args.num_thoughts))
-        self._tell(self._measured(rows), written)
+        found = self.measure(args.preflight_thoughts)
+        if found.useful is None:  # no position was difficult
+            return
+        shares = {"preflight_useful_thoughts": found.useful, "preflight_mixed_groups": found.mixed}
+        self.trainer.log({name: share for name, share in shares.items() if share is not None})
+        if self.trainer.accelerator.is_main_process:
+            (logger.warning if found.is_hopeless else logger.info)(f"Before training, {found.told()}")
+
+    def measure(self, thoughts: int) -> "Found":
+        """What about so many thoughts are worth, on the first rows of the training data."""
+        rows, written = self._rows(math.ceil(thoughts / self.trainer.args.num_thoughts))
+        sums, least = self._measured(rows), self.trainer.args.useful_gain
+        shares = (sums.mean(name) for name in ("useful_thoughts", "mixed_groups", "helping", "gain"))
+        return Found(round(sums.total("thoughts")), *shares, least, written)
+
+    def places(self, row: dict) -> list[int]:
+        """After which tokens of a prepared row a thought may be written."""
+        return self._usable(self._collated([row]))[0].nonzero()[:, 0].tolist()
 
     def _rows(self, count: int) -> tuple[list[dict], bool]:
         """The first rows of the training data that thoughts are sampled in and that hold `count` positions together, as many for
@@ -123,26 +185,11 @@ class PreflightCallback(TrainerCallback):
         mask = talk_after(text, positions, talk_length).score_mask[:, :, None]
         without = at_talk(scores.text_logps, scores.thoughts, talk_length)
         tried = positions.mask.sum() * args.num_thoughts
+        gain = talk_log_likelihood(scores.reader_logps, mask).exp() - talk_log_likelihood(without, mask).exp()
+        exists = positions.mask[..., None].expand_as(gain)
         return {
             **group_metrics(scores.reader_logps, without, mask, positions, args.useful_gain),
+            "helping": (gain > 0, exists),
+            "gain": (gain, exists),
             "thoughts": (tried, torch.ones_like(tried)),
         }
-
-    def _tell(self, sums: MetricSums, written: bool) -> None:
-        """Logs the shares, and says in a line what they are; a warning where there is little to reinforce."""
-        useful, mixed, gain = sums.mean("useful_thoughts"), sums.mean("mixed_groups"), self.trainer.args.useful_gain
-        if useful is None:  # no position was difficult
-            return
-        shares = {"preflight_useful_thoughts": useful, "preflight_mixed_groups": mixed}
-        self.trainer.log({name: share for name, share in shares.items() if share is not None})
-        if not self.trainer.accelerator.is_main_process:
-            return
-        groups = "" if mixed is None else f", and {mixed:.0%} of the positions have both such thoughts and others"
-        measured = (
-            f"Before training, {useful:.0%} of {sums.total('thoughts'):.0f} thoughts raise the probability of the tokens after "
-            f"them by more than {gain} (`useful_gain`){groups}"
-        )
-        if useful < MIXED and not written:
-            logger.warning(f"{measured}. There is little to reinforce: {advice(useful)}")
-        else:
-            logger.info(f"{measured}.")
