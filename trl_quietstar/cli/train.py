@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -28,16 +28,17 @@ class Asked(NamedTuple):
     def of(cls, argv: list[str], name: str) -> "Asked":
         """Reads recipe and flags of a command that takes what training takes."""
         parser = CommandParser((DataArguments, QuietStarConfig, ModelConfig), name)
-        parts = parser.parse_args_and_config(argv)
+        data_args, args, model_args = parser.parse_args_and_config(argv)
         sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
-        return cls(*parts, parser.given)
+        return cls(data_args, args, model_args, parser.given)
 
     def trainer(self) -> QuietStarREINFORCETrainer:
         """The trainer of the run, its data read and its model loaded."""
         data_args, args, model_args, _ = self
         source = named_model(model_args, args)
         train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
-        args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
+        given: Any = args.model_init_kwargs or {}  # a dictionary, once the configuration has parsed it
+        args.model_init_kwargs = {**model_kwargs(model_args), **given}
         return QuietStarREINFORCETrainer(
             model=source,
             args=args,

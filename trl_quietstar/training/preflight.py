@@ -111,8 +111,8 @@ class PreflightCallback(TrainerCallback):
         """What about so many thoughts are worth, on the first rows of the training data."""
         rows, written = self._rows(math.ceil(thoughts / self.trainer.args.num_thoughts))
         sums, least = self._measured(rows), self.trainer.args.useful_gain
-        shares = (sums.mean(name) for name in ("useful_thoughts", "mixed_groups", "helping", "gain"))
-        return Found(round(sums.total("thoughts")), *shares, least, written)
+        useful, mixed, helping, gain = map(sums.mean, ("useful_thoughts", "mixed_groups", "helping", "gain"))
+        return Found(round(sums.total("thoughts")), useful, mixed, helping, gain, least, written)
 
     def places(self, row: dict) -> list[int]:
         """After which tokens of a prepared row a thought may be written."""
