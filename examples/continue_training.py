@@ -45,7 +45,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_metrics("before", before)
     trainer.save_metrics("eval", after)
-    print_comparison(before, after, f"After {arguments.steps} more steps")
+    print_comparison(before, after, f"After {arguments.steps} more steps", trainer.args)
 
 
 if __name__ == "__main__":

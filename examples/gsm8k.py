@@ -109,7 +109,8 @@ def main() -> None:
         state = trainer.state
     after = trainer.evaluate()
     trainer.save_model()
-    print_comparison(before, after, f"{arguments.arm}: {state.global_step} steps in {arguments.minutes:g} minutes")
+    title = f"{arguments.arm}: {state.global_step} steps in {arguments.minutes:g} minutes"
+    print_comparison(before, after, title, trainer.args)
     results = {"arm": arguments.arm, "minutes": arguments.minutes, "steps": state.global_step}
     results |= {"before": before, "after": after, "log": state.log_history}
     Path(arguments.output, "results.json").write_text(json.dumps(results, indent=2))

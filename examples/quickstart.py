@@ -48,7 +48,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_metrics("eval", after)
     print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
-    print_comparison(before, after, f"After {arguments.steps} steps")
+    print_comparison(before, after, f"After {arguments.steps} steps", trainer.args)
 
     model = QuietStarForCausalLM.from_pretrained(arguments.output)
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)

@@ -53,8 +53,8 @@ FAULTS = (
     ),
     Fault(
         "the penalty on unfinished thoughts is a bonus",
-        "rewards - args.unfinished_thought_penalty *",
-        "rewards + args.unfinished_thought_penalty *",
+        "rewards - penalties",
+        "rewards + penalties",
         "settings early_ends trainer",
     ),
     # advantages

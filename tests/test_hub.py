@@ -108,7 +108,9 @@ def test_the_trainer_uploads_all_that_others_need(hub, tmp_path):
     assert torch.equal(thinking.generate(prompt(), **GREEDY), expected)
 
     card = (repo / "README.md").read_text()
-    assert "QuietStarForCausalLM.from_pretrained('me/thinker')" in card and "reward (gain of thoughts)" in card
+    assert (
+        "QuietStarForCausalLM.from_pretrained('me/thinker')" in card and "reward (gain, probability a token)" in card
+    )
     assert trainer.sampled_thoughts()["thought"][0].splitlines()[0] in card
 
 

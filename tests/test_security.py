@@ -10,7 +10,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from trl_quietstar import QuietStarForCausalLM
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.cli import main
 from trl_quietstar.evaluation import report
 from trl_quietstar.evaluation.harness import QuietStarLM
@@ -189,7 +189,7 @@ def test_thoughts_stay_text_in_the_model_card():
     """Each is one indented line, which Markdown shows as it is; what loads the model is one line of code."""
     hostile = HOSTILE + "\n```\n# Title | a | `b` \x1b[2J\r\n---"
     table = {name: [hostile] for name in ("context", "thought", "next")}
-    section = card_section("x')\n```\n# Title", False, None, {**table, "reward": [0.5]})
+    section = card_section("x')\n```\n# Title", False, None, {**table, "reward": [0.5]}, QuietStarConfig())
     assert not controls(section) and "\n# Title" not in section and "\n---" not in section
     assert [line[:4] for line in section.splitlines() if "<img" in line] == ["    "]
     assert section.count("\n```") == 2

@@ -163,6 +163,9 @@ def test_unfinished_thoughts_pay(tmp_path):
     plain.train(), fined.train()
     difference = logged(plain)[0]["rl/reward"] - logged(fined)[0]["rl/reward"]
     assert 0 < difference <= 0.5
+    entry = logged(fined)[0]
+    assert entry["rl/penalty"] == pytest.approx(difference) and "rl/penalty" not in logged(plain)[0]
+    assert entry["rl/gain"] == pytest.approx(logged(plain)[0]["rl/reward"], abs=1e-6)
 
 
 def test_the_penalty_needs_thoughts_that_end(tmp_path):

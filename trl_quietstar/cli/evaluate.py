@@ -126,7 +126,7 @@ def _report(trainer: QuietStarREINFORCETrainer, eval_args: EvalArguments) -> Non
     if not trainer.accelerator.is_main_process:
         return
     print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
-    print_evaluation(metrics)
+    print_evaluation(metrics, trainer.args)
     if report is not None:
         print_anti_theater(report)
     if eval_args.output_file is not None:

@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
         trainer.save_metrics("eval", after)
         if trainer.accelerator.is_main_process:
             print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
-            print_comparison(before, after, f"After {trainer.state.global_step} steps")
+            print_comparison(before, after, f"After {trainer.state.global_step} steps", args)
             if args.thought_positions != "none" and not data_args.dataset_streaming:
                 print_teaching(*_taught(trainer))
     if args.anti_theater_steps is not None:

@@ -5,7 +5,6 @@ read as markup.
 """
 
 import math
-import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +19,11 @@ from ..learning.metrics import BatchResult
 from ..learning.rewards import masked_mean
 from ..text.transfer import to_host
 from .anti_theater import CONDITIONS, THRESHOLDS, AntiTheaterReport, Estimate
+from .meaning import changes, contradictions, evaluation_rows
 
 
 if TYPE_CHECKING:
+    from ..config import QuietStarConfig
     from .harness import Outcome
 
 
@@ -135,26 +136,20 @@ class TerminalStreamer(BaseStreamer):
         self.console.print(text, end="", soft_wrap=True)
 
 
-# rows of the tables of an evaluation, with the metric of each
-EVALUATION_ROWS = {
-    "reward (gain of thoughts)": "eval_reward",
-    "NLL without thoughts, nats": "eval_nll_without",
-    "NLL with thoughts, nats": "eval_nll_with",
-    "accuracy without thoughts": "eval_accuracy_without",
-    "accuracy with thoughts": "eval_accuracy_with",
-    "coherence": "eval_coherence",
-    "exact match without thoughts": "eval_exact_match_without",
-    "exact match with thoughts": "eval_exact_match_with",
-}
-
-
-def card_name(name: str) -> str:
-    """A name that is safe in a model card: without characters that Markdown, HTML or YAML would interpret."""
-    return re.sub(r"[^\w./ -]+", "-", name).strip("- ") or "model"
+def _shown(metrics: dict[str, float], key: str) -> str:
+    """A metric as a cell of a table."""
+    value = metrics[key]
+    if math.isnan(value):
+        return "not finite" if math.isnan(metrics.get("eval_loss", 0.0)) else "not measured"
+    return f"{value:.4f}"
 
 
 def card_section(
-    model_id: str, adapter: bool, evaluation: dict[str, float] | None, thoughts: dict[str, list] | None
+    model_id: str,
+    adapter: bool,
+    evaluation: dict[str, float] | None,
+    thoughts: dict[str, list] | None,
+    args: "QuietStarConfig",
 ) -> str:
     """
     Writes the section that a model card has beyond TRL's: how to load the model, what was measured, some thoughts.
@@ -168,6 +163,8 @@ def card_section(
             Metrics that `evaluate` returned.
         thoughts (`dict[str, list]`, *optional*):
             Columns of [`thought_table`].
+        args ([`QuietStarConfig`]):
+            Of the run.
 
     Returns:
         `str`: Markdown.
@@ -200,29 +197,37 @@ def card_section(
         ]
     if evaluation is not None:
         lines += ["| held-out | |", "| --- | --- |"]
-        lines += [
-            f"| {label} | {evaluation[key]:.4f} |" for label, key in EVALUATION_ROWS.items() if key in evaluation
-        ]
-        lines.append("")
+        rows = evaluation_rows(evaluation, args)
+        lines += [f"| {label} | {_shown(evaluation, key)} |" for label, key in rows.items()]
+        lines += ["", *contradictions(evaluation, args), ""]
     if thoughts:
         lines += ["Some of its thoughts, in brackets, with the text before and after:", ""]
-        rows = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
+        shown = zip(thoughts["context"], thoughts["thought"], thoughts["next"], thoughts["reward"], strict=True)
         # an indented block shows text as it is, and no character in the text can end it
-        lines += ["    " + printable("↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines())) for a, b, c, r in rows]
+        lines += [
+            "    " + printable("↵".join(f"{a} [{b}]{c}  (reward {r:+.4f})".splitlines())) for a, b, c, r in shown
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
-def print_evaluation(metrics: dict[str, float]) -> None:
-    """Prints the metrics that `evaluate` returned."""
+def print_evaluation(metrics: dict[str, float], args: "QuietStarConfig") -> None:
+    """
+    Prints an evaluation.
+
+    Args:
+        metrics (`dict[str, float]`):
+            Metrics that `evaluate` returned.
+        args ([`QuietStarConfig`]):
+            That it was made with.
+    """
     table = Table("held-out", "", title="Evaluation")
-    for label, key in EVALUATION_ROWS.items():
-        if key in metrics:  # a model that does not think has no metrics with thoughts
-            table.add_row(label, f"{metrics[key]:.4f}")
-    Console().print(table)
+    for label, key in evaluation_rows(metrics, args).items():
+        table.add_row(RichText(label), _shown(metrics, key))
+    _print_with_notes(table, contradictions(metrics, args))
 
 
-def print_comparison(before: dict[str, float], after: dict[str, float], title: str) -> None:
+def print_comparison(before: dict[str, float], after: dict[str, float], title: str, args: "QuietStarConfig") -> None:
     """
     Prints what changed between two evaluations.
 
@@ -231,14 +236,26 @@ def print_comparison(before: dict[str, float], after: dict[str, float], title: s
             Metrics that `evaluate` returned.
         title (`str`):
             Title of the table.
+        args ([`QuietStarConfig`]):
+            Of the run.
     """
     table = Table(title=title)
     for name in ("held-out", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "held-out" else "right")
-    for label, key in EVALUATION_ROWS.items():
-        if key in before:
-            table.add_row(label, f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
-    Console().print(table)
+    for label, key in evaluation_rows(after, args).items():
+        known = before | {key: before.get(key, math.nan)}  # what a stage measures, the one before may not
+        change = after[key] - known[key]
+        table.add_row(
+            RichText(label), _shown(known, key), _shown(after, key), "" if math.isnan(change) else f"{change:+.4f}"
+        )
+    _print_with_notes(table, contradictions(after, args) + changes(before, after))
+
+
+def _print_with_notes(table: Table, notes: list[str]) -> None:
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(RichText(note))
 
 
 def print_teaching(taught: int, rows: int) -> None:

@@ -47,6 +47,8 @@ class Experience:
             How many thoughts of the group each stands for, where [`fold_repeats`] has left one of those that say the same. None: 1.
         dropped (`torch.Tensor` of shape `(B, J)`, bool, *optional*):
             Groups that [`drop_groups`] leaves out of the update.
+        penalties (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            What was taken off the gain of each thought to make its reward. None: nothing was.
         measured (`dict`):
             Metrics of the reward functions, as in [`~learning.reward_functions.RewardFunctions.judge`].
     """
@@ -64,6 +66,7 @@ class Experience:
     talk_weights: torch.Tensor | None = None
     repeats: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
+    penalties: torch.Tensor | None = None
     measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -135,8 +138,10 @@ def experience_of(
         rewards, measured = reward_functions.judge(own, columns or {}, scores.talk_logps.dtype)
     if args.reward_clip_range is not None:
         rewards = rewards.clamp(*args.reward_clip_range)
+    penalties = None
     if args.unfinished_thought_penalty:
-        rewards = rewards - args.unfinished_thought_penalty * unfinished(thoughts, sampling)
+        penalties = args.unfinished_thought_penalty * unfinished(thoughts, sampling)
+        rewards = rewards - penalties
     options = (args.advantage_baseline, args.use_gae, args.gamma, args.gae_lambda)
     advantages, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, *options)
     return Experience(
@@ -151,6 +156,7 @@ def experience_of(
         scores.thought_logps.detach(),
         None if reference is None or args.beta == 0 else reference.thought_logps,
         talk_weights(scores.talk_logps, gains["mask"], rewards, args.nll_weighting),
+        penalties=penalties,
         measured=measured,
     )
 

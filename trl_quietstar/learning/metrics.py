@@ -51,7 +51,7 @@ Measured = tuple[torch.Tensor, torch.Tensor] | None
 
 # metrics of an evaluation
 EVAL_METRICS = (
-    *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
+    *("reward", "gain", "penalty", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
     *("exact_match_with", "exact_match_without", "useful_thoughts"),
 )
 # metrics that follow from the spread of others
@@ -86,8 +86,13 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
         "return": (experience.returns, tokens),
         "residual": (experience.returns - scores.thought_values.detach(), tokens),
     }
+    fined = {}
+    if experience.penalties is not None:
+        fined["gain"] = (experience.rewards + experience.penalties, exists)
+        fined["penalty"] = (experience.penalties, exists)
     return {
         "reward": moments["reward"],
+        **fined,
         **{name: (parts[name] / share, share) if name in parts else None for name in PARTS},
         **{name: (parts[name] / share, share) for name in ("router_loss", "distillation_loss") if name in parts},
         "entropy": (scores.thought_entropies, tokens),

@@ -109,6 +109,16 @@ REWARDS: dict[str, Callable[[Gains], torch.Tensor]] = {
     "binary": binary,
 }
 REWARD_TYPES = tuple(REWARDS)
+# what a reward of each type is counted in, for tables
+UNITS = {
+    "probability": "probability a token",
+    "sequence_probability": "probability of all tokens together",
+    "log_likelihood": "nats a token",
+    "sequence_log_likelihood": "nats of all tokens together",
+    "marginal_log_likelihood": "nats, over the other thoughts",
+    "accuracy": "share of right tokens",
+    "binary": "share of thoughts",
+}
 GROUP_REWARDS = ("marginal_log_likelihood",)  # that compare a thought with the others at its position already
 
 

@@ -11,7 +11,8 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .._compat import fingerprint
 from ..evaluation.anti_theater import AntiTheaterReport, judge, text_sums
-from ..evaluation.report import card_name, card_section
+from ..evaluation.meaning import card_name
+from ..evaluation.report import card_section
 from .checkpoints import kept_weights
 from .checks import NO_LOGITS
 from .data import DataTrainer
@@ -194,6 +195,6 @@ class EvaluationTrainer(DataTrainer):
         evaluations = [entry for entry in self.state.log_history if "eval_nll_without" in entry]
         samples = self.runlog.samples.get("eval") or self.runlog.samples.get("train")
         name, evaluation = self.args.hub_model_id or model_name, evaluations[-1] if evaluations else None
-        section = card_section(name, is_peft_model(self.model), evaluation, samples)
+        section = card_section(name, is_peft_model(self.model), evaluation, samples, self.args)
         with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8", errors="replace") as card:
             card.write(section)

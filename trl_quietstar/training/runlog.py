@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from transformers import TrainerState, is_trackio_available, is_wandb_available
+from transformers.utils import logging
 
 from ..branches.memory import Plan
 from ..config import QuietStarConfig
@@ -30,6 +31,9 @@ if is_wandb_available():
 
 if is_trackio_available():
     import trackio
+
+
+logger = logging.get_logger(__name__)
 
 
 class RunLog:
@@ -208,9 +212,17 @@ class RunLog:
         """
         found = self._sums["eval"].means()
         names = [*EVAL_METRICS, *(name for name in found if name in self._own["eval"] or name.startswith("rewards/"))]
-        measured = {name: found.get(name) for name in names}
+        measured = {name: found[name] for name in names if name in found}
         thinks = self.args.thought_positions != "none"
-        means = {name: mean or 0.0 for name, mean in measured.items() if thinks or mean is not None}
+        # 0 would pass for a measurement, and without its name the Trainer could not look for the best model
+        means = {
+            name: math.nan if mean is None else mean for name, mean in measured.items() if thinks or mean is not None
+        }
+        if thinks and not is_faulty and math.isnan(means.get("reward", math.nan)) and self.accelerator.is_main_process:
+            logger.warning(
+                f"The evaluation {prefix!r} at step {step} has no place for a thought, so that its reward is not measured. Places come "
+                "from `thought_positions` (with `difficulty`: from `difficulty_threshold`), from labels, and from `thought_mask`."
+            )
         if is_faulty:
             means = dict.fromkeys(("loss", *means), float("nan"))
         metrics.update({f"{prefix}_{name}": mean for name, mean in means.items()})
