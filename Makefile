@@ -20,7 +20,7 @@ EVAL_TASKS ?= sums
 EVAL_LIMIT ?= 100
 GSM8K ?=
 
-.PHONY: help train prove demo-data report picture eval test test-all bench gpu models lint format clean
+.PHONY: help train prove demo-data report picture eval test test-all bench gpu models docs lint format clean
 
 help:
 	@echo "make train     teach a real small model to think on generated problems (about 6 minutes on 2 cores)"
@@ -33,6 +33,7 @@ help:
 	@echo "make bench     run the benchmarks behind docs/results.md (about 2 hours on two cores)"
 	@echo "make gpu       what thinking costs on an accelerator, of 135 million parameters and of a billion"
 	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
+	@echo "make docs      build the site of the documentation: build/site"
 	@echo "make lint      check style, types, and the limits of the layout"
 	@echo "make format    apply the style"
 
@@ -120,6 +121,10 @@ bench: demo-data
 	$(OFFLINE) $(BIN)/python -m benchmarks.long_thoughts --output out/long_thoughts.json
 	$(OFFLINE) $(BIN)/python -m benchmarks.early_ends
 	$(OFFLINE) $(BIN)/python -m benchmarks.plan --output out/plan.json
+
+# strict: a broken link or docstring is an error
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -392,10 +392,12 @@ def test_wandb_receives_the_thoughts_of_an_evaluation(tmp_path, monkeypatch):
     )
     try:
         trainer.evaluate()
-        summary = dict(wandb.run.summary)
+        summary, folder = dict(wandb.run.summary), Path(wandb.run.dir).parent
     finally:
         wandb.finish()
     assert summary["eval_thoughts"]["_type"] == "table-file" and summary["eval_thoughts"]["nrows"] == 5
+    # what `wandb sync` would upload names the page
+    assert any(b"step-0.html" in file.read_bytes() for file in folder.glob("*.wandb"))
 
 
 def test_text_of_one_row_has_no_batch_effects():

@@ -397,7 +397,8 @@ class QuietStarConfig(Derived, BaseConfig):
         "`rl/useful_thoughts` and `rl/mixed_groups`. It changes no training.",
     )
     log_thoughts: bool = option(
-        False, "Whether to print a few thoughts at each log, and to send them to W&B or trackio as a table."
+        False,
+        "Whether to print a few thoughts at each log, and to send them to W&B, trackio or TensorBoard as a table.",
     )
     num_thoughts_to_print: Annotated[int, Limits(1)] = option(
         5, "Number of thoughts that are printed at a log, or sent as a table."
@@ -405,7 +406,7 @@ class QuietStarConfig(Derived, BaseConfig):
     report_thoughts: bool = option(
         False,
         "Whether each evaluation writes a page `reports/step-N.html` in the output directory, with the thoughts on "
-        "its first batch and plots of the run so far, and sends a few of the thoughts to W&B or trackio as a table.",
+        "its first batch and plots of the run so far, sends it to W&B, and a few of the thoughts as `log_thoughts` does.",
     )
 
     packing_strategy = "bfd"  # not an option: the strategy that keeps document boundaries

@@ -5,6 +5,7 @@ read as markup.
 """
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,6 +97,16 @@ def print_thoughts(columns: dict[str, list], title: str) -> None:
             *(RichText(f"{x:.4f}" if isinstance(x, float) else printable(str(x)).replace("\n", "↵")) for x in row)
         )
     Console().print(table)
+
+
+def markdown_table(columns: dict[str, list]) -> str:
+    """The columns of [`thought_table`] as a table in Markdown, in which their text stays text."""
+    rows = [[_escaped(str(x)) for x in row] for row in zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([*columns], ["---"] * len(columns), *rows))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text)).replace("\n", "↵")  # punctuation of ASCII
 
 
 class TerminalStreamer(BaseStreamer):

@@ -1,6 +1,7 @@
 """`RunLog`: what a run measures of its batches, and where that goes: the log, tables of thoughts, reports."""
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ..branches.memory import Plan
 from ..config import QuietStarConfig
 from ..evaluation.inspection import inspect_texts
 from ..evaluation.page import write_page
-from ..evaluation.report import print_thoughts, thought_table
+from ..evaluation.report import markdown_table, print_thoughts, thought_table
 from ..learning.metrics import DERIVED, EVAL_METRICS, BatchResult, MetricSums, run_metrics
 from ..learning.objective import Coefficients
 from ..text.positions import usable_positions
@@ -57,6 +58,7 @@ class RunLog:
         self.evaluated: str | None = None  # name of the data that an evaluation is of, while it lasts
         self._inspected: list[dict] | None = None  # texts of an evaluation's first batch, until they are written
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._writer = None  # of TensorBoard, once there is something to write
         self._own: dict[str, set[str]] = {"train": set(), "eval": set()}  # names of metrics of reward functions
         self._read_rewards: deque[float] = deque(maxlen=100)  # of the last optimizer steps
         self.begin_run()
@@ -240,21 +242,36 @@ class RunLog:
         path = Path(str(self.args.output_dir), "reports", f"step-{step}{suffix}.html")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_page(path, f"Thoughts at step {step}", texts, history=state.log_history)
+        if self._reports_to("wandb"):
+            page = wandb.Artifact(f"thoughts-{wandb.run.id}", type="report")  # a version of it for each page
+            page.add_file(str(path), path.name)
+            wandb.run.log_artifact(page)
 
     def _table(self, mode: str, step: int) -> dict[str, list]:
         samples = self.samples[mode]
         return {"step": [step] * len(samples["thought"]), **samples}
 
+    def _reports_to(self, name: str) -> bool:
+        return name in (self.args.report_to or ()) and (name != "wandb" or wandb.run is not None)
+
     def _send(self, name: str, table: dict[str, list]) -> None:
-        """Sends a table of thoughts to W&B and trackio, where they are in use."""
-        backends = []
-        report_to = self.args.report_to or ()
-        if "wandb" in report_to and wandb.run is not None:
-            backends.append(wandb)
-        if "trackio" in report_to:
-            backends.append(trackio)
-        for backend in backends:
-            backend.log({name: backend.Table(dataframe=pd.DataFrame(table))})
+        """Sends a table of thoughts to the loggers that are in use and show tables or text."""
+        if self._reports_to("wandb"):
+            wandb.log({name: wandb.Table(dataframe=pd.DataFrame(table))})
+        if self._reports_to("trackio"):
+            trackio.log({name: trackio.Table(dataframe=pd.DataFrame(table))})
+        if self._reports_to("tensorboard") and table["step"]:
+            self._tensorboard().add_text(name, markdown_table(table), table["step"][0])
+            self._tensorboard().flush()
+
+    def _tensorboard(self):
+        """The writer of thoughts: a run of its own beside that of the metrics, whose writer the Trainer keeps to itself."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            runs = os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(str(self.args.output_dir), "runs")
+            self._writer = SummaryWriter(str(Path(runs, "thoughts")))
+        return self._writer
 
     # Checkpoints
 
