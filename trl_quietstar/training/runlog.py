@@ -242,7 +242,7 @@ class RunLog:
         path = Path(str(self.args.output_dir), "reports", f"step-{step}{suffix}.html")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_page(path, f"Thoughts at step {step}", texts, history=state.log_history)
-        if self._reports_to("wandb"):
+        if self._reports_to("wandb") and wandb.run is not None:
             page = wandb.Artifact(f"thoughts-{wandb.run.id}", type="report")  # a version of it for each page
             page.add_file(str(path), path.name)
             wandb.run.log_artifact(page)
@@ -252,11 +252,11 @@ class RunLog:
         return {"step": [step] * len(samples["thought"]), **samples}
 
     def _reports_to(self, name: str) -> bool:
-        return name in (self.args.report_to or ()) and (name != "wandb" or wandb.run is not None)
+        return name in (self.args.report_to or ())
 
     def _send(self, name: str, table: dict[str, list]) -> None:
         """Sends a table of thoughts to the loggers that are in use and show tables or text."""
-        if self._reports_to("wandb"):
+        if self._reports_to("wandb") and wandb.run is not None:
             wandb.log({name: wandb.Table(dataframe=pd.DataFrame(table))})
         if self._reports_to("trackio"):
             trackio.log({name: trackio.Table(dataframe=pd.DataFrame(table))})
