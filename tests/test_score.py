@@ -244,6 +244,30 @@ def test_inspect_scores_by_a_pattern(tmp_path):
             main(["inspect", *flags, "--score_pattern", pattern, *more])
 
 
+def test_inspect_takes_written_thoughts_out(tmp_path, capsys):
+    """As training does, the prompt left alone; the page says how many."""
+    model, page = saved_model(tmp_path / "model"), tmp_path / "page.html"
+    texts = {"plain": "is 7 .", "written": "<3+4=>is <7>7 .", "prompt": "3 <plus> 4 "}
+    for name, words in texts.items():
+        (tmp_path / name).write_text(words)
+    flags = [
+        "--model",
+        model,
+        "--prompt",
+        str(tmp_path / "prompt"),
+        "--output",
+        str(page),
+        "--use_cpu",
+        "--thought_length",
+        "2",
+    ]
+    shown = []
+    for name, more in (("plain", []), ("written", ["--thought_pattern", "<(.*?)>"])):
+        assert main(["inspect", *flags, "--text", str(tmp_path / name), *more]) == 0
+        shown.append(embedded(page.read_text("utf-8"))["texts"])
+    assert shown[0] == shown[1] and "Written thoughts taken out: 2." in capsys.readouterr().out
+
+
 # In data
 
 

@@ -59,7 +59,7 @@ EVALUATION = frozenset(
     + "dataloader_drop_last disable_tqdm log_level log_level_replica".split()
 )
 INSPECTION = frozenset(
-    ["Thoughts", "Page", *"model_init_kwargs trust_remote_code max_length score_pattern".split()]
+    ["Thoughts", "Page", *"model_init_kwargs trust_remote_code max_length score_pattern thought_pattern".split()]
     + "reward_prediction use_cpu seed".split()
     + "mixing_head_type value_head_type value_head_hidden_size".split()
 )

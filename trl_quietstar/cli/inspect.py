@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import QuietStarConfig
 from ..data.score import SPAN, FindScore
+from ..data.written import without_thoughts
 from ..evaluation.inspection import ShownScores, inspect_texts
 from ..evaluation.page import write_page
 from ..loading import build_model, hub_kwargs
@@ -47,7 +48,10 @@ def run(argv: list[str]) -> None:
     """Writes a page of what a model thinks after each token of a text, by its saved settings unless others are given."""
     inspect_args, args, is_trained = _parsed(argv)
     source, file = required(inspect_args, "model", "text")
-    words = read_text(file)
+    words, said = read_text(file), ""
+    if args.thought_pattern is not None:  # a text is read as in training
+        words, written = without_thoughts(words, args.thought_pattern)
+        said = f" Written thoughts taken out: {len(written)}."
     prompt = "" if inspect_args.prompt is None else read_text(inspect_args.prompt)
     model, tokenizer = build_model(source, args, None, None, None)
     base = cast(ThinkingModel, base_of(model.to(args.device).eval()))
@@ -63,7 +67,7 @@ def run(argv: list[str]) -> None:
     warnings = _warnings(source, is_trained, len(kept), len(ids))
     for warning in warnings:
         print(f"Warning: {warning}", file=sys.stderr)
-    settings = f"Model {source}. {thinking_line(args)}"
+    settings = f"Model {source}. {thinking_line(args)}{said}"
     print(settings)
     name = "standard input" if file == "-" else Path(file).name
     write_page(Path(inspect_args.output), f"Thoughts on {name}", texts, [settings, *warnings])
