@@ -8,16 +8,18 @@ them.
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, arrow_dataset
+from datasets.utils import are_progress_bars_disabled
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl.trainer.base_config import _BaseConfig as BaseConfig
@@ -117,6 +119,34 @@ def prepare_dataset(
     )
     options: Any = args  # read for names that both trainers' options have
     return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, options, False, None, name)
+
+
+@contextmanager
+def one_bar(title: str, shown: bool = True) -> Iterator[None]:
+    """Inside, the bars of Datasets' `map` and `filter` are one, which begins anew for each of them and says what it does."""
+    bars = arrow_dataset.hf_tqdm
+    if not shown or are_progress_bars_disabled():
+        arrow_dataset.hf_tqdm = functools.partial(bars, disable=True)
+        try:
+            yield
+        finally:
+            arrow_dataset.hf_tqdm = bars
+        return
+    with tqdm(desc=title, unit=" rows", dynamic_ncols=True, delay=1e-6) as bar:
+
+        def next_stage(*args: Any, total: int | None = None, initial: int = 0, desc: str = "Map", **kwargs: Any):
+            bar.reset(total)
+            names = "" if desc in ("Map", "Filter") else f": {desc[:1].lower()}{desc[1:]}"
+            bar.set_description(title + names, refresh=False)
+            bar.update(initial)
+            return nullcontext(bar)
+
+        arrow_dataset.hf_tqdm = next_stage
+        try:
+            yield
+        finally:
+            arrow_dataset.hf_tqdm = bars
+            bar.set_description(title)
 
 
 def left_on_host(loader: DataLoader) -> DataLoader:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from trl import ModelConfig
 
+from .._compat import one_bar
 from ..config import QuietStarConfig
 from ..data.questions import as_chat, as_prompts, columns_of, give_template, split_off
 from ..data.sources import load_splits
@@ -169,8 +170,9 @@ def load_data(
             f"Of the {len(train) + len(evaluation)} rows of {arguments.dataset_name!r}, {len(evaluation)} are set apart for evaluation "
             "(`eval_size`) and not trained on."
         )
-    train = _as_asked(train, arguments, text_field)
-    return train, None if evaluation is None else _as_asked(cut(evaluation, arguments), arguments, text_field)
+    with one_bar("Reading the data"):
+        train = _as_asked(train, arguments, text_field)
+        return train, None if evaluation is None else _as_asked(cut(evaluation, arguments), arguments, text_field)
 
 
 def _as_asked(dataset: Dataset | IterableDataset, arguments: DataArguments, text_field: str):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import QuietStarConfig
-from ..evaluation.report import print_anti_theater, print_comparison, print_teaching, print_thoughts
+from ..evaluation.report import print_anti_theater, print_comparison, print_evaluation, print_teaching, print_thoughts
 from ..trainer import QuietStarREINFORCETrainer
 from .arguments import DataArguments, chat_tokenizer, load_data, model_kwargs, named_model
 from .parser import CommandParser
@@ -62,10 +62,12 @@ def run(argv: list[str]) -> None:
         print_rows(trainer, 1)
     checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
     before = trainer.evaluate() if trainer.eval_dataset is not None else None
+    if before is not None and trainer.accelerator.is_main_process:
+        print_evaluation(before, "Before training")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_locally(str(args.output_dir))
     if before is not None:
-        after = trainer.evaluate()
+        after = _last_evaluation(trainer) or trainer.evaluate()
         trainer.save_metrics("eval", after)
         if trainer.accelerator.is_main_process:
             print_thoughts(trainer.sampled_thoughts(), "Thoughts on held-out text")
@@ -73,7 +75,9 @@ def run(argv: list[str]) -> None:
             if args.thought_positions != "none" and not data_args.dataset_streaming:
                 print_teaching(*_taught(trainer))
     if args.anti_theater_steps is not None:
-        report = trainer.validate_thoughts()
+        report = (
+            trainer.anti_theater.report or trainer.validate_thoughts()
+        )  # made as training ended, unless it rolled back
         if trainer.accelerator.is_main_process:
             print_anti_theater(report)
     trainer.create_model_card()
@@ -81,6 +85,17 @@ def run(argv: list[str]) -> None:
         print(f"Saved to {args.output_dir}")
     if args.push_to_hub:
         _push(trainer)
+
+
+def _last_evaluation(trainer: QuietStarREINFORCETrainer) -> dict[str, float] | None:
+    """The last evaluation in training, if it was of the very model that training returned."""
+    args, state = trainer.args, trainer.state
+    entry = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {"step": None})
+    is_other = args.load_best_model_at_end and state.best_global_step != state.global_step
+    rolls_back = args.anti_theater_steps is not None and args.anti_theater_action == "rollback"
+    if entry["step"] != state.global_step or is_other or rolls_back:
+        return None
+    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def _taught(trainer: QuietStarREINFORCETrainer) -> tuple[int, int]:

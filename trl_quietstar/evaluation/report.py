@@ -222,7 +222,7 @@ def card_section(
     return "\n".join(lines)
 
 
-def print_evaluation(metrics: dict[str, float], args: "QuietStarConfig") -> None:
+def print_evaluation(metrics: dict[str, float], args: "QuietStarConfig", title: str = "Evaluation") -> None:
     """
     Prints an evaluation.
 
@@ -231,8 +231,10 @@ def print_evaluation(metrics: dict[str, float], args: "QuietStarConfig") -> None
             Metrics that `evaluate` returned.
         args ([`QuietStarConfig`]):
             That it was made with.
+        title (`str`):
+            Title of the table.
     """
-    table = Table("held-out", "", title="Evaluation")
+    table = Table("held-out", "", title=title)
     for label, key in evaluation_rows(metrics, args).items():
         table.add_row(RichText(label), _shown(metrics, key))
     _print_with_notes(table, contradictions(metrics, args))

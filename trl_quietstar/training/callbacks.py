@@ -63,6 +63,7 @@ class AntiTheaterCallback(TrainerCallback):
         self.saved_passed: str | None = None  # what `last_passed` was when the last checkpoint was written
         self.has_stopped = False  # whether a failed validation has stopped training; kept in checkpoints
         self.last_step = -1  # of the last validation
+        self.report: AntiTheaterReport | None = None  # of the last validation, unless it brought another model back
 
     def state(self) -> dict:
         """What a checkpoint keeps: the last model that passed, and whether a failed validation has stopped training."""
@@ -94,7 +95,7 @@ class AntiTheaterCallback(TrainerCallback):
     def _passes(self, args, state) -> bool:
         """Validates and logs. Keeps a model that passes, and rolls back one that fails, if that is the action."""
         self.last_step = state.global_step
-        report = self.trainer.validate_thoughts()
+        self.report = report = self.trainer.validate_thoughts()
         metrics: dict[str, Any] = {f"rl/anti_theater_{name}": value for name, value in report.metrics().items()}
         self.trainer.log(metrics)  # None where a test is undefined
         rolls_back = args.anti_theater_action == "rollback"
@@ -106,6 +107,7 @@ class AntiTheaterCallback(TrainerCallback):
         if rolls_back and self.last_passed is not None:
             complaint += f" Rolling back to the model in {self.last_passed!r}."
             self.trainer.restore_model(self.last_passed)
+            self.report = None
         elif rolls_back:
             complaint += " No model has passed yet that could be rolled back to."
         if state.is_world_process_zero:

@@ -4,7 +4,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .._compat import left_on_host
+from .._compat import left_on_host, one_bar
 from ..config import QuietStarConfig
 from ..data.batches import OWN_COLUMNS, RepeatedRows, TextCollator
 from ..data.prepare import check_amount, check_longest, longest_text, prepare_texts
@@ -46,7 +46,8 @@ def prepared(
     if dataset is None:
         return None
     vocab_size = config.get_text_config().vocab_size
-    dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_functions)
+    with one_bar(f"Preparing the {name} data", shown=not args.disable_tqdm):
+        dataset = prepare_texts(dataset, tokenizer, args, name, vocab_size, trains and args.packing, reward_functions)
     check_amount(dataset, args, name, trains)
     longest = longest_text(dataset, args.max_length)
     if longest is not None:

@@ -17,6 +17,7 @@ from .checkpoints import kept_weights
 from .checks import NO_LOGITS
 from .data import DataTrainer
 from .faults import FaultGuard
+from .progress import show_progress, watched
 from .runlog import RunLog
 from .step import OptimizerStep
 from .thinker import Thinker
@@ -30,6 +31,10 @@ class EvaluationTrainer(DataTrainer):
     step: OptimizerStep
     runlog: RunLog
     guard: FaultGuard
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        show_progress(self.callback_handler)
 
     def evaluate(
         self,
@@ -157,11 +162,12 @@ class EvaluationTrainer(DataTrainer):
         self.step.begin_evaluation()
         generator = torch.Generator().manual_seed(self.args.seed)
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        is_shown = not self.args.disable_tqdm and self.is_world_process_zero()
         with self.runlog.untimed():
             sums = [
                 self._examined(inputs, generator)
                 for dataset in datasets.values()
-                for inputs in self.get_eval_dataloader(dataset)
+                for inputs in watched(self.get_eval_dataloader(dataset), "Validation of the thoughts", is_shown)
             ]
         self.model.train(training)
         return judge(torch.cat(sums), self.args.seed)

@@ -1,0 +1,93 @@
+"""What a run shows of itself on a terminal: a line for each logging window and evaluation, and bars that say what of.
+
+All metrics are in the log: `log.jsonl` of the output directory, the checkpoints, and loggers such as W&B. With `disable_tqdm` they are
+printed whole, as the Trainer does.
+"""
+
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import has_length
+
+
+# what a line says of a logging window or an evaluation, by the metrics without `rl/` or `eval_`
+PARTS = {
+    "reward": "reward {:+.4f}",
+    "nll_with": "NLL {:.3f} with thoughts",
+    "nll_without": "{:.3f} without",
+    "exact_match_with": "right {:.1%} with thoughts",
+    "exact_match_without": "{:.1%} without",
+    "thought_length": "thoughts of {:.1f} tokens",
+}
+OF_WINDOWS = ("reward", "nll_with", "nll_without", "thought_length")
+SILENT = ("preflight_useful_thoughts", "rl/anti_theater_passed")  # marks of entries that are said in words elsewhere
+
+
+class ThoughtProgress(ProgressCallback):
+    """The Trainer's progress, with lines that fit a terminal and named bars."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.began, self.first_step = time.monotonic(), state.global_step
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.prediction_bar is None and state.is_world_process_zero and has_length(eval_dataloader):
+            self.prediction_bar = _bar(eval_dataloader, f"Evaluation at step {state.global_step}")
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not state.is_world_process_zero or any(name in logs for name in SILENT):
+            return
+        line = line_of(logs, state)
+        if line is None:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+            return
+        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        if "loss" in logs and done > 0:
+            seconds = (time.monotonic() - self.began) / done * left
+            line += f", {timedelta(seconds=round(seconds))} left"
+        self.training_bar.write(line)
+
+
+def line_of(logs: dict, state: TrainerState) -> str | None:
+    """A line for a logging window or an evaluation of data that may have a name; None for anything else."""
+    if "loss" in logs:
+        found = {name: logs.get(f"rl/{name}") for name in OF_WINDOWS}
+        title = f"Step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4g}"
+    else:
+        prefix = next((name.removesuffix("nll_without") for name in logs if name.endswith("_nll_without")), None)
+        if prefix is None:
+            return None
+        found = {name: logs.get(prefix + name) for name in PARTS}
+        of = prefix.removeprefix("eval_").strip("_")
+        title = f"Evaluation{f' of {of}' if of else ''} at step {state.global_step}"
+    parts = [PARTS[name].format(value) for name, value in found.items() if value is not None]
+    return (", " if "loss" in logs else ": ").join([title, ", ".join(parts)] if parts else [title])
+
+
+def show_progress(handler: CallbackHandler) -> None:
+    """Has a run show itself by these lines, where it shows itself by the Trainer's on a terminal."""
+    handler.callbacks[:] = [ThoughtProgress() if type(x) is ProgressCallback else x for x in handler.callbacks]
+
+
+def watched(batches: DataLoader, title: str, shown: bool) -> Iterable:
+    """The batches, with a bar of that name where it is to be shown."""
+    bar = _bar(batches, title, disable=not shown or not has_length(batches))
+    try:
+        for batch in batches:
+            yield batch
+            bar.update(1)
+    finally:
+        bar.close()
+
+
+def _bar(batches: DataLoader, title: str, disable: bool = False) -> tqdm:
+    total = len(batches) if has_length(batches) else None
+    return tqdm(total=total, desc=title, leave=False, dynamic_ncols=True, disable=disable)
