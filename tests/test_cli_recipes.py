@@ -20,6 +20,8 @@ from .training import saved_model
 
 
 ROOT = Path(__file__).parent.parent
+SMALL = "--model_name_or_path model --use_cpu --max_steps 4 --thought_length 4 --num_thoughts 2 --eval_strategy steps --eval_steps 2 "
+SMALL += "--save_strategy steps --save_steps 2 --logging_steps 2"
 
 
 def test_recipes_are_listed(capsys):
@@ -105,30 +107,71 @@ def test_the_source_distribution_is_whole(distributions):
     assert {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "setup.py"} <= names
 
 
-@pytest.mark.slow
-def test_the_first_hour_with_the_wheel_alone(distributions, tmp_path):
-    """A recipe that came with it, trained on sixty questions and answers in a file; then each command on what came out."""
+HOUR = {
+    "copy": "recipes copy qa my.yaml",
+    "check": f"check --config my.yaml {SMALL}",
+    "train": f"train --config my.yaml {SMALL}",
+    "generate": "generate --model out/qa --chat --prompt '3 plus 4 is' --max_new_tokens 3 --show-thoughts",
+    "eval": "eval --model out/qa --chat --dataset_name data.jsonl --max_eval_samples 8 --use_cpu",
+    "merge": "merge out/qa merged",
+    "again": "generate --model merged --chat --prompt '3 plus 4 is' --max_new_tokens 3",
+    "compare": "compare out/qa",
+}
+# one process for all, since PyTorch takes longer to import than a tiny model to train
+SCRIPT = """
+import sys, trl_quietstar
+from pathlib import Path
+from trl_quietstar.cli import main
+assert Path(trl_quietstar.__file__).is_relative_to({installed!r}), trl_quietstar.__file__
+for name, argv in {commands!r}.items():
+    sys.stdout = open(name + ".txt", "w")
+    assert main(argv) == 0
+    sys.stdout.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def first_hour(distributions, tmp_path_factory) -> Path:
+    """A folder with sixty questions and answers, in which each command has run with what the wheel holds, and with what each
+    printed."""
+    folder = tmp_path_factory.mktemp("hour")
     (wheel,) = distributions.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    saved_model(tmp_path / "model")
-    rows = [{"question": f"{a} plus {b} is", "answer": f" {a + b} ."} for a in range(6) for b in range(10)]
-    for name, part in (("train", rows), ("test", rows[:4])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-
-    def command(line: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-        argv = [sys.executable, "-m", "trl_quietstar.cli", *shlex.split(line)]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    command("recipes copy lora my.yaml")
-    command(
-        "train --config my.yaml --model_name_or_path model --dataset_name train.jsonl --eval_dataset_name test.jsonl --use_cpu "
-        "--dataset_config none --max_steps 2 --thought_length 3 --thought_positions 3 --eval_steps 2 --save_steps 2 --warmup_steps 0"
+    zipfile.ZipFile(wheel).extractall(folder / "installed")
+    saved_model(folder / "model")
+    rows = [{"question": f"{a} plus {b} is", "answer": f"{a + b} ."} for a in range(6) for b in range(10)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = SCRIPT.format(
+        installed=str(folder / "installed"), commands={name: shlex.split(line) for name, line in HOUR.items()}
     )
-    assert "3 plus 4 is" in command("generate --model out/lora --prompt '3 plus 4 is' --max_new_tokens 3")
-    mapping = '--column_mapping \'{"question": "prompt", "answer": "completion"}\''
-    assert "NLL" in command(f"eval --model out/lora --dataset_name test.jsonl --use_cpu {mapping}")
-    assert "Saved to merged" in command("merge out/lora merged")
-    assert "3 plus 4 is" in command("generate --model merged --prompt '3 plus 4 is' --max_new_tokens 3")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "installed")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("copy", "Train by it: `trl-quietstar train --config my.yaml`"),
+        ("check", "A step of 8 rows takes about"),
+        ("train", "6 are set apart for evaluation"),
+        ("train", "After 4 steps"),
+        ("generate", "3 plus 4 is"),
+        ("eval", "NLL with thoughts"),
+        ("merge", "Saved to merged"),
+        ("again", "3 plus 4 is"),
+        ("compare", "one setting"),
+    ],
+)
+def test_the_first_hour_with_the_wheel_alone(command, words, first_hour):
+    """A recipe that came with it, on a file of questions and answers; then each command on what came out."""
+    assert words in " ".join((first_hour / f"{command}.txt").read_text().split())
+
+
+@pytest.mark.slow
+def test_what_the_first_hour_leaves(first_hour):
+    """An adapter with its heads, its history and a plot; a merged model; a plot of the comparison."""
+    for name in ("quietstar.safetensors", "adapter_model.safetensors", "history.jsonl", "history.svg", "run.json"):
+        assert (first_hour / "out/qa" / name).is_file()
+    assert (first_hour / "merged/model.safetensors").is_file() and (first_hour / "compare.svg").is_file()

@@ -78,13 +78,17 @@ def test_without_bars_all_metrics_are_printed(tmp_path, capsys):
 def test_no_evaluation_runs_twice(more, runs, tmp_path, monkeypatch, capsys):
     """The last one in training is the one after it; and the validation that ends training is the one that is shown."""
     calls = []
-    for name in ("evaluate", "validate_thoughts"):
+
+    def counted(name):
         whole = getattr(EvaluationTrainer, name)
-        counted = lambda self, *args, whole=whole, name=name, **kwargs: (
-            calls.append(name),
-            whole(self, *args, **kwargs),
-        )[1]  # noqa: E731
-        monkeypatch.setattr(EvaluationTrainer, name, counted)
+
+        def call(self, *args, **kwargs):
+            calls.append(name)
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(EvaluationTrainer, name, call)
+
+    counted("evaluate"), counted("validate_thoughts")
     run(tmp_path, {**recipe_in(tmp_path), **more, "max_steps": 2, "anti_theater_steps": 2})
     assert calls.count("evaluate") == runs and calls.count("validate_thoughts") == 1
     printed = capsys.readouterr().out

@@ -135,6 +135,13 @@ COMMANDS = {
         "merges an adapter into its base, and saves the model with its heads",
         (Source("Merging", f"{OWN}/merge.py", "MergeArguments"),),
     ),
+    "compare": Command(
+        "compare",
+        "RUN RUN ... [--output PLOT.svg]",
+        "compares runs of several settings and seeds by what they left in their output directories: one table with intervals, and one "
+        "plot",
+        (Source("Comparison", f"{OWN}/compare.py", "CompareArguments"),),
+    ),
     "completion": Command(
         "completion", "SHELL", "prints what a shell (bash, zsh, fish, ...) needs to complete commands and flags"
     ),

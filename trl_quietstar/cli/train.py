@@ -63,7 +63,7 @@ def run(argv: list[str]) -> None:
     checkpoint = trainer.find_checkpoint(_truth(args.resume_from_checkpoint))  # refused before anything is computed
     before = trainer.evaluate() if trainer.eval_dataset is not None else None
     if before is not None and trainer.accelerator.is_main_process:
-        print_evaluation(before, "Before training")
+        print_evaluation(before, args, "Before training")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_locally(str(args.output_dir))
     if before is not None:

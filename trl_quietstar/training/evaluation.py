@@ -13,10 +13,12 @@ from .._compat import fingerprint
 from ..evaluation.anti_theater import AntiTheaterReport, judge, text_sums
 from ..evaluation.meaning import card_name
 from ..evaluation.report import card_section
+from ..model.adapters import base_of
 from .checkpoints import kept_weights
 from .checks import NO_LOGITS
 from .data import DataTrainer
 from .faults import FaultGuard
+from .history import HistoryCallback
 from .progress import show_progress, watched
 from .runlog import RunLog
 from .step import OptimizerStep
@@ -35,6 +37,8 @@ class EvaluationTrainer(DataTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         show_progress(self.callback_handler)
+        if self.train_dataset is not None:
+            self.add_callback(HistoryCallback(str(base_of(self.model).config.name_or_path)))
 
     def evaluate(
         self,

@@ -1,6 +1,6 @@
 """What a run shows of itself on a terminal: a line for each logging window and evaluation, and bars that say what of.
 
-All metrics are in the log: `log.jsonl` of the output directory, the checkpoints, and loggers such as W&B. With `disable_tqdm` they are
+All metrics are in `history.jsonl` of the output directory, in checkpoints, and with loggers such as W&B. With `disable_tqdm` they are
 printed whole, as the Trainer does.
 """
 

@@ -1,0 +1,138 @@
+"""`trl-quietstar compare`: runs of several settings and seeds, in one table and one plot.
+
+    trl-quietstar compare out/a-seed0 out/a-seed1 out/b-seed0 out/b-seed1
+
+Runs whose options differ in nothing but the seed and in what is written where are one setting. A value is that of the last evaluation of
+a run or, without any, of its last logging window. Intervals are Student's, over the seeds.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluation.plots import panels_of, write_plot
+from ..evaluation.report import printable
+from ..training.history import HISTORY, read_history
+from .arguments import argument
+from .parser import CommandParser
+
+
+# options in which runs of one setting may differ: what seeds are, where things go, and what is shown
+ASIDE = frozenset(
+    "seed data_seed output_dir run_name logging_dir project trackio_space_id report_to disable_tqdm log_level log_level_replica "
+    "logging_first_step save_strategy save_steps save_total_limit save_only_model push_to_hub hub_model_id hub_strategy "
+    "resume_from_checkpoint log_thoughts num_thoughts_to_print report_thoughts dataloader_num_workers".split()
+)
+SHOWN = 60  # characters of a value in the name of a setting
+# 97.5% quantile of Student's distribution by degrees of freedom; more seeds take the last
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# columns of the table: what they are called, and how they are written
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "reward": ("reward", "{:+.4f}".format),
+    "nll_with": ("NLL with thoughts", "{:.4f}".format),
+    "nll_without": ("NLL without", "{:.4f}".format),
+    "exact_match_with": ("right with", "{:.1%}".format),
+    "exact_match_without": ("right without", "{:.1%}".format),
+    "thought_length": ("thought length", "{:.1f}".format),
+}
+
+
+@dataclass
+class CompareArguments:
+    """What to draw. What each field means stands in its `help`."""
+
+    output: str = argument("compare.svg", "SVG file to write the plot to.")
+
+
+class Run(NamedTuple):
+    """A run by its folder: its settings, and the entries of its log."""
+
+    folder: str
+    settings: dict
+    log: list[dict]
+
+
+def run(argv: list[str]) -> None:
+    """Compares runs: `RUN RUN ...`, then flags."""
+    count = next((i for i, part in enumerate(argv) if part.startswith("-")), len(argv))
+    (args,) = CommandParser((CompareArguments,), "compare").parse_args_and_config(argv[count:])
+    if count == 0:
+        raise ValueError("No run is given; give the output directories of runs: `trl-quietstar compare RUN RUN ...`.")
+    runs = [Run(folder, *read_history(Path(folder))) for folder in dict.fromkeys(argv[:count])]
+    for one in runs:
+        if not one.log:
+            raise ValueError(
+                f"{one.folder!r} has logged nothing yet ({HISTORY} is empty); leave it out, or wait for its first log."
+            )
+    groups = by_setting(runs)
+    Console().print(table(groups))
+    write_plot(
+        Path(args.output), "Runs", panels_of({name: [one.log for one in group] for name, group in groups.items()})
+    )
+    print(f"The plot is in {args.output}")
+
+
+def by_setting(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs with equal settings, by the options in which settings differ."""
+    groups: dict[str, list[Run]] = {}
+    for one in runs:
+        groups.setdefault(repr({name: x for name, x in one.settings.items() if name not in ASIDE}), []).append(one)
+    firsts = [group[0].settings for group in groups.values()]
+    names = list(dict.fromkeys(name for settings in firsts for name in settings if name not in ASIDE))
+    differing = [name for name in names if len({repr(settings.get(name)) for settings in firsts}) > 1]
+    named = [", ".join(f"{name}={_short(settings.get(name))}" for name in differing) for settings in firsts]
+    return {name or "one setting": group for name, group in zip(named, groups.values(), strict=True)}
+
+
+def _short(value) -> str:
+    text = printable(str(value))
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def table(groups: dict[str, list[Run]]) -> Table:
+    """Settings by rows: the number of seeds, and the mean of each value with its 95% interval."""
+    columns = [
+        name for name in COLUMNS if any(last(one.log, name) is not None for group in groups.values() for one in group)
+    ]
+    has_evaluations = any("eval_loss" in entry for group in groups.values() for one in group for entry in one.log)
+    source = "last evaluation" if has_evaluations else "last logging window"
+    found = Table(
+        "setting", "seeds", "steps", title=f"Runs: {source}, mean and 95% interval over seeds", show_lines=True
+    )
+    for name in columns:
+        found.add_column(COLUMNS[name][0], justify="right")
+    for setting, group in groups.items():
+        steps = sorted({max(entry["step"] for entry in one.log) for one in group})
+        cells = [_cell(name, [x for one in group if (x := last(one.log, name)) is not None]) for name in columns]
+        found.add_row(setting, str(len(group)), " to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))), *cells)
+    return found
+
+
+def last(log: list[dict], name: str) -> float | None:
+    """The last value of a metric in evaluation, or in training where it was not evaluated."""
+    for key in (f"eval_{name}", f"rl/{name}"):
+        value = next((entry[key] for entry in reversed(log) if entry.get(key) is not None), None)
+        if value is not None:
+            return value
+    return None
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    half = QUANTILES[min(len(values) - 2, len(QUANTILES) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def _cell(name: str, values: list[float]) -> str:
+    if not values:
+        return "–"
+    written, around = COLUMNS[name][1], interval(values)
+    return written(statistics.fmean(values)) + ("" if around is None else f"\n({' to '.join(map(written, around))})")
