@@ -51,9 +51,10 @@ def test_a_recipe_trains_saves_and_reports(recipe, tmp_path, capsys):
 def test_the_numbers_printed_are_those_measured(recipe, tmp_path, capsys):
     """The table's last column is after minus before, and after is what is saved."""
     run(tmp_path, recipe)
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if "NLL with thoughts" in line)
+    first, row = (line for line in capsys.readouterr().out.splitlines() if "NLL with thoughts" in line)
     before, after, change = (float(cell) for cell in row.strip("│| ").split("│")[1:])
     saved = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert f"{before:.4f}" in first
     assert after == pytest.approx(saved["eval_nll_with"], abs=1e-4)
     assert change == pytest.approx(after - before, abs=2e-4)
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from transformers import TrainerState
 
+from trl_quietstar import _compat
 from trl_quietstar.training.evaluation import EvaluationTrainer
 from trl_quietstar.training.progress import line_of
 
@@ -48,8 +49,9 @@ def test_a_line_of_metrics(logs, line):
     assert line_of(logs, TrainerState(global_step=4, max_steps=9)) == line
 
 
-def test_what_stands_on_a_terminal(tmp_path, capsys):
+def test_what_stands_on_a_terminal(tmp_path, capsys, monkeypatch):
     """One bar for the preparation of each dataset, lines with the time left, and evaluations that are named."""
+    monkeypatch.setattr(_compat, "are_progress_bars_disabled", lambda: False)  # which is so for other tests
     options = dict(evaluation=text_data(8, 300), disable_tqdm=False, eval_strategy="steps", eval_steps=2)
     tiny_trainer(tmp_path, max_steps=3, anti_theater_steps=3, **options).train()
     printed = capsys.readouterr()

@@ -124,29 +124,26 @@ def prepare_dataset(
 @contextmanager
 def one_bar(title: str, shown: bool = True) -> Iterator[None]:
     """Inside, the bars of Datasets' `map` and `filter` are one, which begins anew for each of them and says what it does."""
-    bars = arrow_dataset.hf_tqdm
-    if not shown or are_progress_bars_disabled():
-        arrow_dataset.hf_tqdm = functools.partial(bars, disable=True)
-        try:
-            yield
-        finally:
-            arrow_dataset.hf_tqdm = bars
-        return
-    with tqdm(desc=title, unit=" rows", dynamic_ncols=True, delay=1e-6) as bar:
+    own, bars = arrow_dataset.hf_tqdm, []
+    is_hidden = not shown or are_progress_bars_disabled()
 
-        def next_stage(*args: Any, total: int | None = None, initial: int = 0, desc: str = "Map", **kwargs: Any):
-            bar.reset(total)
-            names = "" if desc in ("Map", "Filter") else f": {desc[:1].lower()}{desc[1:]}"
-            bar.set_description(title + names, refresh=False)
-            bar.update(initial)
-            return nullcontext(bar)
+    def next_stage(*args: Any, total: int | None = None, initial: int = 0, desc: str = "Map", **kwargs: Any):
+        if not bars:  # none is shown where nothing is done
+            bars.append(tqdm(unit=" rows", dynamic_ncols=True, disable=is_hidden))
+        bars[0].reset(total)
+        bars[0].update(initial)
+        stage = "" if desc in ("Map", "Filter") else f": {desc[:1].lower()}{desc[1:]}"
+        bars[0].set_description(title + stage)
+        return nullcontext(bars[0])
 
-        arrow_dataset.hf_tqdm = next_stage
-        try:
-            yield
-        finally:
-            arrow_dataset.hf_tqdm = bars
+    arrow_dataset.hf_tqdm = next_stage
+    try:
+        yield
+    finally:
+        arrow_dataset.hf_tqdm = own
+        for bar in bars:
             bar.set_description(title)
+            bar.close()
 
 
 def left_on_host(loader: DataLoader) -> DataLoader:

@@ -31,8 +31,8 @@ ASIDE = frozenset(
 SHOWN = 60  # characters of a value in the name of a setting
 # 97.5% quantile of Student's distribution by degrees of freedom; more seeds take the last
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# columns of the table: what they are called, and how they are written
-COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+# rows of the table: what they are called, and how they are written
+ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", "{:+.4f}".format),
     "nll_with": ("NLL with thoughts", "{:.4f}".format),
     "nll_without": ("NLL without", "{:.4f}".format),
@@ -95,22 +95,24 @@ def _short(value) -> str:
 
 
 def table(groups: dict[str, list[Run]]) -> Table:
-    """Settings by rows: the number of seeds, and the mean of each value with its 95% interval."""
-    columns = [
-        name for name in COLUMNS if any(last(one.log, name) is not None for group in groups.values() for one in group)
-    ]
-    has_evaluations = any("eval_loss" in entry for group in groups.values() for one in group for entry in one.log)
+    """Settings by columns: the number of seeds, and the mean of each value with its 95% interval."""
+    logs = [[one.log for one in group] for group in groups.values()]
+    has_evaluations = any("eval_loss" in entry for group in logs for log in group for entry in log)
     source = "last evaluation" if has_evaluations else "last logging window"
-    found = Table(
-        "setting", "seeds", "steps", title=f"Runs: {source}, mean and 95% interval over seeds", show_lines=True
-    )
-    for name in columns:
-        found.add_column(COLUMNS[name][0], justify="right")
-    for setting, group in groups.items():
-        steps = sorted({max(entry["step"] for entry in one.log) for one in group})
-        cells = [_cell(name, [x for one in group if (x := last(one.log, name)) is not None]) for name in columns]
-        found.add_row(setting, str(len(group)), " to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))), *cells)
+    found = Table("", title=f"Runs: {source}, mean (95% interval) over seeds")
+    for setting in groups:
+        found.add_column(setting, justify="right")
+    found.add_row("seeds", *(str(len(group)) for group in logs))
+    found.add_row("steps", *(_range([max(entry["step"] for entry in log) for log in group]) for group in logs))
+    for name, (label, written) in ROWS.items():
+        values = [[x for log in group if (x := last(log, name)) is not None] for group in logs]
+        if any(values):
+            found.add_row(label, *(_cell(some, written) for some in values))
     return found
+
+
+def _range(numbers: list[int]) -> str:
+    return " to ".join(map(str, dict.fromkeys([min(numbers), max(numbers)])))
 
 
 def last(log: list[dict], name: str) -> float | None:
@@ -131,8 +133,8 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def _cell(name: str, values: list[float]) -> str:
+def _cell(values: list[float], written: Callable[[float], str]) -> str:
     if not values:
         return "–"
-    written, around = COLUMNS[name][1], interval(values)
-    return written(statistics.fmean(values)) + ("" if around is None else f"\n({' to '.join(map(written, around))})")
+    around = interval(values)
+    return written(statistics.fmean(values)) + ("" if around is None else f" ({' to '.join(map(written, around))})")

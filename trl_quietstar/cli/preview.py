@@ -69,7 +69,7 @@ def _counts(trainer: QuietStarREINFORCETrainer, row: dict, places: list[int]) ->
     parts = [
         f"{len(labels)} tokens",
         f"{sum(labels)} to be predicted",
-        f"{len(places)} places for a thought ({PLACE})",
+        f"{len(places)} {'place' if len(places) == 1 else 'places'} for a thought ({PLACE})",
     ]
     written = sum(map(bool, row.get("written_ids") or ()))
     if written:
@@ -79,10 +79,6 @@ def _counts(trainer: QuietStarREINFORCETrainer, row: dict, places: list[int]) ->
         scored = [token for token, counts, is_label in marked if counts and is_label]
         parts.append(f"rewards look at {decoded(trainer.processing_class, scored)!r}")
     return ", ".join(parts)
-
-
-def _places(count: int) -> str:
-    return f"{count} {'place' if count == 1 else 'places'} for a thought ({PLACE})"
 
 
 def _shown(trainer: QuietStarREINFORCETrainer, row: dict, places: list[int]) -> RichText:
