@@ -124,7 +124,8 @@ def prepare_dataset(
 @contextmanager
 def one_bar(title: str, shown: bool = True) -> Iterator[None]:
     """Inside, the bars of Datasets' `map` and `filter` are one, which begins anew for each of them and says what it does."""
-    own, bars = arrow_dataset.hf_tqdm, []
+    own = arrow_dataset.hf_tqdm
+    bars: list[Any] = []
     is_hidden = not shown or are_progress_bars_disabled()
 
     def next_stage(*args: Any, total: int | None = None, initial: int = 0, desc: str = "Map", **kwargs: Any):

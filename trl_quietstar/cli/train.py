@@ -90,7 +90,7 @@ def run(argv: list[str]) -> None:
 def _last_evaluation(trainer: QuietStarREINFORCETrainer) -> dict[str, float] | None:
     """The last evaluation in training, if it was of the very model that training returned."""
     args, state = trainer.args, trainer.state
-    entry = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {"step": None})
+    entry: dict = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {"step": None})
     is_other = args.load_best_model_at_end and state.best_global_step != state.global_step
     rolls_back = args.anti_theater_steps is not None and args.anti_theater_action == "rollback"
     if entry["step"] != state.global_step or is_other or rolls_back:
