@@ -142,6 +142,12 @@ COMMANDS = {
         "plot",
         (Source("Comparison", f"{OWN}/compare.py", "CompareArguments"),),
     ),
+    "export": Command(
+        "export",
+        "--model MODEL --output DIR [--format hf|gguf] [--dtype DTYPE] [--FIELD VALUE ...]",
+        "writes a plain model that thinks by itself, for Transformers or llama.cpp",
+        (Source("Export", f"{OWN}/export.py", "ExportArguments"),),
+    ),
     "completion": Command(
         "completion", "SHELL", "prints what a shell (bash, zsh, fish, ...) needs to complete commands and flags"
     ),

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..loading import load_tokenizer
@@ -55,23 +56,47 @@ def run(argv: list[str]) -> None:
         )
     options = {**hub, "trust_remote_code": args.trust_remote_code}
     adapted = QuietStarForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
-    base = base_of(adapted)
-    token_ids = _some_tokens(base)
-    _check_base(base)
-    before = _log_probabilities(adapted, token_ids)
-    kind = type(adapted.peft_config["default"]).__name__
-    model = merged(adapted)
-    _check_same(kind, before, _log_probabilities(model, token_ids))
+    tokenizer = tokenizer_of(source, base_of(adapted), hub, options)
+    model, before = merged_exactly(adapted)
     with heads_aside(model):
         nn.Module.to(model, DTYPES[args.dtype])
-    difference = (_log_probabilities(model, token_ids) - before).abs().max()
-    has_own = has_file(source, "tokenizer_config.json", hub)
-    where = (source, options) if has_own else (str(base.config.name_or_path), {**options, **base._loaded_by})
+    difference = (_log_probabilities(model, some_tokens(model)) - before).abs().max()
     model.save_pretrained(output)
-    load_tokenizer(where[0], **where[1]).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     print(
         f"Saved to {output}, in {args.dtype}. Log-probabilities differ from the adapter's by {difference:.0e} at most."
     )
+
+
+def tokenizer_of(source: str, base: ThinkingModel, hub: dict, options: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, or else that of its base. `hub` and `options` are those the adapter was loaded with."""
+    if has_file(source, "tokenizer_config.json", hub):
+        return load_tokenizer(source, **options)
+    return load_tokenizer(str(base.config.name_or_path), **{**options, **base._loaded_by})
+
+
+def merged_exactly(adapted: nn.Module) -> tuple[ThinkingModel, torch.Tensor]:
+    """
+    The base of a thinking model with its adapter merged into the weights, in place, known to predict the same.
+
+    Args:
+        adapted ([`~peft.PeftModel`]):
+            The thinking model with its adapter, in float32 and `eval()` mode.
+
+    Returns:
+        `tuple`: the model, and log-probabilities of [`some_tokens`] before.
+
+    Raises:
+        `ValueError`: if the base is quantized, or the merged model would predict otherwise.
+    """
+    base = base_of(adapted)
+    token_ids = some_tokens(base)
+    _check_base(base)
+    before = _log_probabilities(adapted, token_ids)
+    config: Any = adapted.peft_config["default"]  # type: ignore[index,union-attr]  # an attribute of a module
+    model = merged(adapted)
+    _check_same(type(config).__name__, before, _log_probabilities(model, token_ids))
+    return model, before
 
 
 def merged(adapted: nn.Module) -> ThinkingModel:
@@ -116,7 +141,7 @@ def _untie(base: ThinkingModel) -> None:
     logger.warning("The adapter changes the input embeddings alone, so that the LM head gets weights of its own.")
 
 
-def _some_tokens(base: ThinkingModel) -> torch.Tensor:
+def some_tokens(base: ThinkingModel) -> torch.Tensor:
     """Ids of tokens from the whole vocabulary, `(1, 64)`."""
     return torch.linspace(0, weight_of(base.get_input_embeddings()).shape[0] - 1, 64).long()[None]
 
