@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME
 
@@ -15,7 +16,7 @@ from ..config import QuietStarConfig
 from ..data.prepare import prepare_texts
 from ..loading import load_tokenizer
 from ..model.heads import ThinkingModel
-from ..model.plain import check_settings, largest_difference, make_plain, thoughtful_logits
+from ..model.plain import check_settings, largest_difference, make_plain, plain_logits, thoughtful_logits
 from ..model.saved import has_file, saved_settings
 from ..modeling import QuietStarForCausalLM
 from ..settings import QuietStarSettings
@@ -81,10 +82,10 @@ def run(argv: list[str]) -> None:
     text = some_tokens(model)[:, :30]
     before = thoughtful_logits(model, text)
     start, end = make_plain(model, tokenizer)
-    ids = tokenizer.convert_tokens_to_ids([start, end])
-    _check_same(largest_difference(before, thoughtful_logits(model, text, ids), ids))
-    model.to(DTYPES[args.dtype])
-    difference = largest_difference(before, thoughtful_logits(model, text, ids), ids)
+    ids = [tokenizer.get_vocab()[name] for name in (start, end)]
+    _check_same(largest_difference(before, plain_logits(model, text, ids), ids))
+    nn.Module.to(model, DTYPES[args.dtype])
+    difference = largest_difference(before, plain_logits(model, text, ids), ids)
     card = model_card(Path(output).name, settings, tokenizer, start, end)
     _save(model, tokenizer, card, output, converter)
     print(f"Saved to {output}, in {args.dtype}. Log-probabilities differ by {difference:.0e} at most.")

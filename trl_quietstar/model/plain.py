@@ -106,7 +106,7 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
         )
     names = next(pair for pair in NAMES if not any(name in tokenizer.get_vocab() for name in pair))
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-    ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]  # type: ignore[arg-type]  # one id for one token
+    ids = [tokenizer.get_vocab()[name] for name in names]
     _add_rows(model, ids)
     tokenizer.chat_template = opened(tokenizer.chat_template, names[0])
     _close(model.generation_config, endings, *ids)
@@ -202,29 +202,32 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @torch.no_grad()
-def thoughtful_logits(
-    model: PreTrainedModel, text: torch.Tensor, start_and_end: list[int] | None = None
-) -> torch.Tensor:
+def thoughtful_logits(model: ThinkingModel, text: torch.Tensor) -> torch.Tensor:
     """
-    Logits of all next tokens of a text with a thought in it, `(1, 3n + 2, V)`, in float32.
+    What a thinking model predicts of a text with a thought in it.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A thinking model; or with `start_and_end` a plain one.
+        model ([`ThinkingModel`]):
+            The model.
         text (`torch.Tensor` of shape `(1, 3n)`):
             Tokens: a prompt, a thought and an answer of equal lengths.
-        start_and_end (`list[int]`, *optional*):
-            Ids of the start and the end token.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 3n + 2, V)`: logits of all next tokens, in float32.
     """
-    prompt, thought, answer = text.chunk(3, dim=1)
-    if start_and_end is not None:
-        start, end = (torch.tensor([[token]], device=text.device) for token in start_and_end)
-        return model(input_ids=torch.cat([prompt, start, thought, end, answer], dim=1)).logits.float()
     heads = model.quietstar
     start, end = (embed_vector(model, vector)[None, None] for vector in (heads.start_embedding, heads.end_embedding))
-    prompt, thought, answer = (embed_tokens(model, part) for part in (prompt, thought, answer))
+    prompt, thought, answer = (embed_tokens(model, part) for part in text.chunk(3, dim=1))
     inputs = embedding_inputs(model, torch.cat([prompt, start, thought, end, answer], dim=1))
     return model(**inputs).logits.float()
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, text: torch.Tensor, start_and_end: list[int]) -> torch.Tensor:
+    """As [`thoughtful_logits`], of a plain model with tokens for start and end."""
+    start, end = (torch.tensor([[token]], device=text.device) for token in start_and_end)
+    prompt, thought, answer = text.chunk(3, dim=1)
+    return model(input_ids=torch.cat([prompt, start, thought, end, answer], dim=1)).logits.float()
 
 
 def largest_difference(before: torch.Tensor, after: torch.Tensor, start_and_end: list[int]) -> float:
