@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from trl_quietstar.cli import main
-from trl_quietstar.cli.compare import QUANTILES, interval
+from trl_quietstar.cli.compare import QUANTILES, Run, interval, unit_of
 from trl_quietstar.evaluation.plots import PANELS
 from trl_quietstar.training.history import HISTORY, PLOT, RUN, read_history
 
@@ -101,7 +101,22 @@ def test_one_setting_and_evaluations(tmp_path, capsys):
     printed = capsys.readouterr().out
     last = [entry for entry in read_history(tmp_path / "a")[1] if "eval_reward" in entry][-1]
     assert "last evaluation" in printed and "one setting" in printed and f"{last['eval_reward']:+.4f}" in printed
+    assert "reward (probability a token)" in printed
     assert " to " not in printed and (tmp_path / "plot.svg").is_file()
+
+
+def test_the_unit_of_rewards_that_are_compared():
+    """Of one type it is the type's; a log tells of functions, whatever the type says."""
+    a, b, own = (
+        Run(name, {"reward_type": kind}, [{"step": 1, "rl/reward": 0.1, **more}])
+        for name, kind, more in (
+            ("a", "accuracy", {}),
+            ("b", "log_likelihood", {}),
+            ("own", "accuracy", {"rl/rewards/short/mean": 1.0}),
+        )
+    )
+    assert unit_of([a, a]) == "share of right tokens" and unit_of([own]) == "of functions"
+    assert unit_of([a, b]) == unit_of([a, own]) == "units differ"
 
 
 def test_intervals_are_students():

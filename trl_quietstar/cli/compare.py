@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..evaluation.plots import panels_of, write_plot
 from ..evaluation.report import printable
+from ..learning.rewards import UNITS
 from ..training.history import HISTORY, read_history
 from .arguments import argument
 from .parser import CommandParser
@@ -107,8 +108,19 @@ def table(groups: dict[str, list[Run]]) -> Table:
     for name, (label, written) in ROWS.items():
         values = [[x for log in group if (x := last(log, name)) is not None] for group in logs]
         if any(values):
+            if name == "reward":
+                label = f"reward ({unit_of([one for group in groups.values() for one in group])})"
             found.add_row(label, *(_cell(some, written) for some in values))
     return found
+
+
+def unit_of(runs: list[Run]) -> str:
+    """What the rewards of runs are counted in."""
+    units = set()
+    for one in runs:
+        has_functions = any("rewards/" in key for entry in one.log for key in entry)
+        units.add("of functions" if has_functions else UNITS[one.settings["reward_type"]])
+    return units.pop() if len(units) == 1 else "units differ"
 
 
 def _range(numbers: list[int]) -> str:
