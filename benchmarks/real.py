@@ -322,17 +322,19 @@ class Runs:
         return [thought.removesuffix("]").strip() == row["thought"] for thought, row in pairs]
 
     def measured(self, trainer: QuietStarREINFORCETrainer, name: str) -> dict:
-        """Everything, on all held-out problems."""
+        """Everything, on all held-out problems; of the cold start, which is no arm, what it can do."""
         count, few = len(self.held_out), min(20, len(self.held_out))
         exact = {"without": measures.solved_without(trainer, count)}
         found: dict = {"exact": exact}
         if name != "plain":
-            solved, thoughts = measures.solved_after(trainer, count, tuple(measures.CONDITIONS))
+            conditions = ("with",) if name == "cold_start" else tuple(measures.CONDITIONS)
+            solved, thoughts = measures.solved_after(trainer, count, conditions)
             exact |= solved
             found["right_chains"] = self.right_chains(thoughts)
             found |= measures.group_shares(trainer, min(self.settings.watched, count))
-            validation = measures.validated(trainer)
-            found |= {"anti_theater_passed": validation.passed, "anti_theater": validation.metrics()}
+            if name != "cold_start":
+                validation = measures.validated(trainer)
+                found |= {"anti_theater_passed": validation.passed, "anti_theater": validation.metrics()}
             rows = zip(self.held_out, thoughts, solved["with"], strict=True)
             found["samples"] = [{**row, "thought": t, "right": right} for row, t, right in itertools.islice(rows, 12)]
         own = exact["without" if name == "plain" else "with"][:few]
