@@ -43,7 +43,7 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks import real_measures as measures
 from benchmarks.learning import parse
 from benchmarks.measuring import machine
-from benchmarks.real_clock import Clock, last_checkpoint, last_used, state_of
+from benchmarks.real_clock import Clock, Continued, last_checkpoint, last_used, state_of
 from benchmarks.real_report import report
 from benchmarks.real_tasks import TASKS, Row, draw
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
@@ -157,7 +157,8 @@ SETTINGS = {
                 "nll_weighting": "probability",
                 "advantage_threshold": 0.02,
                 "positive_advantages_only": True,
-                "base_nll_coefficient": 0.0,
+                "entropy_coefficient": 0.0,
+                "min_entropy_coefficient": 0.0,
                 "logging_steps": 4,
             },
             "plain": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
@@ -253,9 +254,13 @@ class Runs:
             trainer = self.trainer(name, str(checkpoint) if has_ended else model, folder)
             if not has_ended:
                 trainer.add_callback(self._clock(trainer, name, start, until))
+                if name == "thinking":
+                    trainer.add_callback(Continued(Path(model, "optimizer.pt")))
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
                 state = vars(trainer.state)
             trainer.save_model(str(self.folder / name))
+            if name == "cold_start":
+                shutil.copy(last_checkpoint(folder) / "optimizer.pt", self.folder / name)
             self._write(name, state["log_history"], state["global_step"], start, self.measured(trainer, name))
             if name == work:  # a cold start goes on in `supervised`
                 shutil.rmtree(folder)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 
@@ -108,6 +109,25 @@ class Clock(TrainerCallback):
     def _print(self, state, values: dict) -> None:
         words = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         print(f"{self.used / 60:7.2f} min  step {state.global_step:<5} {words}", flush=True)
+
+
+class Continued(TrainerCallback):
+    """
+    Begins a run with the optimizer's state that another one ended with. The first steps of a fresh AdamW have their full size whatever
+    the gradients say, and those of reinforcement, small and noisy, then undo what a cold start has taught.
+
+    Args:
+        file (`Path`):
+            The optimizer's state in a checkpoint.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 0:
+            before = torch.load(self.file, map_location="cpu", mmap=True)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": before["state"]})
 
 
 def last_used(log: list[dict], start: float) -> float:
