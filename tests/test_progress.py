@@ -40,7 +40,16 @@ from .training import text_data, tiny_trainer
             "Evaluation at step 4: reward -0.1000, NLL 2.000 with thoughts, 1.000 without, right 50.0% with thoughts",
         ),
         ({"eval_hard_nll_without": 1.0}, "Evaluation of hard at step 4: 1.000 without"),
-        ({"train_runtime": 3.0}, None),
+        (
+            {"preflight_useful_thoughts": 0.25, "preflight_mixed_groups": 0.5},
+            "Before training: 25% of the thoughts are useful, 50% of their positions have useful and useless ones",
+        ),
+        ({"preflight_useful_thoughts": 0.0}, "Before training: 0% of the thoughts are useful"),
+        (
+            {"rl/anti_theater_passed": 1.0, "rl/anti_theater_ablation": 0.1},
+            "Validation of the thoughts at step 4: passed",
+        ),
+        ({"train_runtime": 63.4, "train_loss": 1.0}, "Trained 4 steps in 0:01:03"),
         ({"my_own": 3.0}, None),
     ],
 )

@@ -1,6 +1,7 @@
 """What several commands are given: data by name, a model with how to think, and what a saved model remembers."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,10 +167,11 @@ def load_data(
             evaluation = _rename(evaluation, arguments.column_mapping, source)
     if evaluation is None and arguments.eval_size is not None:
         train, evaluation = split_off(train, arguments.eval_size)
-        print(
-            f"Of the {len(train) + len(evaluation)} rows of {arguments.dataset_name!r}, {len(evaluation)} are set apart for evaluation "
-            "(`eval_size`) and not trained on."
-        )
+        if os.environ.get("RANK", "0") == "0":  # one process says it
+            print(
+                f"Of the {len(train) + len(evaluation)} rows of {arguments.dataset_name!r}, {len(evaluation)} are set apart for evaluation "
+                "(`eval_size`) and not trained on."
+            )
     with one_bar("Reading the data"):
         train = _as_asked(train, arguments, text_field)
         return train, None if evaluation is None else _as_asked(cut(evaluation, arguments), arguments, text_field)

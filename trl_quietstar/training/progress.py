@@ -25,7 +25,6 @@ PARTS = {
     "thought_length": "thoughts of {:.1f} tokens",
 }
 OF_WINDOWS = ("reward", "nll_with", "nll_without", "thought_length")
-SILENT = ("preflight_useful_thoughts", "rl/anti_theater_passed")  # marks of entries that are said in words elsewhere
 
 
 class ThoughtProgress(ProgressCallback):
@@ -43,7 +42,7 @@ class ThoughtProgress(ProgressCallback):
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not state.is_world_process_zero or any(name in logs for name in SILENT):
+        if self.training_bar is None or not state.is_world_process_zero:
             return
         line = line_of(logs, state)
         if line is None:
@@ -57,7 +56,17 @@ class ThoughtProgress(ProgressCallback):
 
 
 def line_of(logs: dict, state: TrainerState) -> str | None:
-    """A line for a logging window or an evaluation of data that may have a name; None for anything else."""
+    """A line for a logging window, an evaluation of data that may have a name, preflight, a
+    validation, or the end; None for anything else."""
+    if "preflight_useful_thoughts" in logs:
+        mixed = logs.get("preflight_mixed_groups")
+        groups = "" if mixed is None else f", {mixed:.0%} of their positions have useful and useless ones"
+        return f"Before training: {logs['preflight_useful_thoughts']:.0%} of the thoughts are useful{groups}"
+    if "rl/anti_theater_passed" in logs:
+        verdict = "passed" if logs["rl/anti_theater_passed"] else "failed"
+        return f"Validation of the thoughts at step {state.global_step}: {verdict}"
+    if "train_runtime" in logs:
+        return f"Trained {state.global_step} steps in {timedelta(seconds=round(logs['train_runtime']))}"
     if "loss" in logs:
         found = {name: logs.get(f"rl/{name}") for name in OF_WINDOWS}
         title = f"Step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4g}"
