@@ -116,7 +116,7 @@ def _panel(x: float, y: float, heading: str, lines: list[Line], colors: dict[str
     for tick in range(TICKS + 1):
         value, step = low + (high - low) * tick / TICKS, first + (last - first) * tick / TICKS
         parts.append(_text(x - 6, place(first, value)[1] + 4, f"{value:.3g}", 'text-anchor="end" fill="#555"'))
-        parts.append(_text(place(step, low)[0], y + HEIGHT + 16, f"{step:.0f}", 'text-anchor="middle" fill="#555"'))
+        parts.append(_text(place(step, low)[0], y + HEIGHT + 16, f"{step:.4g}", 'text-anchor="middle" fill="#555"'))
     parts.append(_text(x + WIDTH / 2, y + HEIGHT + 32, "step", 'text-anchor="middle" fill="#555"'))
     for line in lines:
         points = [place(*point) for point in line.points]
