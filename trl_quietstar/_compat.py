@@ -130,11 +130,11 @@ def one_bar(title: str, shown: bool = True) -> Iterator[None]:
 
     def next_stage(*args: Any, total: int | None = None, initial: int = 0, desc: str = "Map", **kwargs: Any):
         if not bars:  # none is shown where nothing is done
-            bars.append(tqdm(unit=" rows", dynamic_ncols=True, disable=is_hidden))
+            bars.append(tqdm(desc=title, total=total, unit=" rows", dynamic_ncols=True, disable=is_hidden))
+        stage = "" if desc in ("Map", "Filter") else f": {desc[:1].lower()}{desc[1:]}"
+        bars[0].set_description(title + stage, refresh=False)
         bars[0].reset(total)
         bars[0].update(initial)
-        stage = "" if desc in ("Map", "Filter") else f": {desc[:1].lower()}{desc[1:]}"
-        bars[0].set_description(title + stage)
         return nullcontext(bars[0])
 
     arrow_dataset.hf_tqdm = next_stage
@@ -143,7 +143,7 @@ def one_bar(title: str, shown: bool = True) -> Iterator[None]:
     finally:
         arrow_dataset.hf_tqdm = own
         for bar in bars:
-            bar.set_description(title)
+            bar.set_description(title, refresh=False)
             bar.close()
 
 

@@ -2,9 +2,9 @@
 
     trl-quietstar check --config qa.yaml
 
-Shows the fields that differ from the defaults and three rows as the model sees them. Then two optimizer steps of one batch run on the
-real model and data in a folder that is deleted again, and some thoughts are sampled: what a step takes here, and whether any thought
-helps. Nothing is saved, logged or uploaded.
+Shows the fields that differ from the defaults and three rows as the model sees them. Then an optimizer step of one batch runs on the
+real model and data in a folder that is deleted again (two on an accelerator), and some thoughts are sampled: what a step takes here, and
+whether any thought helps. Nothing is saved, logged or uploaded.
 """
 
 import math
@@ -27,7 +27,7 @@ from .train import Asked
 
 ROWS = 3  # that are shown
 THOUGHTS = 64  # that are tried where `preflight_thoughts` says no number
-STEPS = 2  # of the trial: the first one also measures memory and warms up
+WARM_UP = 1  # steps of the trial ahead of the one that is timed, on an accelerator, where the first one prepares much
 
 
 def run(argv: list[str]) -> None:
@@ -55,8 +55,9 @@ def run(argv: list[str]) -> None:
 
 
 def as_trial(args: QuietStarConfig, folder: str) -> None:
-    """Changes options so that a run makes two small steps, and leaves nothing behind."""
-    args.output_dir, args.max_steps, args.gradient_accumulation_steps, args.num_iterations = folder, STEPS, 1, 1
+    """Changes options so that a run makes a step or two of one batch, and leaves nothing behind."""
+    args.output_dir, args.max_steps = folder, 1 if args.device.type == "cpu" else 1 + WARM_UP
+    args.gradient_accumulation_steps = args.num_iterations = 1
     args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
     args.save_strategy, args.load_best_model_at_end, args.push_to_hub = SaveStrategy.NO, False, False
     args.early_stopping_patience = args.anti_theater_steps = args.preflight_thoughts = None
@@ -80,7 +81,7 @@ def _now(device: torch.device) -> float:
 
 
 def step_seconds(trainer: QuietStarREINFORCETrainer) -> float:
-    """Seconds of an optimizer step, once warm."""
+    """Seconds of the last optimizer step of a trial."""
     timer = _StepTimer()
     trainer.add_callback(timer)
     for silenced in (PrinterCallback, ProgressCallback):
