@@ -51,9 +51,10 @@ Measured = tuple[torch.Tensor, torch.Tensor] | None
 
 # metrics of an evaluation
 EVAL_METRICS = (
-    *("reward", "gain", "penalty", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
+    *("reward", "nll_with", "nll_without", "accuracy_with", "accuracy_without", "coherence"),
     *("exact_match_with", "exact_match_without", "useful_thoughts"),
 )
+PENALIZED = ("gain", "penalty")  # those that it has, too, where the reward has a penalty
 # metrics that follow from the spread of others
 DERIVED = ("reward_std", "explained_variance")
 # terms of the objective, of which a batch holds its part of the step's mean

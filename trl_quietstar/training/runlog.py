@@ -19,7 +19,7 @@ from ..config import QuietStarConfig
 from ..evaluation.inspection import inspect_texts
 from ..evaluation.page import write_page
 from ..evaluation.report import markdown_table, print_thoughts, thought_table
-from ..learning.metrics import DERIVED, EVAL_METRICS, BatchResult, MetricSums, run_metrics
+from ..learning.metrics import DERIVED, EVAL_METRICS, PENALIZED, BatchResult, MetricSums, run_metrics
 from ..learning.objective import Coefficients
 from ..text.positions import usable_positions
 from .collapse import CollapseWatch
@@ -213,8 +213,9 @@ class RunLog:
                 Whether something in it was not finite. A mean of the other batches would pass for one of all: all are NaN.
         """
         found = self._sums["eval"].means()
-        names = [*EVAL_METRICS, *(name for name in found if name in self._own["eval"] or name.startswith("rewards/"))]
-        measured = {name: found[name] for name in names if name in found}
+        own = {*self._own["eval"], *PENALIZED}
+        names = [*EVAL_METRICS, *(name for name in found if name in own or name.startswith("rewards/"))]
+        measured = {name: found.get(name) for name in names}
         thinks = self.args.thought_positions != "none"
         # 0 would pass for a measurement, and without its name the Trainer could not look for the best model
         means = {
