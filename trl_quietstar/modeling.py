@@ -18,8 +18,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ._compat import set_unsaved_keys
-from .branches.base import BranchPath
-from .branches.replay import Replay
 from .model.adapters import base_of, check_saved_adapter, put_adapter
 from .model.concurrency import LOCK, eval_mode
 from .model.embeddings import mean_embedding
@@ -37,7 +35,6 @@ from .model.saved import (
     save_beside_weights,
     saved_settings,
     settings_in,
-    tokenizer_beside,
     warn_of_lost_heads,
     write_heads,
 )
@@ -45,8 +42,8 @@ from .model.sharding import load_full
 from .model.supported import check_causal_lm, check_config
 from .settings import OF_HEADS, QuietStarSettings
 from .thinking.arguments import check_options, take_stop_strings
-from .thinking.check import choose_path, takes_masks
 from .thinking.generation import think_and_speak
+from .thinking.known import Known
 from .thinking.likelihood import log_likelihoods
 from .thinking.when import Thinking
 
@@ -59,7 +56,7 @@ else:
     FamilyModel = object  # at run time the mixin stands before each family's own class
 
 
-class QuietStarMixin(FamilyModel):
+class QuietStarMixin(Known, FamilyModel):
     """What a model class gains: the submodule `quietstar`, scoring in its forward, and a checkpoint that others read
     as the plain base model."""
 
@@ -77,49 +74,9 @@ class QuietStarMixin(FamilyModel):
         return QuietStarForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
-    def quietstar_settings(self) -> QuietStarSettings:
-        """The settings saved in the config."""
-        return QuietStarSettings.from_dict(self.config.quietstar, str(self.config.name_or_path))
-
-    @property
     def quietstar_thinking(self) -> Thinking:
         """When the model thinks unless it is told otherwise: as it was trained."""
         return Thinking.of(self.quietstar_settings)
-
-    @property
-    def thought_path(self) -> BranchPath:
-        """How thoughts are run on this model, by the start-up check."""
-        return self._checked("_thought_path", lambda: choose_path(self))
-
-    @thought_path.setter
-    def thought_path(self, path: BranchPath) -> None:
-        vars(self)["_thought_path"] = path
-
-    @property
-    def branches_in_cache(self) -> bool:
-        """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
-        return self._checked(
-            "_branches_in_cache", lambda: not isinstance(self.thought_path, Replay) and takes_masks(self)
-        )
-
-    def _checked(self, name: str, check: Callable[[], Any]) -> Any:
-        """What a check found when it was first asked for; it runs once, in whichever thread."""
-        with LOCK:
-            if name not in vars(self):
-                vars(self)[name] = check()
-            return vars(self)[name]
-
-    def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
-        """
-        The tokenizer that says when a thought ends: the one given, or the one beside the model; None if thoughts have a
-        fixed length.
-
-        Raises:
-            `ValueError`: if there is none.
-        """
-        if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
-            return tokenizer
-        return tokenizer_beside(self)
 
     def generate(
         self,

@@ -1,0 +1,63 @@
+"""What a thinking model knows of itself: its settings, and what it works out once, when it is first asked for."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..branches.base import BranchPath
+from ..branches.replay import Replay
+from ..model.concurrency import LOCK
+from ..model.saved import tokenizer_beside
+from ..settings import QuietStarSettings
+from .check import choose_path, takes_masks
+
+
+if TYPE_CHECKING:
+    from ..model.heads import ThinkingModel as FamilyModel
+else:
+    FamilyModel = object  # at run time [`~modeling.QuietStarMixin`] has it stand before each family's own class
+
+
+class Known(FamilyModel):
+    """The part of [`~modeling.QuietStarMixin`] that tells what there is, and changes nothing."""
+
+    @property
+    def quietstar_settings(self) -> QuietStarSettings:
+        """The settings saved in the config."""
+        return QuietStarSettings.from_dict(self.config.quietstar, str(self.config.name_or_path))
+
+    @property
+    def thought_path(self) -> BranchPath:
+        """How thoughts are run on this model, by the start-up check."""
+        return self._checked("_thought_path", lambda: choose_path(self))
+
+    @thought_path.setter
+    def thought_path(self, path: BranchPath) -> None:
+        vars(self)["_thought_path"] = path
+
+    @property
+    def branches_in_cache(self) -> bool:
+        """Whether a thought may share a cache with the text it branches off, told apart by a mask."""
+        return self._checked(
+            "_branches_in_cache", lambda: not isinstance(self.thought_path, Replay) and takes_masks(self)
+        )
+
+    def _checked(self, name: str, check: Callable[[], Any]) -> Any:
+        """What a check found when it was first asked for; it runs once, in whichever thread."""
+        with LOCK:
+            if name not in vars(self):
+                vars(self)[name] = check()
+            return vars(self)[name]
+
+    def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
+        """
+        The tokenizer that says when a thought ends: the one given, or the one beside the model; None if thoughts have a
+        fixed length.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
+            return tokenizer
+        return tokenizer_beside(self)
