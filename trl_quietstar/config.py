@@ -132,8 +132,27 @@ class QuietStarConfig(Derived, BaseConfig):
     min_thought_interval: Annotated[int, Limits(1)] = option(
         SAVED.min_thought_interval, "Least distance between two difficult positions, in tokens."
     )
-    thought_start_text: str = option("—", "Text whose embedding is the initial value of the start embedding.")
-    thought_end_text: str = option("—", "Text whose embedding is the initial value of the end embedding.")
+    thought_format: Annotated[str, Choices("embeddings", "text")] = option(
+        SAVED.thought_format,
+        "What opens and closes a thought: `embeddings`, learned ones; or `text`: `thought_start_text` and `thought_end_text`, in "
+        "ordinary tokens, so that any engine that serves the plain model can write the thought. It then ends once it has "
+        "written the latter, and is closed by it where it is cut.",
+    )
+    thought_start_text: str = option(
+        SAVED.thought_start_text,
+        "Text that opens a thought; with `thought_format='embeddings'`, whose embedding is the initial value of the start "
+        "embedding.",
+    )
+    thought_end_text: str = option(
+        SAVED.thought_end_text,
+        "Text that closes a thought; with `thought_format='embeddings'`, whose embedding is the initial value of the end "
+        "embedding.",
+    )
+    thought_prompt: str | None = option(
+        SAVED.thought_prompt,
+        "Text that asks for a thought, before its start. The thought sees it; the text without thoughts does not. None: there is "
+        "no such text.",
+    )
     temperature: Annotated[float, Limits(1e-3), Staged()] = option(
         SAVED.temperature,
         "Temperature at which thoughts are sampled, and the policy's log-probabilities taken unless "
@@ -418,6 +437,8 @@ class QuietStarConfig(Derived, BaseConfig):
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # PyTorch takes no 0 for 0.0
         for name, read in READERS.items():
             setattr(self, name, read(getattr(self, name)))
+        if self.thought_format == "text" and self.thought_stop_string is None:
+            self.thought_stop_string = self.thought_end_text
         if self.thought_stop_string is not None and self.min_thought_length is None:
             self.min_thought_length = 1
         check_values(self, LIMITS, CHOICES)

@@ -156,7 +156,7 @@ def build_model(
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = cast(PreTrainedTokenizerBase, tokenizer.tokenizer)
-    base.adopt_settings(settings)
+    base.adopt_settings(settings, tokenizer)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:
         with heads_aside(base):
@@ -322,6 +322,9 @@ def prepare_to_train(model, args: QuietStarConfig, needs_weights: bool) -> Think
         base.quietstar.value_head.requires_grad_(False)
     if args.reward_prediction == "thought":
         base.quietstar.mixing_head.requires_grad_(False)
+    if args.thought_format == "text":
+        base.quietstar.start_embedding.requires_grad_(False)
+        base.quietstar.end_embedding.requires_grad_(False)
     return base
 
 

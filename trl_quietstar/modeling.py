@@ -200,13 +200,15 @@ class QuietStarMixin(Known, FamilyModel):
         """Whether a start or end embedding is still to be set: by a tokenizer, a file, or hand."""
         return any(self.quietstar.is_fresh(x) for x in (self.quietstar.start_embedding, self.quietstar.end_embedding))
 
-    def adopt_settings(self, settings: QuietStarSettings) -> None:
+    def adopt_settings(self, settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """
         Takes over lengths and prediction for what follows.
 
         Args:
             settings ([`QuietStarSettings`]):
                 The new settings.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Says which tokens the strings around a thought are. Defaults to the one beside the model, when it is needed.
 
         Raises:
             `ValueError`: if they ask for other heads than the model has, or suppress a token that it does not have.
@@ -217,6 +219,9 @@ class QuietStarMixin(Known, FamilyModel):
                 raise ValueError(f"The model's heads have `{name}` {own!r}, not {wanted!r}; set `{name}={own!r}`.")
         check_suppressed(self, settings)
         self.config.quietstar = settings.to_dict()
+        vars(self).pop("_thought_marks", None)
+        if tokenizer is not None:
+            self.thought_tokenizer(tokenizer)
 
     def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Writes `quietstar.safetensors`, as [`~model.saved.write_heads`]."""

@@ -263,6 +263,7 @@ def check_drops(args: "QuietStarConfig") -> None:
 
 def check_thinking(args: "QuietStarConfig") -> None:
     """Refuses contradictions among the options of thoughts and of what is learned from them."""
+    check_marks(args)
     if args.thought_stop_string == "":
         raise ValueError("`thought_stop_string` is empty, and would end every thought; give a string, or None.")
     if args.min_entropy_coefficient > args.entropy_coefficient:
@@ -286,6 +287,19 @@ def check_thinking(args: "QuietStarConfig") -> None:
     if args.sync_ref_model and not args.uses_reference:
         raise ValueError(
             "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or `no_thought_model='reference'`."
+        )
+
+
+def check_marks(args: "QuietStarConfig") -> None:
+    """Refuses contradictions among the strings around a thought."""
+    is_text = args.thought_format == "text"
+    for name in ("thought_prompt", *(("thought_start_text", "thought_end_text") if is_text else ())):
+        if getattr(args, name) == "":
+            raise ValueError(f"`{name}` is empty; give text{', or None' if name == 'thought_prompt' else ''}.")
+    if is_text and args.thought_stop_string != args.thought_end_text:
+        raise ValueError(
+            f"`thought_stop_string` is {args.thought_stop_string!r}, but with `thought_format='text'` a thought ends by "
+            f"`thought_end_text` ({args.thought_end_text!r}); leave `thought_stop_string` out, or set both alike."
         )
 
 

@@ -31,6 +31,14 @@ class QuietStarSettings:
             When a thought may end early.
         thought_suppress_tokens (`list[int]`, *optional*):
             Ids of tokens that no thought holds. The policy gives them no probability.
+        thought_format (`str`):
+            `"embeddings"` (a learned vector opens a thought, and another one closes it) or `"text"` (strings of ordinary tokens
+            do).
+        thought_start_text (`str`), thought_end_text (`str`):
+            These strings; with `"embeddings"`, what the vectors began as. A thought of `"text"` ends once it has written the
+            latter, which is its `thought_stop_string`.
+        thought_prompt (`str`, *optional*):
+            Text that asks for a thought, which the thought alone sees.
         thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
             Where the model learned to think; [`~thinking.when.Thinking.of`] says what generation and scoring make of it.
     """
@@ -51,6 +59,15 @@ class QuietStarSettings:
     min_thought_interval: int = 3
     mixing_head_type: str = "mlp"
     thought_suppress_tokens: list[int] | None = None
+    thought_format: str = "embeddings"
+    thought_start_text: str = "—"
+    thought_end_text: str = "—"
+    thought_prompt: str | None = None
+
+    def __post_init__(self):
+        if self.thought_format == "text":  # what follows from that; the dataclass is frozen
+            object.__setattr__(self, "thought_stop_string", self.thought_end_text)
+            object.__setattr__(self, "min_thought_length", self.min_thought_length or 1)
 
     def to_dict(self) -> dict:
         """The settings as they are saved."""

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ..model.embeddings import embed_tokens
+from ..model.embeddings import embed_tokens, weight_of
 from ..model.family import cache_name, forward_arguments, position_offset
 from ..model.heads import ThinkingModel
 from ..text.batch import Branches, Text
@@ -235,6 +235,8 @@ class CachedReplayDecoder:
         assert self.branches is not None
         moves = mask[self.owners].bool()
         moving, waiting = moves.nonzero().flatten(), (~moves).nonzero().flatten()
+        if len(moving) == 0:  # as where all thoughts have closed themselves
+            return embeds.new_zeros(self.rows, weight_of(self.model.get_output_embeddings()).shape[1])
         states = self.branches if len(waiting) == 0 else self.branches.select(moving)
         hidden = states.step(embeds.index_select(0, to_device(self.owners[moving], embeds.device)))
         if len(waiting) > 0:

@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
     ids = tokenizer(prompt + words)["input_ids"]
     kept, given = ids[: args.max_length], len(tokenizer(prompt)["input_ids"]) if prompt else 0
     _check_kept(len(kept), given, file, args.max_length)
-    check_length(len(kept), args.thought_length, max_positions(base.config))
+    check_length(len(kept), args.thought_length, max_positions(base.config), around=base.thought_marks.around)
     token_ids = torch.tensor([kept])
     labels = token_ids.masked_fill(torch.arange(len(kept)) < given, -100)
     scored = _score_mask(prompt, words, tokenizer, args.score_pattern, len(kept))

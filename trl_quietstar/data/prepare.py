@@ -391,17 +391,17 @@ def _cut(row: dict, keep_end: bool) -> dict:
     return cut
 
 
-def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, is_stream: bool = False) -> None:
+def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig, around: int, is_stream=False) -> None:
     """
     Refuses texts that do not fit the model with a thought, in the words of the options that the user gave.
 
     Args:
         longest (`int`):
             Tokens of the longest text to train on.
-        args ([`QuietStarConfig`]):
-            Configuration of the trainer.
-        config ([`~transformers.PreTrainedConfig`]):
-            Configuration of the model.
+        args ([`QuietStarConfig`]), config ([`~transformers.PreTrainedConfig`]):
+            Options of the run, and the model's configuration.
+        around (`int`):
+            As in [`~model.family.check_length`].
         is_stream (`bool`):
             Whether the texts are a stream's, which none has been read of: `longest` is then `args.max_length`.
 
@@ -414,8 +414,8 @@ def check_longest(longest: int, args: QuietStarConfig, config: PreTrainedConfig,
         text = f"A text of a stream may have `max_length` ({args.max_length}{default}) tokens, and"
     if args.longest_thought != args.thought_length:
         thoughts = f"the `thought_length` {args.longest_thought} of a stage of `curriculum`"
-    advice = "set `max_length` to" if args.max_length is None else "lower `max_length` to"
-    check_length(longest, args.longest_thought, max_positions(config), text, thoughts, advice)
+    advice = f"{'set' if args.max_length is None else 'lower'} `max_length` to"
+    check_length(longest, args.longest_thought, max_positions(config), text, thoughts, advice, around=around)
 
 
 def check_amount(dataset: Dataset | IterableDataset, args: QuietStarConfig, name: str, trains: bool) -> None:

@@ -21,7 +21,7 @@ def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: tor
     - `"shuffled"`: a thought that was written at another position, and in another text if the batch has several
       (content that belongs elsewhere).
     - `"random"`: tokens drawn uniformly from the vocabulary.
-    - `"filler"`: the start embedding repeated (compute without content).
+    - `"filler"`: the start, an embedding or a string, repeated (compute without content).
     - `"truncated"`: the first half of the thought's tokens, rounded up.
 
     Args:
@@ -40,7 +40,7 @@ def controlled(thoughts: Thoughts, control: str, vocab_size: int, generator: tor
     if control == "real":
         return thoughts
     if control == "filler":
-        return replace(thoughts, filler=True)  # scoring puts the embedding in place, which is no token
+        return replace(thoughts, filler=True)  # scoring puts the start in place, which may be no token
     if control == "random":
         drawn = torch.randint(vocab_size, thoughts.token_ids.shape, generator=generator)
         return replace(thoughts, token_ids=drawn.to(thoughts.token_ids.device))

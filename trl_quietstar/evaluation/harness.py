@@ -140,13 +140,15 @@ class QuietStarLM(HFLM):
     @property
     def max_length(self) -> int:
         """
-        Most tokens that are read before the last predicted one. A thought before that one takes `thought_length` + 2
-        positions beyond the text: its tokens, its start and its end.
+        Most tokens that are read before the last predicted one. A thought before that one takes positions beyond the text: its
+        `thought_length` tokens, and what stands around them.
         """
         if self.thinking.mode == "never":
             return super().max_length
         positions = resolve_max_length(self.model.config, self.tokenizer, default=self._DEFAULT_MAX_LENGTH)
-        return min(super().max_length, positions - self.thinker.quietstar_settings.thought_length - 2)
+        self.thinker.thought_tokenizer(self.tokenizer)
+        taken = self.thinker.quietstar_settings.thought_length + self.thinker.thought_marks.around
+        return min(super().max_length, positions - taken)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int | None, stop: list[str], **generation_kwargs: Any

@@ -296,7 +296,7 @@ CONDITION_LABELS = {
     "real": "its own thought",
     "shuffled": "another position's thought",
     "random": "random tokens",
-    "filler": "filler (start embedding repeated)",
+    "filler": "filler (start repeated)",
     "truncated": "first half of the thought",
 }
 

@@ -51,17 +51,37 @@ def mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     Raises:
         `ValueError`: if the string has no tokens, or one that the model does not know.
     """
+    ids = string_ids(tokenizer, string, model.config.get_text_config().vocab_size)
+    table = model.get_input_embeddings()
+    return table(torch.tensor(ids, device=next(table.parameters()).device)).mean(0)
+
+
+def string_ids(tokenizer: PreTrainedTokenizerBase, string: str, vocab_size: int) -> list[int]:
+    """
+    Token ids of a string, without special tokens around it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        string (`str`):
+            The string.
+        vocab_size (`int`):
+            V, to which all ids must belong.
+
+    Raises:
+        `ValueError`: if the string has no tokens, or one that the model does not know.
+    """
     ids = tokenizer(string, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"The tokenizer gives no tokens for {string!r}; choose another start or end string.")
-    vocab_size = model.config.get_text_config().vocab_size
+        raise ValueError(
+            f"The tokenizer gives no tokens for {string!r}; choose another start, end or prompt of thoughts."
+        )
     if max(ids) >= vocab_size:
         raise ValueError(
             f"The tokenizer gives the id {max(ids)} for {string!r}, and the model's vocabulary has {vocab_size}; take the "
             "model's own tokenizer, or resize its embeddings."
         )
-    table = model.get_input_embeddings()
-    return table(torch.tensor(ids, device=next(table.parameters()).device)).mean(0)
+    return ids
 
 
 def weight_of(table: nn.Module) -> torch.Tensor:

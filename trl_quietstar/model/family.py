@@ -67,11 +67,12 @@ def check_length(
     thoughts: str | None = None,
     advice: str = "lower `max_length` to",
     before: int = 0,
+    around: int = 2,
 ) -> None:
     """
     Whether a text of `longest` tokens fits a model of `limit` positions with a thought before its last token.
 
-    A branch replaces the last text token by start, thought and end: `longest + thought_length + 1` positions.
+    A branch replaces the last text token by start, thought and end: `longest + thought_length + around - 1` positions.
 
     Args:
         longest, thought_length (`int`), limit (`int`, *optional*):
@@ -82,16 +83,19 @@ def check_length(
             What to change to the number of tokens that fit.
         before (`int`):
             Tokens that this number does not count.
+        around (`int`):
+            Tokens of what stands around a thought ([`~model.marks.Marks`]).
 
     Raises:
         `ValueError`: if it does not fit.
     """
-    if limit is None or longest + thought_length + 1 <= limit:
+    more = thought_length + around - 1
+    if limit is None or longest + more <= limit:
         return
-    fitting = limit - thought_length - 1 - before
+    fitting = limit - more - before
     raise ValueError(
         f"{text or f'A text of {longest} tokens'} with {thoughts or f'`thought_length` {thought_length}'} and its start "
-        f"and end needs {longest + thought_length + 1} positions, and the model has {limit}; "
+        f"and end needs {longest + more} positions, and the model has {limit}; "
         + (f"{advice} {fitting}." if fitting > 0 else "shorten the one or the other.")
     )
 

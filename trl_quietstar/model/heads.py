@@ -17,6 +17,7 @@ from .embeddings import weight_of
 
 if TYPE_CHECKING:
     from ..branches.base import BranchPath
+    from .marks import Marks
 
 
 class MixingHead(nn.Module):
@@ -179,6 +180,9 @@ class ThinkingModel(PreTrainedModel, GenerationMixin):
         def quietstar_settings(self) -> QuietStarSettings: ...
 
         @property
+        def thought_marks(self) -> "Marks": ...
+
+        @property
         def thought_path(self) -> "BranchPath": ...
 
         @thought_path.setter
@@ -195,7 +199,9 @@ class ThinkingModel(PreTrainedModel, GenerationMixin):
 
         def initialize_thought_embeddings(self, *args: Any, **kwargs: Any) -> None: ...
 
-        def adopt_settings(self, settings: QuietStarSettings) -> None: ...
+        def adopt_settings(
+            self, settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase | None = None
+        ) -> None: ...
 
         def save_heads(self, save_directory: str, state_dict: dict[str, torch.Tensor] | None = None) -> None: ...
 

@@ -2,10 +2,11 @@
 
 Everything here is integer bookkeeping on a padded batch of texts; nothing runs a model. Letters, everywhere in this
 package: B sequences, T text tokens, J thought positions, G thoughts a position, N = J·G branches, L thought tokens,
-M talk tokens, S = L + M + 1 branch slots, E embedding, H hidden, V vocabulary.
+M talk tokens, S branch slots, E embedding, H hidden, V vocabulary.
 
-A branch is `start, thought (L), end, first M - 1 talk tokens`. A slot predicts what the next slot holds. The last thought token
-predicts nothing, and the end slot predicts the first talk token.
+A branch is `start, thought (L), end, first M - 1 talk tokens`; start and end take one slot each, or several of text
+([`~model.marks.Marks`]). A slot predicts what the next slot holds. The last thought token predicts nothing, and the last slot of the end
+predicts the first talk token; where a thought of text has closed itself, it has no end, and its last token predicts it.
 """
 
 import functools
@@ -129,7 +130,7 @@ class Thoughts:
         mask (`torch.Tensor` of shape `(B, J, G, L)`, bool):
             Which tokens exist: none at a position that does not, and none after a thought's end.
         filler (`bool`):
-            Whether the start embedding takes the place of every token. A control: compute without content.
+            Whether the start, over and over, takes the place of the tokens. A control: compute without content.
     """
 
     positions: Positions

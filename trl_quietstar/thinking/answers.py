@@ -13,9 +13,9 @@ from ..branches.decoders import Decoder, decoder_of
 from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel, mixing_weights
 from ..model.lm_head import logits_of
+from ..model.marks import closing_mask, end_slots, start_slots
 from ..text.batch import Text, Thoughts, gather
 from ..text.transfer import to_device
-from .writing import end_slots, start_slots
 
 
 def eos_ids(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -104,8 +104,13 @@ def _answered(
     one = torch.ones(R, 1, dtype=torch.bool)
     hidden = decoder.read(to_device(prompts[0], device), prompts[1])
     decoder.fork(one[:, 0])
-    slots = [start_slots(model, R, 1), embed_tokens(model, ids), end_slots(model, R, 1)]
-    after_thought = decoder.extend(torch.cat(slots, dim=1), torch.cat([one, mask, one], dim=1))[:, -1]
+    marks, closed = model.thought_marks, model.thought_marks.closed(ids, to_device(mask, device))
+    slots = [start_slots(model, R), embed_tokens(model, ids), end_slots(model, R)]
+    closed = None if closed is None else closed.cpu()
+    filled = [one.expand(-1, marks.before), mask, closing_mask(one[:, 0], closed, marks.after)]
+    branch = decoder.extend(torch.cat(slots, dim=1), torch.cat(filled, dim=1))
+    last = torch.cat(filled, dim=1).cumsum(1).argmax(1)  # the first place that has them all
+    after_thought = branch[torch.arange(R, device=device), to_device(last, device)]
     answers: list[list[int]] = [[] for _ in range(R)]
     going_on, tokens = limits > 0, None
     while greatest(int(going_on.any())):

@@ -20,6 +20,7 @@ from ..model.concurrency import eval_mode
 from ..model.embeddings import embed_tokens, weight_of
 from ..model.heads import ThinkingModel, suppressed_tokens
 from ..model.lm_head import token_statistics
+from ..model.marks import start_slots
 from ..model.sharding import check_one_device
 from ..text.batch import Text, Thoughts
 from ..text.positions import choose_positions, seeded_generators
@@ -27,7 +28,6 @@ from ..text.transfer import exact_dtype
 from .drawing import SamplingSettings, uniforms
 from .sampling import sample_thoughts
 from .scoring import ScoreRequest, score
-from .writing import start_slots
 
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ def _stepwise_logps(model: ThinkingModel, cache: BranchCache, thoughts: Thoughts
     """Log-probabilities of the thoughts by the forwards that sample them: shape `(B, J, G, L)`."""
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
-    slots = torch.cat([start_slots(model, B, J * G, 1), embeds[:, :, :-1]], dim=2)
-    hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)], dim=2)
+    slots = torch.cat([start_slots(model, B, J * G), embeds[:, :, :-1]], dim=2)
+    hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)][-L:], dim=2)
     return token_statistics(
         *(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask),
         suppressed=suppressed_tokens(model),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -18,6 +18,7 @@ from transformers.generation import (
 
 from ..model.heads import ThinkingModel
 from ..model.lm_head import Drawn, logits_by_rows
+from ..model.marks import string_end
 from ..model.tiles import scratch, suppress_
 from ..settings import QuietStarSettings
 from ..text.batch import Positions
@@ -91,18 +92,12 @@ def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> 
     Raises:
         `ValueError`: if the string cannot be told from the tokenizer's tokens.
     """
-    try:
-        criteria = None if stop_string is None else StopStringCriteria(tokenizer, [stop_string])
-    except ValueError as error:  # it puts letters before each token and looks for them in what is decoded
-        raise ValueError(
-            f"`thought_stop_string` is {stop_string!r}, but this tokenizer does not decode what it was given, so that no "
-            "string can be looked for; leave it out and set `min_thought_length`, at which the EOS token ends a thought."
-        ) from error
+    string = None if stop_string is None else string_end(tokenizer, stop_string, "`thought_stop_string`")
     eos = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
     def ends(token_ids: torch.Tensor) -> torch.Tensor:
         ended = token_ids[:, -1] == eos
-        return ended if criteria is None else ended | criteria(token_ids, None)
+        return ended if string is None else ended | string(token_ids)
 
     return ends
 

@@ -5,7 +5,7 @@ logits processors, stopping criteria and streamers are prepared as usual. Hidden
 [`~branches.decoders.Decoder`].
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
@@ -19,11 +19,12 @@ from ..model.embeddings import embed_tokens
 from ..model.family import check_length, max_positions
 from ..model.heads import ThinkingModel, mixing_weights
 from ..model.lm_head import logits_of, uncertainty
+from ..model.marks import closing_mask, end_slots, start_slots
 from ..text.positions import is_difficult
 from ..text.transfer import exact_dtype, to_device, to_host
-from .drawing import SamplingSettings, fixed_draws, thought_sampling
+from .drawing import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
 from .when import ENDLESS, Thinking
-from .writing import Writer, end_slots, start_slots
+from .writing import Running, Writer
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Predictor:
         sampling ([`~thinking.drawing.SamplingSettings`]):
             How thoughts are drawn.
         fixed (`bool`):
-            Whether thoughts are drawn by fixed random numbers rather than new ones.
+            Whether thoughts are drawn by fixed random numbers rather than new ones, or are greedy where `thinking` says so.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
             Gets the tokens of each thought.
     """
@@ -80,8 +81,11 @@ class Predictor:
         fixed: bool,
         streamer: BaseStreamer | None = None,
     ):
+        if fixed and thinking.greedy:
+            sampling = replace(sampling, do_sample=False)
         self.model, self.thinking, self.sampling = model, thinking, sampling
-        self.writer = Writer.of(model, sampling)
+        self.writer = replace(Writer.of(model, sampling), draw=self._draw)
+        self._drawn_from: list[torch.Tensor] = []  # `(B, 1, H)` for each token of the thought that is being written
         self.fixed, self.streamer = fixed, streamer
         self.thoughts: list[list[GeneratedThought]] = []
         # what the device has not told yet: of each row a thought, if any, with its tokens and their mask, or with a weight
@@ -163,14 +167,27 @@ class Predictor:
     def _think(self, rows: torch.Tensor) -> torch.Tensor:
         """Writes a thought in the rows of a mask `(B,)`; returns the hidden states of its end slots, `(B, H)`."""
         self.decoder.fork(rows)
-        alive = rows[:, None]
-        hidden = self.decoder.extend(start_slots(self.model, len(rows), 1), alive)
+        alive, marks, self._drawn_from = rows[:, None], self.model.thought_marks, []
+        hidden = self.decoder.extend(start_slots(self.model, len(rows)), alive.expand(-1, marks.before))[:, -1:]
         token_ids, mask, _ = self.writer.write(self.decoder, hidden, alive, self._draws(hidden.device)[:, None])
+        token_ids, mask = token_ids[:, 0], mask[:, 0]
         # the last token and the end share a forward
-        last = torch.cat([embed_tokens(self.model, token_ids[:, 0, -1:]), end_slots(self.model, len(rows), 1)], dim=1)
-        ended = self.decoder.extend(last, torch.cat([mask[:, :, -1], alive], dim=1))[:, -1]
-        self._note(rows, token_ids[:, 0], mask[:, 0])
-        return ended
+        last = torch.cat([embed_tokens(self.model, token_ids[:, -1:]), end_slots(self.model, len(rows))], dim=1)
+        closed = marks.closed(token_ids, to_device(mask, token_ids.device))
+        closing = closing_mask(rows, None if closed is None else closed.cpu(), marks.after)
+        ended = self.decoder.extend(last, torch.cat([mask[:, -1:], closing], dim=1))
+        self._note(rows, token_ids, mask)
+        if closed is None:
+            return ended[:, -1]
+        states = torch.cat([*self._drawn_from, ended[:, :1]], dim=1)  # after each number of tokens, from none on
+        own = states[torch.arange(len(rows), device=closed.device), to_device(mask.sum(1), closed.device)]
+        return torch.where(closed[:, None], own, ended[:, -1])
+
+    def _draw(self, hidden: torch.Tensor, draws: torch.Tensor, running: Running) -> torch.Tensor:
+        """Draws a token of each thought; the hidden states it is drawn from predict the text after a thought that has closed
+        itself."""
+        self._drawn_from.append(hidden)
+        return draw_tokens(self.model, hidden, draws, self.sampling)
 
     def _draws(self, device: torch.device) -> torch.Tensor:
         """Uniform numbers of shape `(B, L)`."""
@@ -231,7 +248,7 @@ def think_and_speak(
             Prompts, padded on the left where `attention_mask`, among the further arguments, is 0.
         logits_processor, stopping_criteria, generation_config, streamer, tokenizer:
             As `generate` prepares them. With `do_sample=False` thoughts are drawn all the same, by the random numbers of
-            [`~thinking.drawing.fixed_draws`].
+            [`~thinking.drawing.fixed_draws`], unless they are greedy too (`thinking.greedy`).
         thinking ([`~thinking.when.Thinking`]):
             When to think.
         return_thoughts (`bool`):
@@ -249,8 +266,8 @@ def think_and_speak(
     config, mask = generation_config, model_kwargs.get("attention_mask")
     mask = torch.ones(input_ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
     _check_request(config, input_ids, mask, synced_gpus, model_kwargs)
-    _check_positions(model, config, input_ids.shape[1])
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))
+    _check_positions(model, config, input_ids.shape[1])
     predictor = Predictor(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = pad_token(config) if ends else None  # of rows that have ended
@@ -314,4 +331,5 @@ def _check_positions(model: ThinkingModel, config: GenerationConfig, prompt_leng
         if config.max_new_tokens is not None:
             text = f"A prompt of {prompt_length} tokens and `max_new_tokens` {config.max_new_tokens}"
             advice, before = "lower `max_new_tokens` to", prompt_length
-        check_length(config.max_length, thought_length, limit, text, None, advice, before)
+        around = model.thought_marks.around
+        check_length(config.max_length, thought_length, limit, text, None, advice, before, around)

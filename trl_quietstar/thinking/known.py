@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..branches.base import BranchPath
 from ..branches.replay import Replay
 from ..model.concurrency import LOCK
+from ..model.marks import Marks, marks_needed
 from ..model.saved import tokenizer_beside
 from ..settings import QuietStarSettings
 from .check import choose_path, takes_masks
@@ -26,6 +27,19 @@ class Known(FamilyModel):
     def quietstar_settings(self) -> QuietStarSettings:
         """The settings saved in the config."""
         return QuietStarSettings.from_dict(self.config.quietstar, str(self.config.name_or_path))
+
+    @property
+    def thought_marks(self) -> Marks:
+        """What stands around a thought, by the tokenizer that was used first, or else by the one beside the model."""
+        return self._marks(None)
+
+    def _marks(self, tokenizer: PreTrainedTokenizerBase | None) -> Marks:
+        settings, vocab_size = self.quietstar_settings, self.config.get_text_config().vocab_size
+        if not marks_needed(settings):
+            return Marks()
+        return self._checked(
+            "_thought_marks", lambda: Marks.of(settings, tokenizer or tokenizer_beside(self), vocab_size)
+        )
 
     @property
     def thought_path(self) -> BranchPath:
@@ -53,11 +67,12 @@ class Known(FamilyModel):
     def thought_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase | None:
         """
         The tokenizer that says when a thought ends: the one given, or the one beside the model; None if thoughts have a
-        fixed length.
+        fixed length. It also says which tokens stand around a thought.
 
         Raises:
             `ValueError`: if there is none.
         """
-        if tokenizer is not None or self.quietstar_settings.min_thought_length is None:
-            return tokenizer
-        return tokenizer_beside(self)
+        if tokenizer is None and self.quietstar_settings.min_thought_length is not None:
+            tokenizer = tokenizer_beside(self)
+        self._marks(tokenizer)
+        return tokenizer

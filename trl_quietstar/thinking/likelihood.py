@@ -5,6 +5,7 @@ log-probabilities that it was written with.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -138,8 +139,9 @@ def _groups(
     counts = positions.host.mask.sum(1).tolist()
     counts = counts if any(counts) else [1] * len(counts)
     on_cpu, G = text.input_ids.device.type == "cpu", settings.num_thoughts
-    slots = settings.thought_length + talk_length + 1
-    new = talk_length + 2 if type(path) is SharedPrefix else slots
+    marks = model.thought_marks
+    slots = marks.slots(settings.thought_length, talk_length)
+    new = talk_length + marks.after + 1 if type(path) is SharedPrefix else slots
     free, start = free_bytes(text.input_ids.device), 0
     while start < max(counts):
         rows = [row for row, count in enumerate(counts) if count > start]
@@ -190,6 +192,8 @@ def log_likelihoods(
     wanted = text.host.predicted()
     if score_mask is not None:
         wanted &= score_mask[:, 1:].bool().cpu()
+    if tokenizer is not None:
+        model.thought_tokenizer(tokenizer)  # by which the check of the paths below opens thoughts
     path = model.thought_path
     cache = path.read(model, text)
     plain = token_statistics(model, cache.text_hidden[:, :-1], input_ids[:, 1:], wanted)
@@ -198,6 +202,8 @@ def log_likelihoods(
     if not bool(positions.mask.any()):
         return logps, correct
     settings = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))
+    if thinking.greedy:
+        settings = replace(settings, do_sample=False)
     draws = fixed_draws(text.host.position_ids.gather(1, positions.index), settings)
     ends = _ends(wanted, positions)
     reach = min(thinking.span, int((ends - positions.index).max()))

@@ -16,7 +16,7 @@ from ..text.batch import Positions, Text, Thoughts, gather_hidden
 from ..text.positions import choose_positions
 from ..text.transfer import to_device
 from .drawing import SamplingSettings, draw_with_statistics, uniforms
-from .writing import PackedBranches, Running, Writer, start_slots
+from .writing import PackedBranches, Running, Writer, open_branches
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def _drawn_by(
     alive = positions.mask.repeat_interleave(G, dim=1)
     branches = PackedBranches(cache, positions.host.index.repeat_interleave(G, dim=1))
     draws = to_device(draws, device).flatten(1, 2)
-    hidden = branches.extend(start_slots(model, B, J * G), alive)
+    hidden = open_branches(model, branches, writer.embed)
     token_ids, mask, running = writer.write(branches, hidden, alive, draws)
     thoughts = Thoughts(positions, (token_ids * mask).view(B, J, G, -1), mask.view(B, J, G, -1))
     return _known(thoughts, writer.settings), running

@@ -10,20 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from ..branches.base import BranchCache, BranchPath, Encoded
+from ..branches.base import BranchCache, BranchPath
 from ..branches.shared_prefix import SharedPrefixCache
 from ..model.embeddings import LookupTape, embed_tokens
 from ..model.heads import ThinkingModel, suppressed_tokens
 from ..model.lm_head import Drawn, Prediction, prediction_statistics, token_statistics
-from ..model.routing import Routing, has_router_loss, router_loss
-from ..model.sharding import model_is_sharded
+from ..model.marks import Marks, after_thought, closing_mask, end_slots, filler_slots, start_slots
+from ..model.routing import Routing, router_loss
 from ..text.batch import Branches, Talk, Text, Thoughts, gather, gather_hidden, talk_after
 from ..text.transfer import to_device
+from .lengths import encode_by_length
 from .sampling import ThoughtSampler
-from .writing import end_slots, start_slots
-
-
-LEAST_SAVED = 4096  # tokens that a further forward must save on an accelerator, which runs fewer while it is launched
 
 
 @dataclass(frozen=True)
@@ -178,9 +175,9 @@ class _Predicted(NamedTuple):
 def _predict(model: ThinkingModel, request: ScoreRequest, encoded: "_Encoding") -> _Predicted:
     """Predictions without and after thoughts. Logits are mixed: `z = w·z_thought + (1 − w)·z_text` (Quiet-STaR, section 4.2)."""
     text, thoughts, M = request.text, encoded.thoughts, request.talk_length
-    G, L = thoughts.mask.shape[2:]
+    G = thoughts.mask.shape[2]
     talk = talk_after(text, thoughts.positions, M)
-    read = encoded.branches[..., L + 1 :, :]
+    read = after_thought(encoded.branches, thoughts, encoded.closed, model.thought_marks.after)
     mask, host_mask = (x.target_mask[:, :, None].expand(-1, -1, G, -1) for x in (talk, talk.host))
     targets = talk.token_ids[:, :, None].expand(-1, -1, G, -1)
     predicts = text.host.predicted()
@@ -210,8 +207,12 @@ class _Encoding:
     Parameters:
         thoughts ([`Thoughts`]):
             The thoughts.
-        text (`torch.Tensor` of shape `(B, T, H)`), branches (`torch.Tensor` of shape `(B, J, G, S, H)`):
-            Hidden states; a branch is `start, thought, end, first M - 1 talk tokens`.
+        text (`torch.Tensor` of shape `(B, T, H)`):
+            Hidden states of the text.
+        branches (`torch.Tensor` of shape `(B, J, G, 1 + L + after + M - 1, H)`):
+            Hidden states of the branches, from the last slot before the thought on.
+        closed (`torch.Tensor` of shape `(B, J, G)`, *optional*):
+            Which thoughts have closed themselves; None where none can.
         routings (`list` of [`~model.routing.Routing`]):
             As in [`~branches.base.Encoded`].
         drawn ([`~model.lm_head.Drawn`], *optional*):
@@ -221,6 +222,7 @@ class _Encoding:
     thoughts: Thoughts
     text: torch.Tensor
     branches: torch.Tensor
+    closed: torch.Tensor | None
     routings: list[Routing]
     drawn: Drawn | None = None
 
@@ -231,81 +233,21 @@ def _encoded(model: ThinkingModel, request: ScoreRequest) -> _Encoding:
     if isinstance(thoughts, ThoughtSampler):
         return _sample_and_encode(model, request, thoughts)
     talk = talk_after(text, thoughts.positions, request.talk_length)
-    branches = _full_branches(model, thoughts, talk, functools.partial(embed_tokens, model))
-    L = thoughts.mask.shape[3]
-    lengths = thoughts.host_mask.sum(-1).flatten(1)
-    encoded = _encode_by_length(
-        *(model, text, request.path, branches, lengths, slice(1, L + 1), request.branch_batch_size, request.cache)
+    closed, marks, L = _closed(model, thoughts), model.thought_marks, thoughts.mask.shape[3]
+    # where tokens open and close thoughts too, one gradient of the table for all
+    embed = functools.partial(embed_tokens, model) if marks == Marks() else LookupTape(model)
+    branches = _full_branches(model, thoughts, closed, talk, embed)
+    lengths, slots = thoughts.host_mask.sum(-1).flatten(1), slice(marks.before, marks.before + L)
+    encoded = encode_by_length(
+        *(model, text, request.path, branches, lengths, slots, request.branch_batch_size, request.cache)
     )
-    return _Encoding(thoughts, encoded.text, encoded.branches.unflatten(1, thoughts.mask.shape[1:3]), encoded.routings)
+    hidden = encoded.branches.unflatten(1, thoughts.mask.shape[1:3])[..., marks.before - 1 :, :]
+    return _Encoding(thoughts, encoded.text, hidden, closed, encoded.routings)
 
 
-def _encode_by_length(
-    model: ThinkingModel,
-    text: Text,
-    path: BranchPath,
-    branches: Branches,
-    lengths: torch.Tensor,
-    slots: slice,
-    batch_size: int | None,
-    cache: BranchCache | None,
-) -> Encoded:
-    """
-    Runs text and branches; where thoughts differ much in length, long and short ones in forwards of their own.
-
-    Args:
-        model ([`ThinkingModel`]), text ([`Text`]), path ([`BranchPath`]), branches ([`Branches`]):
-            What to run, and how.
-        lengths (`torch.Tensor` of shape `(B, N)`):
-            Tokens of each branch's thought; in the host's memory.
-        slots (`slice`):
-            Where the thought's tokens stand in a branch. A forward leaves out those that none of its thoughts has.
-        batch_size (`int`, *optional*), cache ([`~branches.base.BranchCache`], *optional*):
-            As in [`~branches.base.BranchPath.encode`].
-
-    Returns:
-        [`~branches.base.Encoded`], with zeros in the slots that were left out.
-    """
-    (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
-    order = lengths.argsort(dim=1, descending=True, stable=True)
-    blocks = _by_length(lengths.gather(1, order).amax(0).tolist())
-    saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
-    worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
-    if 2 * saved < N * S + T or not worthwhile or has_router_loss(model.config) or model_is_sharded(model):
-        return path.encode(model, text, branches, batch_size, cache)
-    rows, parts, texts = torch.arange(B)[:, None], [], []
-    for start, stop, longest in blocks:
-        columns, end = order[:, start:stop], slots.start + longest
-        places = tuple(to_device(x, branches.mask.device) for x in (rows, columns))
-        kept = to_device(torch.cat([torch.arange(end), torch.arange(slots.stop, S)]), branches.mask.device)
-        embeds, mask = (x[places].index_select(2, kept) for x in (branches.embeds, branches.mask))
-        block = Branches(branches.anchors.gather(1, columns), embeds, mask)
-        encoded = path.encode(model, text, block, batch_size, cache)
-        texts.append(encoded.text)
-        hidden = encoded.branches
-        left_out = hidden.new_zeros(B, stop - start, L - longest, hidden.shape[-1])
-        parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
-    back = tuple(to_device(x, branches.mask.device) for x in (rows, order.argsort(dim=1)))
-    return Encoded(texts[0], torch.cat(parts, dim=1)[back], [])
-
-
-def _by_length(longest: list[int]) -> list[tuple[int, int, int]]:
-    """
-    Cuts columns into blocks; the longest thought of a block has at least twice the length of the next block's.
-
-    Args:
-        longest (`list[int]`):
-            Length of each column's longest thought, in descending order.
-
-    Returns:
-        `list` of `tuple`: of each block the first column, the last one plus one, and the length of its longest thought.
-    """
-    blocks, start = [], 0
-    for column in range(1, len(longest) + 1):
-        if column == len(longest) or (longest[column] < longest[start] and 2 * longest[column] <= longest[start]):
-            blocks.append((start, column, longest[start]))
-            start = column
-    return blocks
+def _closed(model: ThinkingModel, thoughts: Thoughts) -> torch.Tensor | None:
+    """Which thoughts have closed themselves, of shape `(B, J, G)`; None where none can."""
+    return None if thoughts.filler else model.thought_marks.closed(thoughts.token_ids, thoughts.mask)
 
 
 def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: ThoughtSampler) -> _Encoding:
@@ -319,11 +261,12 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     read = request.cache
     cache = read.again() if isinstance(read, SharedPrefixCache) else SharedPrefixCache(model, text, embed)
     thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, cache, embed)
-    talk = talk_after(text, thoughts.positions, request.talk_length)
-    rest = _full_branches(model, thoughts, talk, embed, seen=thoughts.mask.shape[3])
+    talk, closed = talk_after(text, thoughts.positions, request.talk_length), _closed(model, thoughts)
+    seen = model.thought_marks.before + thoughts.mask.shape[3] - 1
+    rest = _full_branches(model, thoughts, closed, talk, embed, seen)
     tail = cache.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
     hidden = torch.cat([drawn_from, tail], dim=3)
-    return _Encoding(thoughts, cache.text_hidden, hidden, [], drawn)
+    return _Encoding(thoughts, cache.text_hidden, hidden, closed, [], drawn)
 
 
 def score_thoughts(
@@ -351,8 +294,8 @@ def score_thoughts(
         temperature (`float`):
             Divides the thought tokens' logits.
         start (`bool`):
-            Whether the start embedding precedes the thought. Without it the thought is judged as plain text, by the
-            no-thought model.
+            Whether the thought is opened as it was when it was sampled. Otherwise it is judged as plain text, by the no-thought
+            model.
         branch_batch_size (`int`, *optional*), cache ([`~branches.base.BranchCache`], *optional*):
             As in [`ScoreRequest`].
 
@@ -362,14 +305,15 @@ def score_thoughts(
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids)[..., :-1, :]  # of all, lest the table be asked for nothing
     mask = thoughts.mask[..., :-1]
+    before = model.thought_marks.before if start else 0
     if start:
-        embeds = torch.cat([start_slots(model, B, J, G, 1), embeds], dim=3)
-        mask = torch.cat([thoughts.mask[..., :1], mask], dim=3)
+        embeds = torch.cat([start_slots(model, B, J, G), embeds], dim=3)
+        mask = torch.cat([thoughts.mask[..., :1].expand(-1, -1, -1, before), mask], dim=3)
     branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
-    slots = slice(int(start), int(start) + L - 1)
-    encoded = _encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, cache)
-    text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))
+    slots = slice(before, before + L - 1)
+    encoded = encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, cache)
+    text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))[..., max(before - 1, 0) :, :]
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)
         hidden = torch.cat([first, hidden], dim=3)
@@ -401,26 +345,33 @@ def at_talk(values: torch.Tensor, thoughts: Thoughts, talk_length: int) -> torch
 
 
 def _full_branches(
-    model: ThinkingModel, thoughts: Thoughts, talk: Talk, embed: Callable[[torch.Tensor], torch.Tensor], seen: int = 0
+    model: ThinkingModel,
+    thoughts: Thoughts,
+    closed: torch.Tensor | None,
+    talk: Talk,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    seen: int = 0,
 ) -> Branches:
-    """The branches `start, thought, end, first M - 1 talk tokens`. Embeddings of the first `seen` slots are left out, since the
-    cache has these slots already; the mask is of all."""
-    (G, L), left = thoughts.token_ids.shape[2:], max(seen - 1, 0)
+    """The branches `start, thought, end, first M - 1 talk tokens`. A thought that has `closed` itself has no end. Embeddings of the
+    first `seen` slots are left out, since the cache has these slots already; the mask is of all."""
+    marks, (G, L) = model.thought_marks, thoughts.token_ids.shape[2:]
+    left = max(seen - marks.before, 0)
     # a token is read only where another follows: the text's last token would predict nothing
     spoken_ids, spoken_mask = (
         x[:, :, None].expand(-1, -1, G, -1) for x in (talk.token_ids[..., :-1], talk.input_mask[..., 1:])
     )
     tokens = embed(torch.cat([thoughts.token_ids[..., left:], spoken_ids], dim=3))  # one gradient of the table for all
     thought, spoken = tokens.split([L - left, spoken_ids.shape[3]], dim=3)
-    one_each = (*thoughts.mask.shape[:3], 1)
-    start, end = start_slots(model, *one_each), end_slots(model, *one_each)
+    each, exists = thoughts.mask.shape[:3], thoughts.mask[..., 0]
+    start = [start_slots(model, *each, embed=embed)] if seen == 0 else []
     if thoughts.filler:
-        thought = start.expand_as(thought)
-    exists = thoughts.mask[..., :1]
+        thought = filler_slots(model, start[0], L)
+    opening = exists[..., None].expand(*each, marks.before)
+    closing = closing_mask(exists, closed, marks.after)
     return Branches(
         anchors=thoughts.anchors,
-        embeds=torch.cat([*([start] if seen == 0 else []), thought, end, spoken], dim=3).flatten(1, 2),
-        mask=torch.cat([exists, thoughts.mask, exists, spoken_mask], dim=3).flatten(1, 2),
+        embeds=torch.cat([*start, thought, end_slots(model, *each, embed=embed), spoken], dim=3).flatten(1, 2),
+        mask=torch.cat([opening, thoughts.mask, closing, spoken_mask], dim=3).flatten(1, 2),
     )
 
 

@@ -24,6 +24,9 @@ class Thinking:
             With `"adaptive"`, the least entropy of the no-thought prediction, divided by log V, to think at.
         reach (`int`, *optional*):
             M, the number of tokens that a thought is read for. Defaults to `every`, and with `"prompt_end"` to all that follow.
+        greedy (`bool`):
+            Whether greedy generation, and scoring, take the most likely tokens for thoughts too, as plain generation does. Otherwise
+            they draw thoughts, by fixed random numbers.
 
     Raises:
         `ValueError`: if a value is outside its limits.
@@ -33,6 +36,7 @@ class Thinking:
     every: int = 1
     threshold: float = 0.6
     reach: int | None = None
+    greedy: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -81,10 +85,10 @@ class Thinking:
             raise ValueError(
                 f"`think_every` is {every}, but the model reads a thought for `talk_length` {talk_length} tokens; lower it."
             )
-        thinking = cls._as_trained(settings, talk_length)
+        thinking = replace(cls._as_trained(settings, talk_length), greedy=settings.thought_format == "text")
         asked = mode is not None
         if mode is not None and mode != thinking.mode:
-            thinking = cls(mode, reach=talk_length if mode == "prompt_end" else None)
+            thinking = cls(mode, reach=talk_length if mode == "prompt_end" else None, greedy=thinking.greedy)
         for name, value in (("think_every", every), ("thinking_threshold", threshold)):
             if value is not None and (thinking.mode == "prompt_end" or (thinking.mode == "never" and not asked)):
                 raise ValueError(

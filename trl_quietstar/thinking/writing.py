@@ -15,8 +15,9 @@ import torch
 
 from ..branches.base import BranchCache, branch_places
 from ..branches.shared_prefix import SharedPrefixCache
-from ..model.embeddings import embed_tokens, embed_vector
+from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel
+from ..model.marks import start_slots
 from ..text.transfer import to_host
 from .drawing import SamplingSettings, draw_tokens
 
@@ -257,11 +258,11 @@ def fewer_branches(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] 
     return rows, torch.argsort((~going_on[rows]).int(), dim=1, stable=True)[:, :width]
 
 
-def start_slots(model: ThinkingModel, *shape: int) -> torch.Tensor:
-    """The slot that begins a thought, `(*shape, E)`."""
-    return embed_vector(model, model.quietstar.start_embedding).expand(*shape, -1)
-
-
-def end_slots(model: ThinkingModel, *shape: int) -> torch.Tensor:
-    """The slot that ends a thought, `(*shape, E)`."""
-    return embed_vector(model, model.quietstar.end_embedding).expand(*shape, -1)
+def open_branches(
+    model: ThinkingModel, branches: PackedBranches, embed: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Gives packed branches the slots before a thought, which `embed` embeds where they are tokens. Returns the hidden states that
+    the first tokens of thoughts are drawn from, `(R, W, H)`."""
+    slots = start_slots(model, *branches.anchors.shape, embed=embed).unbind(2)
+    exists = torch.ones(branches.anchors.shape, dtype=torch.bool)
+    return [branches.extend(slot, exists) for slot in slots][-1]

@@ -11,6 +11,7 @@ from ..data.prepare import check_amount, check_longest, longest_text, prepare_te
 from ..learning.reward_functions import RewardFunctions
 from ..loading import pad_token_id
 from ..model.adapters import base_of
+from ..model.marks import Marks
 from .checkpoints import CheckpointTrainer
 
 
@@ -51,7 +52,8 @@ def prepared(
     check_amount(dataset, args, name, trains)
     longest = longest_text(dataset, args.max_length)
     if longest is not None:
-        check_longest(longest, args, config, is_stream=isinstance(dataset, IterableDataset))
+        around = Marks.of(args.settings(), tokenizer, vocab_size).around
+        check_longest(longest, args, config, around, is_stream=isinstance(dataset, IterableDataset))
     return dataset
 
 

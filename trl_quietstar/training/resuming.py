@@ -36,6 +36,7 @@ KINDS: dict[str, Callable] = {
     "grokfast_lambda": bool,
     "advantage_baseline": lambda name: name in VALUE_BASELINES,  # decides whether the value head is trained
     "reward_prediction": str,  # decides whether the mixing head is trained
+    "thought_format": str,  # decides whether the start and end embeddings are trained
     "lr_scheduler_type": lambda name: str(name) if name in ("reduce_lr_on_plateau", "greedy") else "by step",
 }
 # Options that are part of an optimizer's state: the checkpoint's values count, not those of the run.
@@ -131,7 +132,7 @@ def check_optimizer_fields(folder: str | Path, args: QuietStarConfig) -> None:
         return
     own = json.loads(json.dumps(optimizer_fields(args)))  # names in place of their enumerations
     for name, kind in KINDS.items():
-        if kind(saved[name]) != kind(own[name]):
+        if kind(saved.get(name, own[name])) != kind(own[name]):  # an earlier version did not know all
             raise ValueError(
                 f"`{name}` is {own[name]!r}, and was {saved[name]!r} when the checkpoint {str(folder)!r} was written, whose "
                 f"optimizer goes with that. Set it back, or start anew from its weights with `model={str(folder)!r}`."

@@ -144,7 +144,7 @@ class Thinker:
 
     def adopt_settings(self) -> None:
         """Takes over from `args` how thoughts are drawn and read, for what follows."""
-        self.base.adopt_settings(self.args.settings())
+        self.base.adopt_settings(self.args.settings(), self.tokenizer)
         self.sampling = thought_sampling(self.args.settings(), self.tokenizer, self.args.num_thoughts)
 
     def _can_sample_in_graph(self) -> bool:
@@ -182,7 +182,8 @@ class Thinker:
         aside = ("part", "columns", "written_ids", "written_at")
         text = Text.from_batch(**{name: x for name, x in inputs.items() if name not in aside})
         if self.args.max_length is None:
-            check_longest(int(text.host.position_ids.max()) + 1, self.args, self.base.config)
+            longest, around = int(text.host.position_ids.max()) + 1, self.base.thought_marks.around
+            check_longest(longest, self.args, self.base.config, around)
         return text.to(self.accelerator.device)
 
     def talk_length(self, text: Text, positions: Positions | None = None) -> int:
@@ -232,7 +233,8 @@ class Thinker:
         """What to score of the rows with written thoughts: their likelihood is taken at temperature 1."""
         text, thoughts = written.text, written.thoughts
         talk_length = self.talk_length(text, thoughts.positions)
-        plan = self._planned(text, thoughts.mask.shape[1], thoughts.mask.shape[3] + talk_length + 1, training=True)
+        slots = self.base.thought_marks.slots(thoughts.mask.shape[3], talk_length)
+        plan = self._planned(text, thoughts.mask.shape[1], slots, training=True)
         return self._request(text, thoughts, talk_length, 1.0, plan, training=True)
 
     def _request(
@@ -307,7 +309,7 @@ class Thinker:
         (B, J, G, L), (_, free) = thoughts.mask.shape, self._memory(training)
         limits = talk_after(text, thoughts.positions, talk_length).host.target_mask.sum(-1)
         # each thought is read with a copy of its text, as in replay
-        size = Size(B, text.input_ids.shape[1], J * G, L + talk_length + 1)
+        size = Size(B, text.input_ids.shape[1], J * G, self.base.thought_marks.slots(L, talk_length))
         fitting = -self.greatest(-branches_without_graph(self.base, Replay(), size, 1, free))
         decoder = ReplayDecoder if self.is_sharded else decoder_of  # whose caches run layers as often as rows need it
         with eval_mode(self.base):
@@ -321,7 +323,8 @@ class Thinker:
         """Whether one pass is enough for a batch, and how many branches to run at once if not."""
         args = self.args
         branches = args.num_thoughts * most_positions(text, args.thought_positions, args.min_thought_interval)
-        return self._planned(text, branches, args.thought_length + self.talk_length(text) + 1, training)
+        slots = self.base.thought_marks.slots(args.thought_length, self.talk_length(text))
+        return self._planned(text, branches, slots, training)
 
     def _planned(self, text: Text, branches: int, slots: int, training: bool) -> Plan:
         """The plan for a text with so many branches a row, of so many slots."""
