@@ -34,9 +34,20 @@ def check_settings(settings: QuietStarSettings) -> None:
             How the model thinks. Whether a mixing head takes part is not looked at.
 
     Raises:
-        `ValueError`: if it thinks elsewhere than at the end of a prompt, drops a thought before the end of the text, or ends it by its
-            length or by the EOS token.
+        `ValueError`: if its thoughts are of text or have a prompt, it thinks elsewhere than at the end of a prompt, drops a thought
+            before the end of the text, or ends it by its length or by the EOS token.
     """
+    if settings.thought_format == "text":
+        raise ValueError(
+            f"`thought_format` is 'text': thoughts are ordinary tokens, and the saved folder is a plain model already (merge an "
+            f"adapter with `trl-quietstar merge`). Open a thought by {(settings.thought_prompt or '') + settings.thought_start_text!r} "
+            "after a prompt."
+        )
+    if settings.thought_prompt is not None:
+        raise ValueError(
+            f"`thought_prompt` is {settings.thought_prompt!r}, which an exported chat template does not put before a learned start. "
+            "Train with `thought_format='text'`, or generate with this package."
+        )
     if settings.thought_positions == "none":
         raise ValueError(
             "`thought_positions` is 'none': the model never thinks, and its folder is a plain model already."
