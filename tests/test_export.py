@@ -1,7 +1,12 @@
 """`trl-quietstar export`: a plain model that thinks by itself writes what the thinking model writes."""
 
 import json
+import os
+import subprocess
+import time
+import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +255,48 @@ def test_flags_that_cannot_be_followed(flags, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(["export", source, str(tmp_path / "plain"), *flags])
     assert not list(tmp_path.glob("plain/*"))
+
+
+@pytest.mark.real
+def test_llama_cpp_answers_as_ours(tmp_path):
+    """Its server, asked as docs/serving.md says, gives the greedy answers of `generate` to 50 prompts, in float32."""
+    server, converter, weights = (os.environ.get(x) for x in ("LLAMA_SERVER", "LLAMA_CONVERTER", "SMOLLM2"))
+    weights = weights or ".demo/SmolLM2-135M-Instruct"
+    if server is None or converter is None or not os.path.isdir(weights):
+        pytest.skip("set LLAMA_SERVER and LLAMA_CONVERTER, and run `make demo-data`")
+    pytest.importorskip("openai")
+    settings = replace(SETTINGS, thought_length=24, thought_stop_string=",")
+    model = QuietStarForCausalLM.from_pretrained(weights, settings, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(weights, padding_side="left")
+    model.initialize_thought_embeddings(tokenizer, "\n", "\n")
+    asked = [[{"role": "user", "content": f"Say one short thing about the number {i}."}] for i in range(50)]
+    prompts = [tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False) for x in asked]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    options = {**GREEDY, "output_logits": False, "pad_token_id": tokenizer.eos_token_id}
+    ours = model.generate(**batch, return_thoughts=True, tokenizer=tokenizer, **options)
+    model.save_pretrained(tmp_path / "thinking")
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    del model
+    flags = ("--format", "gguf", "--converter", converter)
+    assert main(["export", str(tmp_path / "thinking"), str(tmp_path / "plain"), *flags]) == 0
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].replace(":8080", ":8093").replace('STOP = " ="', 'STOP = ","')
+    asking: dict = {}
+    exec(code, asking)
+    file = str(tmp_path / "plain" / "model.gguf")
+    command = [server, "-m", file, "--host", "127.0.0.1", "--port", "8093", "-c", "1024", "-np", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen("http://127.0.0.1:8093/health")
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            for prompt, thoughts, row in zip(prompts, ours.thoughts, ours.sequences, strict=True):
+                expected = row[batch["input_ids"].shape[1] :]
+                found = asking["answer"](prompt + "<think>", 24, len(expected))
+                said = tokenizer.decode(expected, skip_special_tokens=True)
+                assert found == (tokenizer.decode(thoughts[0].token_ids), said)
+        finally:
+            process.terminate()

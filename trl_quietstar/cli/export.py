@@ -89,7 +89,7 @@ def run(argv: list[str]) -> None:
     card = model_card(Path(output).name, settings, tokenizer, start, end)
     _save(model, tokenizer, card, output, converter)
     print(f"Saved to {output}, in {args.dtype}. Log-probabilities differ by {difference:.0e} at most.")
-    print(_how_to_open(tokenizer, start))
+    print(_how_to_open(tokenizer, start), f"The ids of {start} and {end} are {ids[0]} and {ids[1]}.")
 
 
 def _check(args: ExportArguments) -> str | None:
@@ -270,9 +270,9 @@ A plain causal language model that thinks before it answers, exported by
 
 - **Open the thought.** {_how_to_open(tokenizer, start)}
 - **Hide the thought.** The answer is what follows the last `{end}`.
-- **Serve it.** `transformers serve` and `pipeline` need nothing else: `generation_config.json` writes `{end}` after {stop!r}, which
-  ends a thought. Engines that do not follow `sequence_bias` (vLLM, llama.cpp) are asked twice: for the thought, up to {stop!r}, and
-  for the answer, with the thought and `{end}` added to the prompt.
+- **Serve it.** In Transformers (`generate`, `pipeline`) nothing else is needed: `generation_config.json` writes `{end}` after {stop!r}, which
+  ends a thought. Engines that do not follow its `sequence_bias` and `suppress_tokens` (vLLM, llama.cpp) are asked twice, with both tokens
+  forbidden by `logit_bias`: for the thought, up to {stop!r}, and for the answer, with the thought and `{end}` added to the prompt.
 
 Two things differ from `generate` of trl-quietstar. There a thought is drawn at temperature {settings.temperature:g} also where the answer is
 greedy, and cut after {settings.thought_length} tokens; here one setting draws both, and a thought ends by {stop!r} alone. And {stop!r} must not be
