@@ -242,9 +242,11 @@ class Runs:
 
     def _stage(self, name: str, model: str, start: float, until: float, work: str) -> None:
         """Trains from a model until a time is used, with checkpoints in the folder of `work`; then measures."""
+        if self._is_done(name):  # no matter who goes on in that folder
+            print(f"{self.folder / name}: done before", flush=True)
+            return
         with alone(self.folder / work):
-            if (self.folder / f"{name}.json").exists() and "exact" in self.result(name):
-                print(f"{self.folder / name}: done before", flush=True)
+            if self._is_done(name):
                 return
             print(f"{self.folder / name}: {start / 60:.1f} to {until / 60:.1f} minutes", flush=True)
             folder = self.folder / work / "checkpoints"
@@ -264,6 +266,9 @@ class Runs:
             self._write(name, state["log_history"], state["global_step"], start, self.measured(trainer, name))
             if name == work:  # a cold start goes on in `supervised`
                 shutil.rmtree(folder)
+
+    def _is_done(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists() and "exact" in self.result(name)
 
     def _clock(self, trainer: Trainer, name: str, start: float, until: float) -> Clock:
         return Clock(
