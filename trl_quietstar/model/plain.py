@@ -129,12 +129,8 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 def _add_rows(model: ThinkingModel, ids: list[int]) -> None:
     """Gives tokens the embeddings of start and end. An LM head of its own gets its mean row for them, by which neither is likelier
     than one in V, since the mean of exponentials is at least the exponential of the mean."""
-    table, head, V = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        len(weight_of(model.get_output_embeddings())),
-    )
-    mean, bias = weight_of(head).mean(0), getattr(head, "bias", None)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    V, mean, bias = len(weight_of(head)), weight_of(head).mean(0), getattr(head, "bias", None)
     mean_bias = None if bias is None else bias.mean()
     embeddings = torch.stack([model.quietstar.start_embedding, model.quietstar.end_embedding])
     scale = _scale(table)
@@ -175,11 +171,8 @@ def spellings(tokenizer: PreTrainedTokenizerBase, string: str) -> Iterator[tuple
     """The shortest runs of tokens that hold a string, the last of which completes it. The first may begin, and the last may go on,
     beyond the string."""
     n, texts = len(string), _texts(tokenizer)
-    beginning, inner, ending = (
-        defaultdict(list),
-        defaultdict(list),
-        defaultdict(list),
-    )  # by what of the string is before or done
+    # by how much of the string is done after the token, and for the others before it
+    beginning, inner, ending = defaultdict(list), defaultdict(list), defaultdict(list)
     for token, text in enumerate(texts):
         if string in text:
             yield (token,)
