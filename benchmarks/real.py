@@ -1,6 +1,6 @@
 """Does thinking pay on a real model? A small pretrained model on problems with one right answer, in four ways for equal time.
 
-    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 45 --seeds 0 1 --output out/real
+    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 36 --seeds 0 1 --output out/real
     python -m benchmarks.real --report out/real --plot out/real.png
 
 Each arm has the same minutes of processor time for training; measuring and saving are not counted.
@@ -85,17 +85,17 @@ class Settings:
     """
 
     problems: int = 32_000
-    written: int = 500
+    written: int = 120
     held_out: int = 200
     watched: int = 64
     easy: float = 0.0
-    terms: int = 4
-    fewest_terms: int = 2
-    digits: int = 2
-    cold_share: float = 0.3
+    terms: int = 8
+    fewest_terms: int = 4
+    digits: int = 1
+    cold_share: float = 0.2
     written_mix: int = 0
     warmup: float = 0.05
-    points: int = 4
+    points: int = 3
     checkpoint_minutes: float = 6.0
     stages: dict[str, dict] = field(default_factory=dict)
 
@@ -130,7 +130,7 @@ COMMON = {
     "max_length": 64,
     "thought_positions": "prompt_end",
     "talk_length": "completion",
-    "thought_length": 32,
+    "thought_length": 40,
     "thought_start_text": " [",
     "thought_end_text": "]",
     "thought_stop_string": "]",
@@ -169,6 +169,7 @@ WORD_PROBLEMS = replace(
     SETTINGS["chain_sum"],
     problems=7_000,
     written=7_000,
+    cold_share=0.3,
     stages={**SETTINGS["chain_sum"].stages, "all": {**COMMON, "max_length": 256, "thought_length": 96}},
 )
 SETTINGS |= {"gsm_symbolic": WORD_PROBLEMS, "gsm8k": WORD_PROBLEMS}
@@ -416,7 +417,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="chain_sum")
     parser.add_argument("--arm", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, for each arm and seed")
+    parser.add_argument("--minutes", type=float, default=36.0, help="of processor time, for each arm and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--model", default=MODEL, help="a folder or a name on the Hub")
     parser.add_argument("--data", default="openai/gsm8k", help="GSM8K's JSON-lines file, or its name on the Hub")
