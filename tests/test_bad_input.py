@@ -321,7 +321,7 @@ def test_a_saved_model_with_another_value_head(tmp_path):
 
 def test_a_start_string_without_tokens(tmp_path):
     """An empty start string has no embedding to begin from."""
-    with pytest.raises(ValueError, match="start or end string"):
+    with pytest.raises(ValueError, match="another start, end or prompt"):
         tiny_trainer(tmp_path, thought_start_text="")
 
 

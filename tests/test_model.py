@@ -244,7 +244,7 @@ def test_thought_embeddings_start_as_the_em_dash():
     model.initialize_thought_embeddings(tokenizer, start="plus", end=" is")
     for string, ours in (("plus", model.quietstar.start_embedding), (" is", model.quietstar.end_embedding)):
         assert torch.equal(ours, table[tokenizer(string, add_special_tokens=False)["input_ids"]].mean(0))
-    with pytest.raises(ValueError, match="another start or end string"):
+    with pytest.raises(ValueError, match="another start, end or prompt"):
         model.initialize_thought_embeddings(tokenizer, start="")
 
 
