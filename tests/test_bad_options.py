@@ -21,7 +21,7 @@ OURS = [f.name for f in fields(QuietStarConfig) if f.name in QuietStarConfig.__a
 FREE = {  # no numbers and no choices: any text, any dictionary, a list that has a check of its own, `thought_positions`
     "model_init_kwargs", "dataset_text_field", "thought_stop_string", "thought_positions", "thought_start_text",
     "thought_end_text", "reward_clip_range", "curriculum", "thought_pattern", "thought_suppress_tokens",
-    "score_pattern", "reward_functions", "reward_weights",
+    "score_pattern", "reward_functions", "reward_weights", "thought_prompt",
 }  # fmt: skip
 
 

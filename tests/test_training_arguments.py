@@ -236,6 +236,7 @@ def test_unchanged_fields_are_the_trainers_alone():
     ours = set().union(*(names for module in modules for names in read_by(module).values()))
     told_apart = {
         "deepspeed",
+        "disable_tqdm",
         "gradient_checkpointing",
         "hub_model_id",
         "push_to_hub",
