@@ -75,9 +75,8 @@ def run(argv: list[str]) -> None:
             if args.thought_positions != "none" and not data_args.dataset_streaming:
                 print_teaching(*_taught(trainer))
     if args.anti_theater_steps is not None:
-        report = (
-            trainer.anti_theater.report or trainer.validate_thoughts()
-        )  # made as training ended, unless it rolled back
+        # made as training ended, unless it rolled back
+        report = trainer.anti_theater.report or trainer.validate_thoughts()
         if trainer.accelerator.is_main_process:
             print_anti_theater(report)
     trainer.create_model_card()

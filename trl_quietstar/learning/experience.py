@@ -263,9 +263,8 @@ def fold_repeats(experience: Experience, kept: torch.Tensor) -> tuple[torch.Tens
     """
     ids = experience.thoughts.token_ids.masked_fill(~experience.thoughts.mask, -1)
     same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & kept[:, :, :, None] & kept[:, :, None]
-    first = same.long().argmax(3) == torch.arange(
-        kept.shape[2], device=kept.device
-    )  # the first of those that are the same
+    own = torch.arange(kept.shape[2], device=kept.device)
+    first = same.long().argmax(3) == own  # of those that are the same
     repeats = same.sum(3).to(experience.rewards.dtype)
     share = same / repeats.clamp(min=1)[..., None]
     weights = experience.talk_weights

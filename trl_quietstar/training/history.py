@@ -44,9 +44,8 @@ class HistoryCallback(TrainerCallback):
         folder = Path(args.output_dir)
         with _bearing_a_full_disk():
             folder.mkdir(parents=True, exist_ok=True)
-            if (
-                state.global_step == 0 or not (folder / RUN).is_file()
-            ):  # a stage of a curriculum may hold where a run goes on
+            # where a run goes on, a stage of a curriculum may hold
+            if state.global_step == 0 or not (folder / RUN).is_file():
                 (folder / RUN).write_text(
                     json.dumps({"model": self.model, "args": args.to_dict()}, indent=1, default=str)
                 )
