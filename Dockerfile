@@ -1,5 +1,5 @@
 # Runs `make train` on a CPU; what was trained is then in out/:
-#     docker build -t trl-quietstar . && docker run --rm -v "$PWD/out:/work/.demo/out" trl-quietstar
+#     docker build -t trl-quietstar . && docker run --rm -v "$PWD/out:/trl-quietstar/.demo/out" trl-quietstar
 FROM python:3.12-slim
 
 # a compiler, for packages without a wheel for this platform
@@ -11,7 +11,7 @@ RUN apt-get update \
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_NO_CACHE_DIR=1
 
 # the environment first: a change of other files does not install it again
-WORKDIR /work
+WORKDIR /trl-quietstar
 COPY pyproject.toml setup.py README.md LICENSE Makefile ./
 COPY trl_quietstar trl_quietstar
 COPY recipes recipes

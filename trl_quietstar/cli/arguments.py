@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode
@@ -259,14 +260,15 @@ def check_model(source: str, **hub) -> None:
     )
 
 
-def model_kwargs(model_args: ModelConfig) -> dict:
-    """Keyword arguments for loading the model, from TRL's `ModelConfig`."""
+def model_kwargs(model_args: ModelConfig, args: QuietStarConfig) -> dict:
+    """Keyword arguments for loading the model: from TRL's `ModelConfig`, and those given as `model_init_kwargs`, which win."""
     kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    return {name: value for name, value in kwargs.items() if value is not None}
+    given: Any = args.model_init_kwargs or {}  # a dictionary, once the configuration has parsed it
+    return {**{name: value for name, value in kwargs.items() if value is not None}, **given}
 
 
 def saved_fields(source: str, **hub) -> dict:

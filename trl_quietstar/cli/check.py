@@ -44,10 +44,10 @@ def run(argv: list[str]) -> None:
         if args.thought_positions != "none":
             console.print(judged(PreflightCallback(trainer).measure(thoughts)))
         seconds = step_seconds(trainer) * batches
+    rows_a_step = trainer.rows_per_batch * args.world_size * batches
     if steps < 1:
         rows = len(trainer.train_dataset)  # type: ignore[arg-type]  # a stream needs `max_steps`
-        steps = math.ceil(epochs * rows / (trainer.rows_per_batch * args.world_size * batches))
-    rows_a_step = trainer.rows_per_batch * args.world_size * batches
+        steps = math.ceil(epochs * rows / rows_a_step)
     console.print(
         f"A step of {rows_a_step} rows takes about {seconds:.3g} s on {args.device}; {steps} steps {duration(steps * seconds)}, without "
         f"evaluations and checkpoints. {memory(args.device)}"

@@ -106,7 +106,7 @@ def evaluate_on_text(argv: list[str]) -> None:
         parser.set_defaults(output_dir=scratch, report_to="none", **fields)
         eval_args, data_args, args, model_args = parser.parse_args_and_config(argv)
         train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
-        args.model_init_kwargs = {**model_kwargs(model_args), **(args.model_init_kwargs or {})}
+        args.model_init_kwargs = model_kwargs(model_args, args)
         trainer = QuietStarREINFORCETrainer(
             model=source,
             args=args,

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -37,8 +37,7 @@ class Asked(NamedTuple):
         data_args, args, model_args, _ = self
         source = named_model(model_args, args)
         train_dataset, eval_dataset = load_data(data_args, args.dataset_text_field)
-        given: Any = args.model_init_kwargs or {}  # a dictionary, once the configuration has parsed it
-        args.model_init_kwargs = {**model_kwargs(model_args), **given}
+        args.model_init_kwargs = model_kwargs(model_args, args)
         return QuietStarREINFORCETrainer(
             model=source,
             args=args,

@@ -18,13 +18,8 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
-OTHERS = (
-    "prompt",
-    "completion",
-    "messages",
-    "conversations",
-    "input_ids",
-)  # columns that say themselves what data are
+# columns that say themselves what data are
+OTHERS = ("prompt", "completion", "messages", "conversations", "input_ids")
 SPLIT_SEED = 0  # not the run's: runs of several seeds are evaluated on the same rows
 
 

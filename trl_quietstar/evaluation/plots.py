@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # told apart by the colour-blind too
+# told apart by the colour-blind too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 190, 58, 34, 30  # of a panel, in pixels, and what is around it
 TICKS = 4
 

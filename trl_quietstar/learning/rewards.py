@@ -93,8 +93,7 @@ def binary(gains: Gains) -> torch.Tensor:
 def sequence_probability(gains: Gains) -> torch.Tensor:
     """Probability of the whole talk, the product over its tokens, with minus without, in [-1, 1] (VeriFree,
     huggingface.co/papers/2505.21493): a talk with one wrong token earns next to nothing."""
-    with_, without = (talk_log_likelihood(x, gains.mask).exp() for x in (gains.logps_with, gains.logps_without))
-    return with_ - without
+    return talk_probability_gain(gains.logps_with, gains.logps_without, gains.mask)
 
 
 # `reward_type` by its name: each gives one number for a thought's talk, `(B, J, G)`, and 0 where no talk token counts. A new
@@ -167,6 +166,11 @@ def talk_log_likelihood(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return torch.where(mask, logps, 0.0).sum(-1)
 
 
+def talk_probability_gain(logps_with: torch.Tensor, logps_without: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """By how much each thought raises the probability of its whole talk, of shape `(B, J, G)`; arguments as for [`useful`]."""
+    return talk_log_likelihood(logps_with, mask).exp() - talk_log_likelihood(logps_without, mask).exp()
+
+
 def useful(
     logps_with: torch.Tensor, logps_without: torch.Tensor, mask: torch.Tensor, least_gain: float
 ) -> torch.Tensor:
@@ -182,8 +186,7 @@ def useful(
     Returns:
         `torch.Tensor` of shape `(B, J, G)`, bool.
     """
-    gain = talk_log_likelihood(logps_with, mask).exp() - talk_log_likelihood(logps_without, mask).exp()
-    return gain > least_gain
+    return talk_probability_gain(logps_with, logps_without, mask) > least_gain
 
 
 def exact_match(correct: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -107,9 +107,10 @@ def _answered(
     marks, closed = model.thought_marks, model.thought_marks.closed(ids, to_device(mask, device))
     slots = [start_slots(model, R), embed_tokens(model, ids), end_slots(model, R)]
     closed = None if closed is None else closed.cpu()
-    filled = [one.expand(-1, marks.before), mask, closing_mask(one[:, 0], closed, marks.after)]
-    branch = decoder.extend(torch.cat(slots, dim=1), torch.cat(filled, dim=1))
-    last = torch.cat(filled, dim=1).cumsum(1).argmax(1)  # the first place that has them all
+    parts = [one.expand(-1, marks.before), mask, closing_mask(one[:, 0], closed, marks.after)]
+    filled = torch.cat(parts, dim=1)
+    branch = decoder.extend(torch.cat(slots, dim=1), filled)
+    last = filled.cumsum(1).argmax(1)  # the first place that has them all
     after_thought = branch[torch.arange(R, device=device), to_device(last, device)]
     answers: list[list[int]] = [[] for _ in range(R)]
     going_on, tokens = limits > 0, None

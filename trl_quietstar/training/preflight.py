@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data.batches import TOKEN_COLUMNS
 from ..learning.experience import StepPart
 from ..learning.metrics import Measured, MetricSums, group_metrics
-from ..learning.rewards import talk_log_likelihood
+from ..learning.rewards import talk_probability_gain
 from ..text.batch import Text, talk_after
 from ..text.positions import seeded_generators, usable_positions
 from ..thinking.scoring import ScoreRequest, Scores, at_talk
@@ -185,7 +185,7 @@ class PreflightCallback(TrainerCallback):
         mask = talk_after(text, positions, talk_length).score_mask[:, :, None]
         without = at_talk(scores.text_logps, scores.thoughts, talk_length)
         tried = positions.mask.sum() * args.num_thoughts
-        gain = talk_log_likelihood(scores.reader_logps, mask).exp() - talk_log_likelihood(without, mask).exp()
+        gain = talk_probability_gain(scores.reader_logps, without, mask)
         exists = positions.mask[..., None].expand_as(gain)
         return {
             **group_metrics(scores.reader_logps, without, mask, positions, args.useful_gain),
