@@ -1,7 +1,7 @@
 """`QuietStarConfig`: every option of the trainer, with its type, default, limits, choices and help."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from transformers.utils import logging
 
@@ -24,7 +24,7 @@ from .rules import (
     notes_of,
     option,
 )
-from .settings import OPTIONS, QuietStarSettings
+from .settings import QuietStarSettings
 
 
 logger = logging.get_logger(__name__)
@@ -456,14 +456,6 @@ class QuietStarConfig(Derived, BaseConfig):
         self._enter_each_stage()
         check_processes_and_memory(self)
 
-    def settings(self) -> QuietStarSettings:
-        """The part of the configuration that a saved model keeps."""
-        return QuietStarSettings(**{setting: getattr(self, option) for setting, option in OPTIONS.items()})
-
-    def enter_stage(self, step: int) -> bool:
-        """Sets the options of the curriculum to what they are at an optimizer step; returns whether any changed."""
-        return self.stages.enter(step, vars(self))
-
     def _enter_each_stage(self) -> None:
         """Checks the options in every stage, then sets them to what they are at the first step."""
         self.stages = Curriculum(self.curriculum, {name: getattr(self, name) for name in STAGE_FIELDS}, READERS)
@@ -472,13 +464,6 @@ class QuietStarConfig(Derived, BaseConfig):
             check_types(self, STAGE_FIELDS)
             check_values(self, LIMITS, CHOICES)
         self.enter_stage(0)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickles, also a `training_args.bin` from before an option had its type or the stages were an object."""
-        vars(self).update(state)
-        vars(self).update({name: read(state[name]) for name, read in READERS.items() if name in state})
-        if "_before_stages" in state:
-            self.stages = Curriculum(self.curriculum, state["_before_stages"], READERS)
 
 
 LIMITS: dict[str, Limits] = {**notes_of(QuietStarConfig, Limits), **TRAINER_LIMITS}

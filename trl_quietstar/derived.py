@@ -1,16 +1,18 @@
 """What follows from the options of a run."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .curriculum import Curriculum
 from .learning.advantages import BASELINES
+from .readers import READERS
+from .settings import OPTIONS, QuietStarSettings
 
 
 VALUE_BASELINES = tuple(name for name, baseline in BASELINES.items() if baseline.uses_value_head)
 
 
 class Derived:
-    """Properties of [`QuietStarConfig`] that its options decide."""
+    """What the options of a [`QuietStarConfig`] decide, now and at later stages."""
 
     if TYPE_CHECKING:
         advantage_baseline: str
@@ -24,7 +26,23 @@ class Derived:
         no_thought_model: str
         muon_learning_rate: float | None
         grokfast_lambda: float
+        curriculum: dict | str | None
         stages: Curriculum
+
+    def settings(self) -> QuietStarSettings:
+        """The part of the configuration that a saved model keeps."""
+        return QuietStarSettings(**{setting: getattr(self, option) for setting, option in OPTIONS.items()})
+
+    def enter_stage(self, step: int) -> bool:
+        """Sets the options of the curriculum to what they are at an optimizer step; returns whether any changed."""
+        return self.stages.enter(step, vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickles, also a `training_args.bin` from before an option had its type or the stages were an object."""
+        vars(self).update(state)
+        vars(self).update({name: read(state[name]) for name, read in READERS.items() if name in state})
+        if "_before_stages" in state:
+            self.stages = Curriculum(self.curriculum, state["_before_stages"], READERS)
 
     @property
     def uses_value_head(self) -> bool:
