@@ -72,6 +72,11 @@ def written_texts() -> Dataset:
     )
 
 
+def held_out() -> Dataset:
+    """Texts to evaluate on."""
+    return text_data(8, first=40)
+
+
 def _work(rank: int, processes: int, port: int, engine: str, folder: str, options: dict) -> None:
     """One process of a run; rank 0 leaves the log history and the saved model in the folder."""
     torch.set_num_threads(1)
@@ -88,8 +93,9 @@ def _work(rank: int, processes: int, port: int, engine: str, folder: str, option
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(_zero(int(engine[-1]))))
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
-    options = {"model": {}, "data": unequal_texts, "resume": None, "validate": False, **options}
-    model, data, resume, validate = (options.pop(name) for name in ("model", "data", "resume", "validate"))
+    ours = {"model": {}, "data": unequal_texts, "evaluation": held_out, "resume": None, "validate": False}
+    options = {**ours, **options}
+    model, data, evaluation, resume, validate = (options.pop(name) for name in ours)
     if isinstance(
         model, dict
     ):  # before there is a configuration, by which Transformers would partition it under ZeRO-3
@@ -101,7 +107,7 @@ def _work(rank: int, processes: int, port: int, engine: str, folder: str, option
     assert args.device.type == "cpu"  # now the processes know each other
     if engine == "fsdp2":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = QuietStarREINFORCETrainer(model, args, data(), text_data(8, first=40), byte_tokenizer(), **own)
+    trainer = QuietStarREINFORCETrainer(model, args, data(), evaluation(), byte_tokenizer(), **own)
     trainer.train(resume_from_checkpoint=resume)
     found = {"history": trainer.state.log_history, "type": type(trainer.model_wrapped).__name__}
     found["rates"] = sorted({group["lr"] for group in trainer.optimizer.param_groups})
@@ -122,8 +128,8 @@ class Run:
         folder (`Path`):
             Where it writes.
         options:
-            Of the configuration; and `model` (changes of its configuration, or a path), `data` (a function that makes it),
-            `peft_config`, `resume` (a checkpoint) and `validate` (whether to validate the thoughts at the end).
+            Of the configuration; and `model` (changes of its configuration, or a path), `data` and `evaluation` (functions that
+            make them), `peft_config`, `resume` (a checkpoint) and `validate` (whether to validate the thoughts at the end).
     """
 
     def __init__(self, engine: str, folder: Path, **options):

@@ -22,6 +22,7 @@ FREE = {  # no numbers and no choices: any text, any dictionary, a list that has
     "model_init_kwargs", "dataset_text_field", "thought_stop_string", "thought_positions", "thought_start_text",
     "thought_end_text", "reward_clip_range", "curriculum", "thought_pattern", "thought_suppress_tokens",
     "score_pattern", "reward_functions", "reward_weights", "thought_prompt",
+    "vllm_server_base_url",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import is_peft_model
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset, arrow_dataset
 from datasets.utils import are_progress_bars_disabled
@@ -236,6 +237,46 @@ def can_set_attention(model: PreTrainedModel) -> bool:
 def pad_token(config: GenerationConfig) -> torch.Tensor | None:
     """The id that finished rows are padded with, on the device, once `generate` has prepared it."""
     return config._pad_token_tensor
+
+
+# Engines
+
+
+def vllm_generation(**options: Any) -> Any:
+    """
+    TRL's own class for generation by vLLM, which sends the plain model.
+
+    The heads are left out of what is sent: vLLM knows no such parameters. And an adapter is merged for the time of sending, and taken
+    out again by subtraction, which rounds; weights that it was merged into are put back as they were.
+
+    Args:
+        options:
+            Of `trl.generation.vllm_generation.VLLMGeneration`. It is imported here, because it imports vLLM.
+    """
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    class Generation(VLLMGeneration):
+        def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+            before = [(weight, weight.detach().clone()) for weight in _merged_weights(self.model)]
+            try:
+                for name, tensor in super()._iter_named_params():
+                    if not name.startswith("quietstar."):
+                        yield name, tensor
+            finally:
+                for weight, own in before:
+                    weight.data.copy_(own)
+
+    return Generation(**options)
+
+
+def _merged_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that `merge_adapter` changes; none without an adapter."""
+    if not is_peft_model(model):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [weight for layer in layers for weight in layer.parameters(recurse=False)]
 
 
 # PyTorch

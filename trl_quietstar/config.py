@@ -186,6 +186,27 @@ class QuietStarConfig(Derived, BaseConfig):
         "takes the fastest way that a check at the start finds exact.",
     )
 
+    # Thoughts drawn by vLLM, whose options are named as in TRL's `GRPOConfig`
+    use_vllm: bool = option(
+        False,
+        "Whether vLLM draws the thoughts of training, by TRL's own client: thoughts of text at the end of prompts. They are scored "
+        "here.",
+    )
+    vllm_mode: Annotated[str, Choices("colocate", "server")] = option(
+        "colocate", "Where vLLM runs: `colocate`, in this process; or `server`, which `vllm serve` starts."
+    )
+    vllm_server_base_url: str | None = option(
+        None, "Address of the `server`, such as `http://localhost:8000`. None: port 8000 of this machine."
+    )
+    vllm_server_timeout: Annotated[float, Limits(0)] = option(240.0, "Seconds to wait for the `server` to be up.")
+    vllm_group_port: Annotated[int, Limits(1, 65_535)] = option(51216, "Port by which weights go to the `server`.")
+    vllm_gpu_memory_utilization: Annotated[float, Limits(0.01, 1)] = option(
+        0.3, "Share of the GPU's memory that vLLM takes in `colocate`."
+    )
+    vllm_max_model_length: Annotated[int | None, Limits(2)] = option(
+        None, "Most tokens of prompt and thought together in `colocate`. None: as many as the model can read."
+    )
+
     # Memory
     gradient_checkpointing: bool | None = option(  # type: ignore[assignment]  # None is its default in Transformers
         None,

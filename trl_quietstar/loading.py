@@ -316,6 +316,11 @@ def prepare_to_train(model, args: QuietStarConfig, needs_weights: bool) -> Think
     base = base_of(model)
     if needs_weights:
         check_trainable(model)
+    if args.use_vllm and getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "`use_vllm=True` sends the model with its adapter merged in, which would round the weights of a quantized one anew; "
+            "load it without quantization, or leave `use_vllm` out."
+        )
     if args.disable_dropout:
         disable_dropout(model)
     if not args.uses_value_head:  # an unused head would stall DDP and drift under weight decay

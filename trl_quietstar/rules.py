@@ -17,6 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from .learning.advantages import BASELINES
 from .learning.rewards import GROUP_REWARDS
+from .model.plain import check_writing
 from .readers import READERS
 
 
@@ -112,6 +113,18 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "torch_compile": ((False, None), NO_COMPILING),
     "torch_compile_backend": ((None, ""), NO_COMPILING),  # which switches compilation on too, as does the mode
     "torch_compile_mode": ((None, ""), NO_COMPILING),
+}
+
+# Options of vLLM by the mode that reads them
+VLLM_OPTIONS = {
+    "server": ("vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"),
+    "colocate": ("vllm_gpu_memory_utilization", "vllm_max_model_length"),
+}
+# Options whose values decide whether a plain model, as vLLM runs it, can draw the thoughts: those it can, and why not the others
+NEEDED_FOR_VLLM: dict[str, tuple[tuple, str]] = {
+    "thought_format": (("text",), "a learned embedding is no token, and a plain model goes on from tokens"),
+    "reward_prediction": (("thought",), "a plain model has no mixing head"),
+    "single_pass": ((None, False), "thoughts are not sampled in the forward that is trained"),
 }
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # the optimizers that Muon and Grokfast go with
@@ -264,6 +277,7 @@ def check_drops(args: "QuietStarConfig") -> None:
 def check_thinking(args: "QuietStarConfig") -> None:
     """Refuses contradictions among the options of thoughts and of what is learned from them."""
     check_marks(args)
+    check_vllm(args)
     if args.thought_stop_string == "":
         raise ValueError("`thought_stop_string` is empty, and would end every thought; give a string, or None.")
     if args.min_entropy_coefficient > args.entropy_coefficient:
@@ -287,6 +301,31 @@ def check_thinking(args: "QuietStarConfig") -> None:
     if args.sync_ref_model and not args.uses_reference:
         raise ValueError(
             "`sync_ref_model=True` has no reference to synchronise; set `beta` above 0 or `no_thought_model='reference'`."
+        )
+
+
+def check_vllm(args: "QuietStarConfig") -> None:
+    """Refuses thoughts that vLLM cannot draw as they are drawn here, and options of vLLM that nothing reads."""
+    for mode, names in VLLM_OPTIONS.items():
+        for name in names:
+            if getattr(args, name) != getattr(type(args), name) and not (args.use_vllm and args.vllm_mode == mode):
+                raise ValueError(
+                    f"`{name}={getattr(args, name)!r}` is read with `use_vllm=True` and `vllm_mode={mode!r}` only; set these, or "
+                    f"leave `{name}` out."
+                )
+    if not args.use_vllm:
+        return
+    for name, (values, reason) in NEEDED_FOR_VLLM.items():
+        if getattr(args, name) not in values:
+            raise ValueError(
+                f"`use_vllm=True` has vLLM draw thoughts, and `{name}` is {getattr(args, name)!r}: {reason}. Set "
+                f"`{name}={values[0]!r}`, or leave `use_vllm` out."
+            )
+    check_writing(args.settings(), "leave `use_vllm` out")
+    if not 0.01 <= args.temperature <= 2:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, and vLLM draws at 0.01 to 2; change it (`top_k=1` draws the most likely token "
+            "at any temperature), or leave `use_vllm` out."
         )
 
 

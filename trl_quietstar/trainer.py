@@ -193,7 +193,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
     def _begin_run(self) -> None:
         check_callbacks(self.callback_handler.callbacks, self.model)
         super()._begin_run()
-        for part in (self.runlog, self.step, self.guard, self.anti_theater):
+        for part in (self.runlog, self.thinker, self.step, self.guard, self.anti_theater):
             part.begin_run()
 
     @property

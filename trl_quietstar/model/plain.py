@@ -25,6 +25,33 @@ BIAS = 1e4  # nats: above any difference of logits, and small enough to be added
 MOST_SPELLINGS = 10_000  # ways to end a thought by its string, each of which the generation config names
 
 
+def check_writing(settings: QuietStarSettings, otherwise: str) -> None:
+    """
+    Refuses thoughts that no plain model writes by going on from a prompt.
+
+    Args:
+        settings ([`~settings.QuietStarSettings`]):
+            How the model thinks.
+        otherwise (`str`):
+            What to do instead of training another way.
+
+    Raises:
+        `ValueError`: if it thinks elsewhere than at the end of a prompt, or goes on past what ends a thought.
+    """
+    if settings.thought_positions != "prompt_end":
+        never = settings.thought_positions == "none"
+        raise ValueError(
+            f"`thought_positions` is {settings.thought_positions!r}: the model "
+            f"{'never thinks' if never else 'thinks inside its text, and a plain model cannot'}. "
+            f"Train with `thought_positions='prompt_end'`, or {otherwise}."
+        )
+    if (settings.min_thought_length or 1) > 1:
+        raise ValueError(
+            f"`min_thought_length` is {settings.min_thought_length}: before so many tokens `thought_stop_string` does not end a "
+            f"thought, and in a plain model it does. Train with `min_thought_length=1`, or {otherwise}."
+        )
+
+
 def check_settings(settings: QuietStarSettings) -> None:
     """
     Refuses a model that no plain model can equal.
@@ -52,11 +79,7 @@ def check_settings(settings: QuietStarSettings) -> None:
         raise ValueError(
             "`thought_positions` is 'none': the model never thinks, and its folder is a plain model already."
         )
-    if settings.thought_positions != "prompt_end":
-        raise ValueError(
-            f"`thought_positions` is {settings.thought_positions!r}: the model thinks inside its text, and a plain model cannot. "
-            "Train with `thought_positions='prompt_end'`, or generate with this package."
-        )
+    check_writing(settings, "generate with this package")
     if settings.talk_length != "completion":
         raise ValueError(
             f"`talk_length` is {settings.talk_length}: the thought is dropped after so many tokens, and a plain model keeps it. "
@@ -67,11 +90,6 @@ def check_settings(settings: QuietStarSettings) -> None:
         raise ValueError(
             f"`thought_stop_string` is None, so that thoughts end after {end}. A plain model counts no tokens, and stops at EOS. "
             "Train with a `thought_stop_string`."
-        )
-    if (settings.min_thought_length or 1) > 1:
-        raise ValueError(
-            f"`min_thought_length` is {settings.min_thought_length}: before so many tokens `thought_stop_string` does not end a "
-            "thought, and in a plain model it does. Train with `min_thought_length=1`."
         )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import IntervalStrategy, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import BEMACallback
+from trl.import_utils import is_vllm_available
 
 from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
@@ -68,7 +69,7 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
     Raises:
         `OSError`: if nothing can be written to `args.output_dir`.
         `TypeError`: if `args` is no `QuietStarConfig`.
-        `ImportError`: if a logger is not installed.
+        `ImportError`: if a logger, or vLLM, is not installed.
         `ValueError`: if data is missing or of a kind that an option cannot use, a logger is unknown, or the model cannot be
             quantized or adapted as asked.
     """
@@ -77,6 +78,11 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
     if train_dataset is None and not eval_dataset:
         raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
     _check_loggers(args)
+    if args.use_vllm and train_dataset is not None and not is_vllm_available():
+        raise ImportError(
+            f"`use_vllm=True` needs vLLM here, also with `vllm_mode={args.vllm_mode!r}`, and it is not installed: `pip install "
+            "trl[vllm]`, or leave `use_vllm` out."
+        )
     if train_dataset is not None and args.should_save:
         check_output_dir(str(args.output_dir))
     if args.num_iterations > 1:
@@ -152,6 +158,11 @@ def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimi
     check_engine(accelerator)
     if not is_sharded(accelerator):
         return
+    if args.use_vllm:
+        raise ValueError(
+            "`use_vllm=True` sends whole weights, and here each process holds a part of them; take DDP or ZeRO-2, or leave "
+            "`use_vllm` out."
+        )
     if args.anti_theater_action == "rollback" and is_deepspeed:
         raise ValueError(
             "`anti_theater_action='rollback'` takes back weights that ZeRO-3 has partitioned; use 'stop', or FSDP2."

@@ -37,6 +37,7 @@ from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
 from ..thinking.scoring import ScoreRequest, Scores, score_each, score_thoughts
 from .distributed import greatest, is_sharded
+from .rollouts import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,7 @@ class Thinker:
     ):
         self.args, self.model, self.accelerator, self.tokenizer = args, model, accelerator, tokenizer
         self.base = cast(ThinkingModel, base_of(model))
+        self.rollouts: Rollouts | None = None  # what draws the thoughts of training, if we do not
         self.is_sharded = is_sharded(accelerator)
         # how often layers run is agreed on where each process holds a part of the parameters only
         self.greatest = functools.partial(greatest, accelerator=accelerator) if self.is_sharded else int
@@ -142,6 +144,12 @@ class Thinker:
                 self.kept_per_token = kept_per_token(self.base)
         self.adopt_settings()
 
+    def begin_run(self) -> None:
+        """Connects to vLLM, where it draws the thoughts of training."""
+        if self.args.use_vllm:
+            self.rollouts = self.rollouts or Rollouts(self.args, self.model, self.accelerator, self.tokenizer)
+            self.rollouts.begin_run()
+
     def adopt_settings(self) -> None:
         """Takes over from `args` how thoughts are drawn and read, for what follows."""
         self.base.adopt_settings(self.args.settings(), self.tokenizer)
@@ -157,6 +165,7 @@ class Thinker:
             and args.policy_temperature is None  # what was drawn is known at that of sampling
             and not (args.gradient_checkpointing or checkpoints_layers(base))
             and args.single_pass is not False
+            and not args.use_vllm
             and args.branch_batch_size is None
             and not has_router_loss(base.config)
             and not self.is_sharded
@@ -206,6 +215,9 @@ class Thinker:
 
     def sample(self, text: Text, part: StepPart, plan: Plan | None = None) -> Thoughts:
         """Draws the thoughts of a batch, without gradient; by default by a plan of its own."""
+        if self.rollouts is not None and part.training:
+            marks, positions = self.base.thought_marks, self.sampler(part).positions(text)
+            return self.rollouts.sample(text, positions, marks, self.sampling, part.step)
         if self._writes_nothing(text):
             return no_thoughts(text, self.args.num_thoughts)
         plan = plan or self.plan(text, part.training)
