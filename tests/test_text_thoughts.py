@@ -11,7 +11,6 @@ from trl_quietstar.branches.masked_prefix import MaskedPrefix
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.evaluation.controls import controlled
-from trl_quietstar.model.plain import check_settings
 from trl_quietstar.text.batch import Positions, Text, Thoughts
 from trl_quietstar.thinking.answers import greedy_answers
 from trl_quietstar.thinking.drawing import thought_sampling, uniforms
@@ -415,13 +414,3 @@ def test_bad_input(options, says, tmp_path):
     """What cannot be is refused before anything is trained."""
     with pytest.raises(ValueError, match=says):
         tiny_trainer(tmp_path, **options)
-
-
-def test_export_says_that_there_is_nothing_to_do():
-    """Export makes tokens of learned embeddings; of thoughts of text the saved folder is plain already."""
-    with pytest.raises(ValueError, match="is 'text': .*Open a thought by '0 plus  plus' after a prompt"):
-        check_settings(QuietStarSettings(**TEXT, thought_prompt=PROMPT))
-    with pytest.raises(
-        ValueError, match="`thought_prompt` is '0 plus ', which an exported chat template does not put"
-    ):
-        check_settings(QuietStarSettings(thought_prompt=PROMPT))

@@ -153,6 +153,11 @@ class QuietStarConfig(Derived, BaseConfig):
         "Text that asks for a thought, before its start. The thought sees it; the text without thoughts does not. None: there is "
         "no such text.",
     )
+    thought_prompt_role: Annotated[str | None, Choices("system", "user")] = option(
+        SAVED.thought_prompt_role,
+        "Whose turn `thought_prompt` is in a conversation: the model's chat template writes it as one more message of the `system` "
+        "or the `user` before the answer. None: it is text as it stands.",
+    )
     temperature: Annotated[float, Limits(1e-3), Staged()] = option(
         SAVED.temperature,
         "Temperature at which thoughts are sampled, and the policy's log-probabilities taken unless "

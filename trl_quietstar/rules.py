@@ -210,8 +210,8 @@ def check_limits(name: str, value: Any, limits: Limits) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Choices) -> None:
-    """Refuses a value that is none of the choices with a `ValueError`."""
-    if value not in choices:
+    """Refuses a value that is none of the choices with a `ValueError`; of None the type says whether it may stand."""
+    if value is not None and value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
 
 
@@ -335,6 +335,13 @@ def check_marks(args: "QuietStarConfig") -> None:
     for name in ("thought_prompt", *(("thought_start_text", "thought_end_text") if is_text else ())):
         if getattr(args, name) == "":
             raise ValueError(f"`{name}` is empty; give text{', or None' if name == 'thought_prompt' else ''}.")
+    if args.thought_prompt_role is not None and (
+        args.thought_prompt is None or args.thought_positions != "prompt_end"
+    ):
+        raise ValueError(
+            f"`thought_prompt_role` is {args.thought_prompt_role!r}, the turn before an answer that holds `thought_prompt`; set "
+            "`thought_prompt` and `thought_positions='prompt_end'`, or leave the role out."
+        )
     if is_text and args.thought_stop_string != args.thought_end_text:
         raise ValueError(
             f"`thought_stop_string` is {args.thought_stop_string!r}, but with `thought_format='text'` a thought ends by "

@@ -39,6 +39,8 @@ class QuietStarSettings:
             latter, which is its `thought_stop_string`.
         thought_prompt (`str`, *optional*):
             Text that asks for a thought, which the thought alone sees.
+        thought_prompt_role (`str`, *optional*):
+            Whose turn that text is, by the chat template, between the last message and the answer: `"system"` or `"user"`.
         thought_positions (`str`, `int` or `float`), difficulty_threshold (`float`), min_thought_interval (`int`):
             Where the model learned to think; [`~thinking.when.Thinking.of`] says what generation and scoring make of it.
     """
@@ -63,6 +65,7 @@ class QuietStarSettings:
     thought_start_text: str = "—"
     thought_end_text: str = "—"
     thought_prompt: str | None = None
+    thought_prompt_role: str | None = None
 
     def __post_init__(self):
         if self.thought_format == "text":  # what follows from that; the dataclass is frozen

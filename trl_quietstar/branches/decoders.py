@@ -45,8 +45,10 @@ class Decoder(Protocol):
         """
         ...
 
-    def fork(self, rows: torch.Tensor) -> None:
-        """Begins a branch at the end of the text in the rows of a mask `(B,)`. It takes the place of an older one."""
+    def fork(self, rows: torch.Tensor, unread: int = 0) -> None:
+        """
+        Begins a branch in the rows of a mask `(B,)`, before the last `unread` tokens of the text. It takes the place of an older one.
+        """
         ...
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -106,13 +108,14 @@ class CachedDecoder:
         self._own(torch.zeros_like(self.host_branch), token_ids.shape[1])
         return self._forward(embed_tokens(self.model, token_ids), positions, mask, text, positions.amax(1))[:, -1]
 
-    def fork(self, rows: torch.Tensor) -> None:
+    def fork(self, rows: torch.Tensor, unread: int = 0) -> None:
         self.forks += 1
         self.host_branch = torch.where(rows, self.forks, self.host_branch)
         rows = to_device(rows, self.branch.device)
         self.branch = torch.where(rows, self.forks, self.branch)
-        self.anchor = torch.where(rows, self.length - 1, self.anchor)
-        self.tip = torch.where(rows, self.length - 1, self.tip)
+        last = self.length - 1 - unread
+        self.anchor = torch.where(rows, last, self.anchor)
+        self.tip = torch.where(rows, last, self.tip)
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask = to_device(mask, embeds.device)
@@ -196,9 +199,9 @@ class CachedReplayDecoder:
             return self._read_prompts(token_ids, mask)
         return self.text.step(embed_tokens(self.model, token_ids[:, -1]))
 
-    def fork(self, rows: torch.Tensor) -> None:
+    def fork(self, rows: torch.Tensor, unread: int = 0) -> None:
         self.drop(rows)
-        assert self.text is not None
+        assert self.text is not None and unread == 0  # no state of a text is kept from before its end
         owners = rows.nonzero().flatten()
         fresh = self.text.select(owners)
         self.branches = fresh if self.branches is None else States.join([self.branches, fresh])
@@ -269,8 +272,8 @@ class ReplayDecoder:
         self.mask = torch.cat([self.mask, mask.bool()], dim=1)
         return self.path.text_hidden(self.model, self._text())[:, -1]
 
-    def fork(self, rows: torch.Tensor) -> None:
-        self.anchors = torch.where(rows, self.mask.shape[1] - 1, self.anchors)
+    def fork(self, rows: torch.Tensor, unread: int = 0) -> None:
+        self.anchors = torch.where(rows, self.mask.shape[1] - 1 - unread, self.anchors)
         self.drop(rows)
 
     def extend(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -294,6 +297,6 @@ def decoder_of(model: ThinkingModel, rows: int) -> Decoder:
     """A decoder for B `rows`: the fastest that the start-up check found exact on this model."""
     if model.branches_in_cache:
         return CachedDecoder(model, rows)
-    if isinstance(model.thought_path, CachedReplay):
+    if isinstance(model.thought_path, CachedReplay) and not model.thought_marks.unread:
         return CachedReplayDecoder(model, rows)
     return ReplayDecoder(model, rows)

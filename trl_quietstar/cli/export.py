@@ -78,18 +78,21 @@ def run(argv: list[str]) -> None:
     model, tokenizer = _loaded(source, args)
     if args.dataset_name is not None:
         _measure(model, tokenizer, args.dataset_name)
-    model.adopt_settings(replace(settings, prediction="thought"))
+    model.adopt_settings(replace(settings, prediction="thought"), tokenizer)
     text = some_tokens(model)[:, :30]
     before = thoughtful_logits(model, text)
+    marks = model.thought_marks
     start, end = make_plain(model, tokenizer)
-    ids = [tokenizer.get_vocab()[name] for name in (start, end)]
-    _check_same(largest_difference(before, plain_logits(model, text, ids), ids))
+    added = [] if marks.start is not None else [tokenizer.get_vocab()[name] for name in (start, end)]
+    around = [*marks.prompt, *(marks.start or added[:1])], list(marks.end or added[1:])
+    _check_same(largest_difference(before, plain_logits(model, text, *around), added))
     nn.Module.to(model, DTYPES[args.dtype])
-    difference = largest_difference(before, plain_logits(model, text, ids), ids)
+    difference = largest_difference(before, plain_logits(model, text, *around), added)
     card = model_card(Path(output).name, settings, tokenizer, start, end)
     _save(model, tokenizer, card, output, converter)
     print(f"Saved to {output}, in {args.dtype}. Log-probabilities differ by {difference:.0e} at most.")
-    print(_how_to_open(tokenizer, start), f"The ids of {start} and {end} are {ids[0]} and {ids[1]}.")
+    ids = f"The ids of {start} and {end} are {added[0]} and {added[1]}." if added else ""
+    print(_how_to_open(tokenizer, settings, start), ids)
 
 
 def _check(args: ExportArguments) -> str | None:
@@ -233,10 +236,13 @@ def _convert(converter: str, folder: str, file: str, outtype: str) -> None:
         )
 
 
-def _how_to_open(tokenizer: PreTrainedTokenizerBase, start: str) -> str:
+def _how_to_open(tokenizer: PreTrainedTokenizerBase, settings: QuietStarSettings, start: str) -> str:
+    if settings.thought_prompt_role is not None:
+        return "The chat template asks for the thought, in a turn of its own, and opens it; use it for each prompt."
+    end = (settings.thought_prompt or "") + start
     if tokenizer.chat_template is not None:
-        return f"The chat template opens the thought. A prompt without it must end with {start!r}."
-    return f"There is no chat template: end each prompt with {start!r}, which opens the thought."
+        return f"The chat template opens the thought. A prompt without it must end with {end!r}."
+    return f"There is no chat template: end each prompt with {end!r}, which opens the thought."
 
 
 def model_card(
@@ -256,6 +262,15 @@ def model_card(
             The tokens that open and close a thought.
     """
     stop = settings.thought_stop_string
+    if settings.thought_format == "text":
+        how = f"Any engine does: the model writes {end!r} itself, in ordinary tokens, after which the answer follows."
+    else:
+        how = (
+            f"In Transformers (`generate`, `pipeline`) nothing else is needed: `generation_config.json` writes `{end}` after {stop!r}, which\n"
+            "  ends a thought. Engines that do not follow its `sequence_bias` and `suppress_tokens` (vLLM, llama.cpp) are asked twice, with\n"
+            f"  both tokens forbidden by `logit_bias`: for the thought, up to {stop!r}, and for the answer, with the thought and `{end}` added\n"
+            "  to the prompt."
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -268,11 +283,9 @@ tags:
 A plain causal language model that thinks before it answers, exported by
 [trl-quietstar](https://pypi.org/project/trl-quietstar). What it writes is a thought, `{end}`, and the answer.
 
-- **Open the thought.** {_how_to_open(tokenizer, start)}
+- **Open the thought.** {_how_to_open(tokenizer, settings, start)}
 - **Hide the thought.** The answer is what follows the last `{end}`.
-- **Serve it.** In Transformers (`generate`, `pipeline`) nothing else is needed: `generation_config.json` writes `{end}` after {stop!r}, which
-  ends a thought. Engines that do not follow its `sequence_bias` and `suppress_tokens` (vLLM, llama.cpp) are asked twice, with both tokens
-  forbidden by `logit_bias`: for the thought, up to {stop!r}, and for the answer, with the thought and `{end}` added to the prompt.
+- **Serve it.** {how}
 
 Two things differ from `generate` of trl-quietstar. There a thought is drawn at temperature {settings.temperature:g} also where the answer is
 greedy, and cut after {settings.thought_length} tokens; here one setting draws both, and a thought ends by {stop!r} alone. And {stop!r} must not be

@@ -3,7 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from .._compat import prepare_dataset
 from ..config import QuietStarConfig
 from ..learning.reward_functions import ARGUMENTS, ON_DEMAND, RewardFunctions
 from ..model.family import check_length, max_positions
+from ..model.marks import Marks
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS, packed
-from .rows import MOST_UNUSABLE, RowCheck, Run, columns_read, has_position, has_prediction
+from .rows import DROPPED, MOST_UNUSABLE, RowCheck, Run, UsableRow, columns_read, has_position
 from .score import SPAN, FindScore, Mark, checked_scores, find_scores, holds_scores
 from .written import cut, holds_thoughts, take_out
 
@@ -26,10 +27,6 @@ logger = logging.get_logger(__name__)
 # Columns that are checked and then left out.
 CHECKED_ALONE = ("attention_mask", "position_ids")
 ASIDE = "kept "  # put before a column's name, so that no library takes the column for one that it knows
-DROPPED = (
-    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
-    "`max_length`, `completion_only_loss` or the labels mask the rest"
-)
 
 
 def prepare_texts(
@@ -92,7 +89,8 @@ def prepare_texts(
     options = copy.copy(args)
     options.shuffle_dataset = args.shuffle_dataset and not packing  # which is for the rows that packing makes
     dataset = _tokenized(dataset, source, completion_only, tokenizer, options, is_written, workers)
-    dataset = dataset.filter(_Usable(name, vocab_size, run), **workers)
+    opening = () if source.kind == "input_ids" else Marks.of(args.settings(), tokenizer, vocab_size).unread
+    dataset = dataset.filter(UsableRow(name, vocab_size, run, list(opening)), **workers)
     _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
     masks = ("score_mask",) if source.is_scored or "score_mask" in source.columns else ()
     if masks:
@@ -350,29 +348,6 @@ class _Counted:
         if self.run is not None:
             self.run.add()
         return self.check(row, index)
-
-
-@dataclass
-class _Usable:
-    """Whether a tokenized row has a token to predict; of a stream, warns at the first row without one."""
-
-    name: str
-    vocab_size: int
-    run: Run | None = None
-
-    def __call__(self, row: dict) -> bool:
-        greatest = max(chain(row["input_ids"], *row.get("written_ids", ())), default=0)
-        if greatest >= self.vocab_size:
-            raise ValueError(
-                f"The tokenizer gives the id {greatest} in the {self.name} dataset, and the model's vocabulary "
-                f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
-            )
-        usable = has_prediction(row)
-        if usable and self.run is not None:
-            self.run.length = 0
-        if self.run is not None and not usable:
-            logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
-        return usable
 
 
 def _cut(row: dict, keep_end: bool) -> dict:

@@ -5,12 +5,17 @@ are checked at once, those of a stream as they come.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # The columns that each kind of data needs; it is named after the first. A fifth kind, text, has a column of the user's choice.
@@ -289,6 +294,11 @@ class RowCheck:
             self._check_string(index, where, part.get("text"))
 
 
+DROPPED = (
+    "are left out, since they have no token to predict from one before it: they hold fewer than two tokens, or "
+    "`max_length`, `completion_only_loss` or the labels mask the rest"
+)
+
 # A stream with more rows than this, one after the other, of which nothing is learned is refused: it might be read for ever.
 MOST_UNUSABLE = 5_000
 
@@ -354,13 +364,50 @@ def has_score(row: dict) -> bool:
     return any(label != -100 and mask for label, mask in zip(row["labels"][1:], row["score_mask"][1:], strict=True))
 
 
-def has_position(row: dict, prompt_end: bool = False) -> bool:
+def positions_in(row: dict, prompt_end: bool = False) -> Iterator[int]:
     """
-    Whether a tokenized row has a position for a thought: a token whose next one has a label. With `prompt_end` the token
-    itself has no label.
+    Finds the positions for thoughts in a tokenized row: tokens whose next one has a label. With `prompt_end` the token itself has
+    no label.
     """
     allowed, labels = row.get("thought_mask") or [1] * len(row["labels"]), row["labels"]
-    return any(
-        label != -100 and mask and not (prompt_end and before != -100)
-        for before, label, mask in zip(labels, labels[1:], allowed, strict=False)
-    )
+    for at, (before, label, mask) in enumerate(zip(labels, labels[1:], allowed, strict=False)):
+        if label != -100 and mask and not (prompt_end and before != -100):
+            yield at
+
+
+def has_position(row: dict, prompt_end: bool = False) -> bool:
+    """Whether a tokenized row has one of [`positions_in`]."""
+    return any(True for _ in positions_in(row, prompt_end))
+
+
+@dataclass
+class UsableRow:
+    """Whether a tokenized row has a token to predict; of a stream, warns at the first row without one."""
+
+    name: str
+    vocab_size: int
+    run: Run | None = None
+    opening: list[int] = field(default_factory=list)  # what opens an answer, before which a turn asks for a thought
+
+    def __call__(self, row: dict) -> bool:
+        greatest = max(chain(row["input_ids"], *row.get("written_ids", ())), default=0)
+        if greatest >= self.vocab_size:
+            raise ValueError(
+                f"The tokenizer gives the id {greatest} in the {self.name} dataset, and the model's vocabulary "
+                f"has {self.vocab_size}; take the model's own tokenizer, or resize its embeddings."
+            )
+        if not self._opens_answers(row):
+            raise ValueError(
+                f"`thought_prompt_role` puts a turn before an answer, and a prompt of the {self.name} dataset does not end with what "
+                "opens an answer in the chat template; give messages (`--chat` makes them), or leave the role out."
+            )
+        usable = has_prediction(row)
+        if usable and self.run is not None:
+            self.run.length = 0
+        if self.run is not None and not usable:
+            logger.warning_once(f"Some rows of the {self.name} dataset {DROPPED}.")
+        return usable
+
+    def _opens_answers(self, row: dict) -> bool:
+        k, ids = len(self.opening), row["input_ids"]
+        return k == 0 or all(ids[max(at + 1 - k, 0) : at + 1] == self.opening for at in positions_in(row, True))

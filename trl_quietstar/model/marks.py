@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ..settings import QuietStarSettings
-from ..text.batch import Thoughts
+from ..text.batch import Positions, Text, Thoughts, gather
 from .embeddings import embed_tokens, embed_vector, string_ids
+from .turns import turn_tokens
 
 
 if TYPE_CHECKING:
@@ -29,18 +30,21 @@ class Marks:
 
     Parameters:
         prompt (`tuple[int, ...]`):
-            The `thought_prompt`, which the branch alone reads.
+            The `thought_prompt`, which the branch alone reads. As a turn of a conversation it ends with what opens the answer.
         start, end (`tuple[int, ...]`, *optional*):
             What opens a thought, and what closes one that has not closed itself. None: the learned embeddings.
         ends (`Callable`, *optional*):
             Whether thoughts end with the string that closes them: from token ids of shape `(rows, length)` to a bool of shape
             `(rows,)`. None: no thought closes itself.
+        unread (`tuple[int, ...]`):
+            What opens the answer at the end of a text. The branch leaves the text before it, and reads the same in `prompt`.
     """
 
     prompt: tuple[int, ...] = ()
     start: tuple[int, ...] | None = None
     end: tuple[int, ...] | None = None
     ends: Callable[[torch.Tensor], torch.Tensor] | None = None
+    unread: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> "Marks":
@@ -56,17 +60,21 @@ class Marks:
                 V, to which all ids must belong.
 
         Raises:
-            `ValueError`: for a string without tokens, or with one that the model does not know.
+            `ValueError`: for a string without tokens, or with one that the model does not know; or a turn that the chat template
+                does not write before the answer.
         """
 
         def ids(name: str) -> tuple[int, ...]:
             return tuple(string_ids(tokenizer, getattr(settings, name), vocab_size))
 
+        unread: tuple[int, ...] = ()
         prompt = () if settings.thought_prompt is None else ids("thought_prompt")
+        if settings.thought_prompt is not None and settings.thought_prompt_role is not None:
+            unread, prompt = turn_tokens(tokenizer, settings.thought_prompt, settings.thought_prompt_role)
         if settings.thought_format == "embeddings":
-            return cls(prompt)
+            return cls(prompt, unread=unread)
         start, end = ids("thought_start_text"), ids("thought_end_text")
-        return cls(prompt, start, end, string_end(tokenizer, settings.thought_end_text, "`thought_end_text`"))
+        return cls(prompt, start, end, string_end(tokenizer, settings.thought_end_text, "`thought_end_text`"), unread)
 
     @property
     def before(self) -> int:
@@ -80,12 +88,44 @@ class Marks:
 
     @property
     def around(self) -> int:
-        """Slots of a branch that hold neither thought nor talk."""
-        return self.before + self.after
+        """Positions that a branch takes beside thought and talk."""
+        return self.before + self.after - len(self.unread)
 
     def slots(self, thought_length: int, talk_length: int) -> int:
         """S, the slots of a branch: what opens the thought, the thought, what closes it, and all tokens of the talk but the last."""
-        return self.around + thought_length + talk_length - 1
+        return self.before + thought_length + self.after + talk_length - 1
+
+    def anchors(self, index: torch.Tensor) -> torch.Tensor:
+        """The text tokens that branches follow, for thoughts after the tokens at `index`, of the same shape."""
+        return (index - len(self.unread)).clamp(min=0) if self.unread else index
+
+    def opened(self, token_ids: list[int]) -> list[int]:
+        """The tokens of a text with those that ask for a thought, and open it where tokens do."""
+        return [*token_ids[: len(token_ids) - len(self.unread)], *self.prompt, *(self.start or ())]
+
+    def check(self, text: Text, positions: Positions) -> None:
+        """
+        Refuses thoughts elsewhere than before an answer, if a turn asks for them.
+
+        Args:
+            text ([`Text`]), positions ([`Positions`]):
+                The texts, and where thoughts are in them.
+
+        Raises:
+            `ValueError`: if what stands at the end of a text is not what opens an answer.
+        """
+        if not self.unread:
+            return
+        text, positions = text.host, positions.host
+        index = positions.index[..., None] + torch.arange(1 - len(self.unread), 1)
+        found = gather(text.input_ids, index.clamp(min=0)) == torch.tensor(self.unread)
+        inside = gather(text.position_ids, positions.index) >= len(self.unread)
+        if not bool(((found.all(-1) & inside) | ~positions.mask).all()):
+            raise ValueError(
+                "`thought_prompt_role` puts a turn before an answer, and a thought is asked for where the text does not end with what "
+                "opens an answer in the chat template. Give messages with `thought_positions='prompt_end'` (`--chat`, "
+                "`add_generation_prompt=True`), or leave the role out."
+            )
 
     def closed(self, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
         """

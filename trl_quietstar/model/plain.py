@@ -1,12 +1,11 @@
 """A plain causal LM that thinks by itself, made of a thinking model: learned start and end become two tokens.
 
 The model thinks once, at the end of a prompt, and its thought alone predicts what follows. That is an ordinary text: prompt, start,
-thought, end, answer. So a plain model writes it, if a prompt ends with the start token, and if the end token follows the thought.
-What writes the end token is `generation_config.sequence_bias`, which Transformers follows: it forces the token after the stop
-string, and forbids it everywhere else.
+thought, end, answer. So a plain model writes it, if the chat template ends a prompt with what asks for a thought and its start, and
+if the end follows the thought. Text ends itself. A learned end is written by `generation_config.sequence_bias`, which Transformers
+follows: it forces the end token after the stop string, and forbids it everywhere else.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -15,8 +14,10 @@ import torch
 from transformers import AddedToken, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..settings import QuietStarSettings
-from .embeddings import embed_tokens, embed_vector, embedding_inputs, weight_of
+from .embeddings import embed_tokens, embedding_inputs, weight_of
 from .heads import ThinkingModel
+from .marks import Marks, end_slots, start_slots
+from .turns import quoted, with_turn
 
 
 # Names of start and end: those that parsers of reasoning know, unless the tokenizer has them already
@@ -61,20 +62,9 @@ def check_settings(settings: QuietStarSettings) -> None:
             How the model thinks. Whether a mixing head takes part is not looked at.
 
     Raises:
-        `ValueError`: if its thoughts are of text or have a prompt, it thinks elsewhere than at the end of a prompt, drops a thought
-            before the end of the text, or ends it by its length or by the EOS token.
+        `ValueError`: if it thinks elsewhere than at the end of a prompt, drops a thought before the end of the text, or ends it by its
+            length or by the EOS token.
     """
-    if settings.thought_format == "text":
-        raise ValueError(
-            f"`thought_format` is 'text': thoughts are ordinary tokens, and the saved folder is a plain model already (merge an "
-            f"adapter with `trl-quietstar merge`). Open a thought by {(settings.thought_prompt or '') + settings.thought_start_text!r} "
-            "after a prompt."
-        )
-    if settings.thought_prompt is not None:
-        raise ValueError(
-            f"`thought_prompt` is {settings.thought_prompt!r}, which an exported chat template does not put before a learned start. "
-            "Train with `thought_format='text'`, or generate with this package."
-        )
     if settings.thought_positions == "none":
         raise ValueError(
             "`thought_positions` is 'none': the model never thinks, and its folder is a plain model already."
@@ -96,9 +86,9 @@ def check_settings(settings: QuietStarSettings) -> None:
 @torch.no_grad()
 def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """
-    Turns a thinking model, in place, into the plain class of its family, with start and end among its tokens.
+    Turns a thinking model, in place, into the plain class of its family, with learned start and end among its tokens.
 
-    The chat template opens the thought at the end of a prompt, and the generation config closes it.
+    The chat template asks for the thought and opens it at the end of a prompt. The generation config closes one with a learned end.
 
     Args:
         model ([`ThinkingModel`]):
@@ -107,25 +97,36 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
             Its tokenizer, which gains the two tokens.
 
     Returns:
-        `tuple`: the start and the end token.
+        `tuple`: the start and the end token, or text.
 
     Raises:
-        `ValueError`: if the family looks up an embedding for each layer, text may hold a token that thoughts do not, or a thought's end
-            can be written in too many ways.
+        `ValueError`: if the family looks up an embedding for each layer, text may hold a token that thoughts do not, a thought's end
+            can be written in too many ways, or the tokenizer joins what opens a thought with the text before it.
     """
-    settings = model.quietstar_settings
+    settings, marks = model.quietstar_settings, model.thought_marks
     others = set(settings.thought_suppress_tokens or ()) - set(model.generation_config.suppress_tokens or ())
     if others:
         raise ValueError(
             f"`thought_suppress_tokens` has {min(others)}, which text may hold, and a plain model writes both alike. Add it to "
             "`suppress_tokens` of the model's generation config, or train without it."
         )
+    names = (settings.thought_start_text, settings.thought_end_text)
+    if settings.thought_format == "embeddings":
+        names = _make_tokens(model, tokenizer)
+    _open(tokenizer, settings, marks, names[0])
+    model.__class__ = model._plain_class  # type: ignore[assignment]  # which the thinking class is made of
+    del model.quietstar, model.config.quietstar
+    return names
+
+
+def _make_tokens(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Makes two tokens of the learned start and end, and has the generation config write the end; returns their names."""
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
         raise ValueError(
             f"A {model.config.model_type} reads an embedding of each token in every layer, and start and end have none there; "
             "generate with this package."
         )
-    stop = str(settings.thought_stop_string)
+    stop = str(model.quietstar_settings.thought_stop_string)
     endings = list(islice(spellings(tokenizer, stop), MOST_SPELLINGS + 1))
     if not 0 < len(endings) <= MOST_SPELLINGS:
         found = f"more than {MOST_SPELLINGS:,}" if endings else "no"
@@ -137,11 +138,34 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     ids = [tokenizer.get_vocab()[name] for name in names]
     _add_rows(model, ids)
-    tokenizer.chat_template = opened(tokenizer.chat_template, names[0])
     _close(model.generation_config, endings, *ids)
-    model.__class__ = model._plain_class  # type: ignore[assignment]  # which the thinking class is made of
-    del model.quietstar, model.config.quietstar
     return names
+
+
+def _open(tokenizer: PreTrainedTokenizerBase, settings: QuietStarSettings, marks: Marks, start: str) -> None:
+    """Has the chat template, if there is one, ask for a thought and open it, by the tokens that it was asked for and opened by."""
+    if tokenizer.chat_template is None:
+        return
+    messages = [{"role": "user", "content": "1 plus 1"}]
+    before = _tokens(tokenizer, messages)
+    content, role = settings.thought_prompt, settings.thought_prompt_role
+    if content is not None and role is not None:
+        tokenizer.chat_template = opened(with_turn(tokenizer.chat_template, content, role), start)
+    else:
+        tokenizer.chat_template = opened(tokenizer.chat_template, (content or "") + start)
+    start_ids = (tokenizer.get_vocab()[start],) if marks.start is None else marks.start
+    if _tokens(tokenizer, messages) != [*before[: len(before) - len(marks.unread)], *marks.prompt, *start_ids]:
+        raise ValueError(
+            f"`thought_start_text` {start!r}, or `thought_prompt`, is joined by the tokenizer with the text before it, and would be other "
+            "tokens than in training. Train with strings that stand by themselves; or merge an adapter (`trl-quietstar merge`), and "
+            "open thoughts by token ids."
+        )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    """Of messages to be answered, by the chat template."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _add_rows(model: ThinkingModel, ids: list[int]) -> None:
@@ -175,7 +199,7 @@ def opened(template, start: str):
     if template is None:
         return None
     # Jinja drops a newline at the end of a template, which would not be the end any more
-    return template.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + json.dumps(start) + " }}{% endif %}"
+    return template.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + quoted(start) + " }}{% endif %}"
 
 
 def _close(config: GenerationConfig, endings: list[tuple[int, ...]], start: int, end: int) -> None:
@@ -235,25 +259,25 @@ def thoughtful_logits(model: ThinkingModel, text: torch.Tensor) -> torch.Tensor:
             Tokens: a prompt, a thought and an answer of equal lengths.
 
     Returns:
-        `torch.Tensor` of shape `(1, 3n + 2, V)`: logits of all next tokens, in float32.
+        `torch.Tensor` of shape `(1, 3n + S, V)`: logits of all next tokens, in float32, with S slots around the thought.
     """
-    heads = model.quietstar
-    start, end = (embed_vector(model, vector)[None, None] for vector in (heads.start_embedding, heads.end_embedding))
     prompt, thought, answer = (embed_tokens(model, part) for part in text.chunk(3, dim=1))
-    inputs = embedding_inputs(model, torch.cat([prompt, start, thought, end, answer], dim=1))
+    inputs = embedding_inputs(
+        model, torch.cat([prompt, start_slots(model, 1), thought, end_slots(model, 1), answer], dim=1)
+    )
     return model(**inputs).logits.float()
 
 
 @torch.no_grad()
-def plain_logits(model: PreTrainedModel, text: torch.Tensor, start_and_end: list[int]) -> torch.Tensor:
-    """As [`thoughtful_logits`], of a plain model with tokens for start and end."""
-    start, end = (torch.tensor([[token]], device=text.device) for token in start_and_end)
+def plain_logits(model: PreTrainedModel, text: torch.Tensor, start: list[int], end: list[int]) -> torch.Tensor:
+    """As [`thoughtful_logits`], of a plain model with tokens before and after the thought."""
+    opening, closing = (torch.tensor([tokens], device=text.device) for tokens in (start, end))
     prompt, thought, answer = text.chunk(3, dim=1)
-    return model(input_ids=torch.cat([prompt, start, thought, end, answer], dim=1)).logits.float()
+    return model(input_ids=torch.cat([prompt, opening, thought, closing, answer], dim=1)).logits.float()
 
 
-def largest_difference(before: torch.Tensor, after: torch.Tensor, start_and_end: list[int]) -> float:
-    """Of the log-probabilities that logits `(1, T, V)` of a thinking model and those of a plain one give to tokens other than start
-    and end, in nats."""
-    kept = [token for token in range(after.shape[-1]) if token not in start_and_end and token < before.shape[-1]]
+def largest_difference(before: torch.Tensor, after: torch.Tensor, added: list[int]) -> float:
+    """Of the log-probabilities that logits `(1, T, V)` of a thinking model and those of a plain one give to tokens other than those
+    `added`, in nats."""
+    kept = [token for token in range(after.shape[-1]) if token not in added and token < before.shape[-1]]
     return float((after[..., kept].log_softmax(-1) - before[..., kept].log_softmax(-1)).abs().max())

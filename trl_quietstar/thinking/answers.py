@@ -103,8 +103,8 @@ def _answered(
     ids, mask = thoughts[0][:, :length], thoughts[1][:, :length]
     one = torch.ones(R, 1, dtype=torch.bool)
     hidden = decoder.read(to_device(prompts[0], device), prompts[1])
-    decoder.fork(one[:, 0])
     marks, closed = model.thought_marks, model.thought_marks.closed(ids, to_device(mask, device))
+    decoder.fork(one[:, 0], len(marks.unread))
     slots = [start_slots(model, R), embed_tokens(model, ids), end_slots(model, R)]
     closed = None if closed is None else closed.cpu()
     parts = [one.expand(-1, marks.before), mask, closing_mask(one[:, 0], closed, marks.after)]

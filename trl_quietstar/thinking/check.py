@@ -6,6 +6,7 @@ It stands above the paths that it judges, since it judges them by what sampling 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -210,12 +211,29 @@ def _own_precision(model: ThinkingModel) -> Iterator[None]:
             model.forward = wrapped
 
 
+@contextmanager
+def _anywhere(model: ThinkingModel) -> Iterator[None]:
+    """With thoughts that may stand anywhere, as they do in random texts, and not before an answer alone."""
+    marks = model.thought_marks
+    if marks.unread:
+        vars(model)["_thought_marks"] = replace(marks, unread=())
+    try:
+        yield
+    finally:
+        if marks.unread:
+            vars(model)["_thought_marks"] = marks
+
+
 def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
     """What is wrong with a path on this model, in words that follow its name; None if nothing is."""
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
-        with full_float32(), _own_precision(model):  # TF32 rounds by more than a wrong mask may differ
+        with (
+            full_float32(),
+            _own_precision(model),
+            _anywhere(model),
+        ):  # TF32 rounds by more than a wrong mask may differ
             difference = path_difference(model, path)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         if is_fault_of_device(error):

@@ -20,6 +20,7 @@ from ..model.family import check_length, max_positions
 from ..model.heads import ThinkingModel, mixing_weights
 from ..model.lm_head import logits_of, uncertainty
 from ..model.marks import closing_mask, end_slots, start_slots
+from ..text.batch import Positions, Text
 from ..text.positions import is_difficult
 from ..text.transfer import exact_dtype, to_device, to_host
 from .drawing import SamplingSettings, draw_tokens, fixed_draws, thought_sampling
@@ -166,7 +167,7 @@ class Predictor:
 
     def _think(self, rows: torch.Tensor) -> torch.Tensor:
         """Writes a thought in the rows of a mask `(B,)`; returns the hidden states of its end slots, `(B, H)`."""
-        self.decoder.fork(rows)
+        self.decoder.fork(rows, len(self.model.thought_marks.unread))
         alive, marks, self._drawn_from = rows[:, None], self.model.thought_marks, []
         hidden = self.decoder.extend(start_slots(self.model, len(rows)), alive.expand(-1, marks.before))[:, -1:]
         token_ids, mask, _ = self.writer.write(self.decoder, hidden, alive, self._draws(hidden.device)[:, None])
@@ -268,6 +269,7 @@ def think_and_speak(
     _check_request(config, input_ids, mask, synced_gpus, model_kwargs)
     sampling = thought_sampling(model.quietstar_settings, model.thought_tokenizer(tokenizer))
     _check_positions(model, config, input_ids.shape[1])
+    _check_turn(model, thinking, input_ids, mask)
     predictor = Predictor(model, thinking, sampling, not config.do_sample, thought_streamer)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = pad_token(config) if ends else None  # of rows that have ended
@@ -321,6 +323,20 @@ def _check_request(
             raise ValueError(f"Thinking cannot go on from `{name}`; pass the whole text, or `think='never'`.")
     if not bool(mask[:, -1].all()):
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
+
+
+def _check_turn(model: ThinkingModel, thinking: Thinking, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """A turn that asks for a thought has its place at the end of a prompt."""
+    marks, at = model.thought_marks, input_ids.shape[1] - 1
+    if not marks.unread or thinking.mode == "never":
+        return
+    if thinking.mode != "prompt_end":
+        raise ValueError(
+            f"`think` is {thinking.mode!r}, and with `thought_prompt_role` a turn before the answer asks for the thought; leave `think` "
+            "out, or pass `think='prompt_end'` or `think='never'`."
+        )
+    ends = torch.full((len(input_ids), 1), at)
+    marks.check(Text.from_batch(input_ids.cpu(), mask), Positions(ends, ends == at))
 
 
 def _check_positions(model: ThinkingModel, config: GenerationConfig, prompt_length: int) -> None:

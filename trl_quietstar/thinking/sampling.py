@@ -58,7 +58,8 @@ def _drawn_by(
     """Writes thoughts at positions; they have as many slots as were run. Also returns the branches that ran to the end."""
     (B, J), G, device = positions.index.shape, writer.settings.num_thoughts, positions.index.device
     alive = positions.mask.repeat_interleave(G, dim=1)
-    branches = PackedBranches(cache, positions.host.index.repeat_interleave(G, dim=1))
+    anchors = model.thought_marks.anchors(positions.host.index.repeat_interleave(G, dim=1))
+    branches = PackedBranches(cache, anchors)
     draws = to_device(draws, device).flatten(1, 2)
     hidden = open_branches(model, branches, writer.embed)
     token_ids, mask, running = writer.write(branches, hidden, alive, draws)

@@ -232,6 +232,7 @@ def _encoded(model: ThinkingModel, request: ScoreRequest) -> _Encoding:
     text, thoughts = request.text, request.thoughts
     if isinstance(thoughts, ThoughtSampler):
         return _sample_and_encode(model, request, thoughts)
+    model.thought_marks.check(text, thoughts.positions)
     talk = talk_after(text, thoughts.positions, request.talk_length)
     closed, marks, L = _closed(model, thoughts), model.thought_marks, thoughts.mask.shape[3]
     # where tokens open and close thoughts too, one gradient of the table for all
@@ -261,6 +262,7 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     read = request.cache
     cache = read.again() if isinstance(read, SharedPrefixCache) else SharedPrefixCache(model, text, embed)
     thoughts, drawn_from, drawn = sampler.sample_in_graph(model, text, cache, embed)
+    model.thought_marks.check(text, thoughts.positions)
     talk, closed = talk_after(text, thoughts.positions, request.talk_length), _closed(model, thoughts)
     seen = model.thought_marks.before + thoughts.mask.shape[3] - 1
     rest = _full_branches(model, thoughts, closed, talk, embed, seen)
@@ -309,7 +311,8 @@ def score_thoughts(
     if start:
         embeds = torch.cat([start_slots(model, B, J, G), embeds], dim=3)
         mask = torch.cat([thoughts.mask[..., :1].expand(-1, -1, -1, before), mask], dim=3)
-    branches = Branches(thoughts.anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
+    anchors = model.thought_marks.anchors(thoughts.anchors) if start else thoughts.anchors
+    branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
     slots = slice(before, before + L - 1)
     encoded = encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, cache)
@@ -369,7 +372,7 @@ def _full_branches(
     opening = exists[..., None].expand(*each, marks.before)
     closing = closing_mask(exists, closed, marks.after)
     return Branches(
-        anchors=thoughts.anchors,
+        anchors=marks.anchors(thoughts.anchors),
         embeds=torch.cat([*start, thought, end_slots(model, *each, embed=embed), spoken], dim=3).flatten(1, 2),
         mask=torch.cat([opening, thoughts.mask, closing, spoken_mask], dim=3).flatten(1, 2),
     )
