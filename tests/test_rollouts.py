@@ -161,6 +161,22 @@ def test_what_is_asked(serve, tmp_path):
     assert sorted(server.engine.prompts) == sorted(expected)
 
 
+def test_a_turn_that_asks_is_sent(serve, tmp_path):
+    """In its place in the conversation, as the chat template renders it."""
+    template = (
+        "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    )
+    tokenizer, (server, by_server) = byte_tokenizer(chat_template=template), serve()
+    rows = {"prompt": [[{"role": "user", "content": "3 plus 4"}]] * 4}
+    rows["completion"] = [[{"role": "assistant", "content": " is 7"}]] * 4
+    options = {**ASKED, **by_server, "thought_prompt_role": "system"}
+    tiny_trainer(tmp_path, None, Dataset.from_dict(rows), tokenizer=tokenizer, **options, max_steps=1).train()
+    turns = [*rows["prompt"][0], {"role": "system", "content": "0 plus "}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + " plus"
+    assert server.engine.prompts == [tokenizer(expected)["input_ids"]] * 8
+
+
 def test_sampled_thoughts(serve, tmp_path):
     """At temperature 1 the thoughts of a group differ, end by their string or at their length, and hold no suppressed token."""
     server, by_server = serve()

@@ -97,8 +97,8 @@ class Rollouts:
         Raises:
             `RuntimeError`: if vLLM ended a thought early, or drew a token that no thought may hold.
         """
-        opening = [*marks.prompt, *(marks.start or ())]
-        prompts = [prefix + opening for prefix in prefixes(text, positions)]
+        marks.check(text, positions)
+        prompts, opening = [marks.opened(prefix) for prefix in prefixes(text, positions)], marks.opened([])
         count = greatest(len(prompts), self.accelerator)  # TRL takes as many from each process
         drawn: list[list[int]] = []
         if count > 0:
