@@ -27,7 +27,8 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fixed: list[int] | None = None):
         self.model, self.tokenizer, self.fixed = model.eval(), tokenizer, fixed
-        self.prompts: list[list[int]] = []  # of all requests
+        self.prompts: list[list[int]] = []  # of all requests, and what was asked of each
+        self.asked: list[dict] = []
         self.syncs = 0
 
     @torch.no_grad()
@@ -40,6 +41,7 @@ class Engine:
     def complete(self, prompt: list[int], asked: dict) -> list[int]:
         """The tokens that follow a prompt, up to a stop string or stop token and with it."""
         self.prompts.append(prompt)
+        self.asked.append(asked)
         if self.fixed is not None:
             return self.fixed
         assert asked["ignore_eos"] and asked["include_stop_str_in_output"] and not asked["skip_special_tokens"]

@@ -153,9 +153,17 @@ def test_weights_are_sent_once_a_step(serve, tmp_path):
 
 
 def test_what_is_asked(serve, tmp_path):
-    """The text up to the end of its prompt, the prompt of a thought, and its start: each `num_thoughts` times."""
+    """The text up to the end of its prompt, the prompt of a thought, and its start, each `num_thoughts` times; by the sampling settings
+    of the curriculum's stage."""
     server, by_server = serve()
-    tiny_trainer(tmp_path, None, data(4), **{**ASKED, **by_server}, max_steps=1).train()
+    stages = {"1": {"thought_length": 2, "temperature": 0.5, "num_thoughts": 3}}
+    drawn = dict(top_k=7, top_p=0.9, min_p=0.1, thought_suppress_tokens=[5])
+    tiny_trainer(tmp_path, None, data(4), **{**ASKED, **by_server, **drawn}, curriculum=stages, max_steps=2).train()
+    own = dict(top_k=7, top_p=0.9, min_p=0.1, logit_bias={"5": -100.0}, stop=["1"], stop_token_ids=[0])
+    for asked, stage in ((server.engine.asked[0], (6, 1.0, 2)), (server.engine.asked[-1], (2, 0.5, 3))):
+        assert {name: asked[name] for name in own} == own
+        assert (asked["max_tokens"], asked["temperature"], asked["n"]) == stage
+    del server.engine.prompts[4 * 2 :]  # of the first step
     opening = TOKENIZER("0 plus ")["input_ids"] + TOKENIZER(" plus")["input_ids"]
     expected = [TOKENIZER(prompt)["input_ids"] + opening for prompt in data(4)["prompt"] for _ in range(2)]
     assert sorted(server.engine.prompts) == sorted(expected)
@@ -348,11 +356,15 @@ def test_a_token_that_no_thought_may_hold_is_refused(token, serve, tmp_path):
         (dict(vllm_mode="remote"), "`vllm_mode` is 'remote'; choose one of colocate, server"),
         (
             dict(vllm_gpu_memory_utilization=0.5),
-            "`vllm_gpu_memory_utilization=0.5` is read with `use_vllm=True` and `vllm_mode='colocate'` only",
+            "`vllm_gpu_memory_utilization=0.5` is for thoughts that vLLM draws in the mode 'colocate'; set",
         ),
         (
-            dict(use_vllm=False, vllm_server_base_url="http://localhost:1"),
-            "`vllm_server_base_url='http://localhost:1'` is read with `use_vllm=True` and `vllm_mode='server'` only",
+            dict(use_vllm=False),
+            "`vllm_mode='server'` is for thoughts that vLLM draws in the mode 'server'; set `use_vllm=True` and `vllm_mode='server'`",
+        ),
+        (
+            dict(vllm_mode="colocate", vllm_server_base_url="http://localhost:1"),
+            "`vllm_server_base_url='http://localhost:1'` is for thoughts that vLLM draws in the mode 'server'",
         ),
     ],
     ids=str,

@@ -191,11 +191,11 @@ class QuietStarConfig(Derived, BaseConfig):
         "takes the fastest way that a check at the start finds exact.",
     )
 
-    # Thoughts drawn by vLLM, whose options are named as in TRL's `GRPOConfig`
+    # Thoughts drawn by vLLM
     use_vllm: bool = option(
         False,
         "Whether vLLM draws the thoughts of training, by TRL's own client: thoughts of text at the end of prompts. They are scored "
-        "here.",
+        "here. Its options are named as in TRL's `GRPOConfig`.",
     )
     vllm_mode: Annotated[str, Choices("colocate", "server")] = option(
         "colocate", "Where vLLM runs: `colocate`, in this process; or `server`, which `vllm serve` starts."

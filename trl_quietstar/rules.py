@@ -117,7 +117,7 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
 
 # Options of vLLM by the mode that reads them
 VLLM_OPTIONS = {
-    "server": ("vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"),
+    "server": ("vllm_mode", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"),
     "colocate": ("vllm_gpu_memory_utilization", "vllm_max_model_length"),
 }
 # Options whose values decide whether a plain model, as vLLM runs it, can draw the thoughts: those it can, and why not the others
@@ -310,8 +310,8 @@ def check_vllm(args: "QuietStarConfig") -> None:
         for name in names:
             if getattr(args, name) != getattr(type(args), name) and not (args.use_vllm and args.vllm_mode == mode):
                 raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` is read with `use_vllm=True` and `vllm_mode={mode!r}` only; set these, or "
-                    f"leave `{name}` out."
+                    f"`{name}={getattr(args, name)!r}` is for thoughts that vLLM draws in the mode {mode!r}; set `use_vllm=True` and "
+                    f"`vllm_mode={mode!r}`, or leave `{name}` out."
                 )
     if not args.use_vllm:
         return

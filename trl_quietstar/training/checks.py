@@ -160,8 +160,8 @@ def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimi
         return
     if args.use_vllm:
         raise ValueError(
-            "`use_vllm=True` sends whole weights, and here each process holds a part of them; take DDP or ZeRO-2, or leave "
-            "`use_vllm` out."
+            "`use_vllm=True` sends whole weights, and here each process holds a part of them; take DDP, or leave `use_vllm` "
+            "out."
         )
     if args.anti_theater_action == "rollback" and is_deepspeed:
         raise ValueError(
