@@ -365,6 +365,12 @@ FAULTS = (
         "advantage_threshold",
     ),
     Fault(
+        "further updates log the thoughts that are left as if they were all",
+        '{"is_reused": True}',
+        "{}",
+        "advantage_threshold",
+    ),
+    Fault(
         "preflight tries rows that will be imitated",
         "usable = 0 if is_written else int(",
         "usable = int(",

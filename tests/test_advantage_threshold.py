@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from trl_quietstar.learning.advantages import MovingAverage
-from trl_quietstar.learning.experience import Experience, drop_groups, kept_thoughts, worth_training_on
+from trl_quietstar.learning.experience import Experience, drop_groups, fold_repeats, kept_thoughts, worth_training_on
 from trl_quietstar.text.batch import Positions, Thoughts
 
 from .tiny import byte_tokenizer, exact_model
@@ -37,6 +37,7 @@ CASES = {
     "scaled by group": dict(normalize_advantages="group"),
     "reference": dict(no_thought_model="reference"),
     "replay": dict(thought_path="replay"),
+    "further updates": dict(num_iterations=3, max_steps=3, learning_rate=1e-2),
 }
 
 
@@ -67,6 +68,9 @@ def test_what_is_left_out_added_nothing(name, tmp_path):
         for parameter, gradient in whole.items():
             mine = ours.get(parameter, torch.zeros(()))
             torch.testing.assert_close(mine.expand_as(gradient), gradient, rtol=1e-7, atol=1e-9, msg=parameter)
+        assert [entry["loss"] for entry in logged(trainer, "loss")] == pytest.approx(
+            [x["loss"] for x in logged(oracle, "loss")], rel=1e-6
+        )
         for metric, value in logged(oracle)[0].items():
             if metric not in ("rl/tokens_per_second", "rl/coherence"):  # coherence is of the first batch
                 assert logged(trainer)[0][metric] == pytest.approx(value, rel=1e-6, abs=1e-9), metric
@@ -238,16 +242,51 @@ def test_the_average_survives_a_checkpoint(tmp_path):
     assert whole.step.state()["reward_deviation"][1] == pytest.approx(1 + 0.99 + 0.99**2)
 
 
+FURTHER = dict(advantage_threshold=1e-12, num_iterations=3, learning_rate=1e-2, max_steps=5)
+
+
+def test_further_updates_log_what_is_theirs(tmp_path):
+    """Rewards are those of all thoughts and logged once; how far the policy went is of the thoughts that are trained on again."""
+    _, trainer = run(tmp_path, **FURTHER)
+    entries = logged(trainer, "loss")
+    assert ["rl/reward" in entry for entry in entries] == [True, False, False, True, False]
+    assert ["rl/coherence" in entry for entry in entries] == [True, False, False, True, False]
+    assert [entry["rl/clip_ratio"] > 0 for entry in entries] == [False, True, True, False, True]
+    assert entries[0]["rl/num_thoughts"] == entries[3]["rl/num_thoughts"] > entries[1]["rl/num_thoughts"] > 0
+    assert all("rl/policy_loss" in entry for entry in entries)
+
+
+@pytest.mark.parametrize("options", [{}, dict(reward_std_filter=0.3, advantage_threshold=None)], ids=str)
+def test_further_updates_go_on_from_a_checkpoint(options, tmp_path):
+    """Between two updates of a batch: the same losses as without the break, and the same gradient in the end."""
+    options = {**FURTHER, **options}
+    whole, oracle = run(tmp_path, **options, save_strategy="steps", save_steps=1)
+    for step in (2, 4):
+        ours, trainer = run(tmp_path / "again", resume=str(tmp_path / f"checkpoint-{step}"), **options)
+        assert [x["loss"] for x in logged(trainer, "loss")] == [x["loss"] for x in logged(oracle, "loss")]
+        for name, gradient in whole.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_thoughts_of_opposite_worth_are_not_folded():
+    """A reward function may judge the same words in two ways: the clipped surrogate is no longer linear then."""
+    rewards, exists = torch.tensor([[[1.0, -1.0, 2.0, float("nan")]]]), torch.ones(1, 1, dtype=torch.bool)
+    kept, folded = fold_repeats(
+        experience := experience_with(rewards, exists, exists), experience.thoughts.mask[..., 0]
+    )
+    assert kept[0, 0, :2].all() and not kept[0, 0, 2] and folded.repeats[0, 0, 1] == 1
+    assert folded.advantages.isnan().any()
+
+
 @pytest.mark.parametrize(
     "options",
     [
         dict(advantage_baseline="value"),
-        dict(num_iterations=2, advantage_baseline="mean"),
         dict(distillation_coefficient=0.1, advantage_baseline="mean"),
     ],
 )
 def test_contradictions_are_refused(options, tmp_path):
-    """The value head, further updates and distillation want every thought."""
+    """The value head and distillation want every thought."""
     for name in ("advantage_threshold", "reward_std_filter"):
         with pytest.raises(ValueError, match=f"`{name}=0.1` leaves thoughts out"):
             tiny_args(tmp_path, **{name: 0.1}, **options)

@@ -262,15 +262,15 @@ def check_rewards(args: "QuietStarConfig") -> None:
 def check_drops(args: "QuietStarConfig") -> None:
     """Refuses what needs every thought of a batch, where some are left out of the update."""
     given = [name for name in ("advantage_threshold", "reward_std_filter") if getattr(args, name) is not None]
-    contradicts = {"num_iterations": 1, "distillation_coefficient": 0}
-    wrong = [f"`{name}={getattr(args, name)}`" for name, value in contradicts.items() if getattr(args, name) != value]
+    wrong = []
+    if args.distillation_coefficient:
+        wrong.append(f"`distillation_coefficient={args.distillation_coefficient}`")
     if BASELINES[args.advantage_baseline].uses_value_head:
         wrong.append(f"`advantage_baseline={args.advantage_baseline!r}`, whose value head learns from every thought")
     if given and wrong:
         raise ValueError(
             f"`{given[0]}={getattr(args, given[0])}` leaves thoughts out of the update, and does not go with "
-            f"{' and '.join(wrong)}; set `advantage_baseline='leave_one_out'`, one update on a batch and no distillation, or "
-            f"leave `{given[0]}` out."
+            f"{' and '.join(wrong)}; set `advantage_baseline='leave_one_out'` and no distillation, or leave `{given[0]}` out."
         )
 
 

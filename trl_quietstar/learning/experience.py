@@ -262,7 +262,9 @@ def fold_repeats(experience: Experience, kept: torch.Tensor) -> tuple[torch.Tens
             are.
     """
     ids = experience.thoughts.token_ids.masked_fill(~experience.thoughts.mask, -1)
-    same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & kept[:, :, :, None] & kept[:, :, None]
+    is_negative = experience.advantages[..., 0].signbit()  # the clipped surrogate is linear in advantages of one sign only
+    same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & (is_negative[:, :, :, None] == is_negative[:, :, None])
+    same = same & kept[:, :, :, None] & kept[:, :, None]
     own = torch.arange(kept.shape[2], device=kept.device)
     first = same.long().argmax(3) == own  # of those that are the same
     repeats = same.sum(3).to(experience.rewards.dtype)
@@ -429,8 +431,8 @@ class StepPart:
         experience ([`Experience`], *optional*):
             The batch's experience, where thoughts had to be judged ahead, or were in an earlier update.
         judged (`dict`):
-            Text, scores and experience of all thoughts of the batch, by the names of [`~learning.metrics.BatchResult`], where
-            only some of them are trained on: what is logged is of all.
+            Where only some of the batch's thoughts are trained on, what [`~learning.metrics.BatchResult`] is to hold in place of
+            theirs: text, scores and experience of all, which are logged; or that they were logged before.
     """
 
     rows: list[int]

@@ -34,6 +34,9 @@ class BatchResult:
             Whether reward, loss and terms are finite on all processes; it lies on the device, so that the host does not wait.
         written ([`~learning.objective.WrittenInputs`], *optional*):
             Of the batch's rows with written thoughts.
+        is_reused (`bool`):
+            Whether this is a further update on the thoughts of a batch that are worth training on. What all of them are worth was
+            measured by the update that sampled them; only what belongs to this update is then logged.
     """
 
     text: Text
@@ -44,6 +47,7 @@ class BatchResult:
     share: float = 1.0
     finite: torch.Tensor | None = None
     written: WrittenInputs | None = None
+    is_reused: bool = False
 
 
 # values, and the mask or weight of each value; None where there is nothing to measure
@@ -59,6 +63,8 @@ PENALIZED = ("gain", "penalty")  # those that it has, too, where the reward has 
 DERIVED = ("reward_std", "explained_variance")
 # terms of the objective, of which a batch holds its part of the step's mean
 PARTS = ("policy_loss", "value_loss", "kl_divergence", "total_loss")
+# what an update on thoughts from before has of its own
+OF_UPDATE = (*PARTS, "router_loss", "clip_ratio", "written_nll", "written_reader_nll")
 
 
 def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
@@ -176,6 +182,8 @@ def run_metrics(batch: BatchResult, args: "QuietStarConfig") -> dict[str, Measur
         low, high = args.clip_range
         ratio = torch.exp(batch.scores.thought_logps - batch.experience.sampled_logps)
         metrics["clip_ratio"] = ((ratio < 1 - low) | (ratio > 1 + high), batch.experience.thoughts.mask)
+    if batch.is_reused:
+        metrics = {name: value if name in OF_UPDATE else None for name, value in metrics.items()}
     return metrics
 
 

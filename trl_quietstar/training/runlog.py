@@ -113,7 +113,7 @@ class RunLog:
         mode, tokenizer = "train" if training else "eval", self.thinker.tokenizer
         metrics = run_metrics(batch, self.args)
         # of the logging window, among batches with a place for a sampled thought, or of the evaluation
-        first = self._first_with_places(batch) if training else not self._sums[mode]
+        first = not batch.is_reused and self._first_with_places(batch) if training else not self._sums[mode]
         if first or not training:
             metrics["coherence"] = (self.thinker.coherence(batch, plan), batch.experience.exists)
         if first:
@@ -124,7 +124,10 @@ class RunLog:
             tokens = batch.text.predicted().sum() + batch.experience.thoughts.mask.sum()
             if batch.written is not None:
                 tokens = tokens + batch.written.text_mask.sum() + batch.written.thought_mask.sum()
-            metrics["num_thoughts"] = (batch.experience.exists.sum(), torch.ones((), device=tokens.device))
+            metrics["num_thoughts"] = (
+                batch.experience.thoughts.mask[..., 0].sum(),
+                torch.ones((), device=tokens.device),
+            )
             metrics["tokens"] = (tokens, torch.ones_like(tokens))
         own = batch.experience.measured
         _refuse_twice(own.keys() & {*metrics, *DERIVED})

@@ -184,7 +184,7 @@ class OptimizerStep:
         rows, experience = worth_training_on(folded, kept, text.input_ids.shape[1], keeps_rows)
         numbers = rows.tolist()
         self._divided[number] = replace(divided, sampled=text.rows(rows), rows=[divided.rows[row] for row in numbers])
-        judged = {**part.judged, "experience": part.experience}
+        judged = {**part.judged, "experience": part.experience} if part.judged else {"is_reused": True}
         return replace(part, rows=[part.rows[row] for row in numbers], experience=experience, judged=judged)
 
     def _row_indices(self, rows: int, before: int) -> list[int]:
