@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ NO_METHOD = {
     *("save_steps", "save_total_limit", "branch_batch_size"),
 }
 PARTS = (DataArguments, QuietStarConfig, ModelConfig)
+SUGGESTED = re.compile(r"`(--\w+ [^`]*)`")
 ROW = re.compile(r"^\|[^|]*\| `(\w+)` \| `([^|]*)` \|[^|]*\|$", re.MULTILINE)
 
 # Small enough for a test; the rest of a recipe is its own
@@ -70,10 +72,18 @@ def of_name(path: Path) -> str:
     return path.stem
 
 
-def parsed(path: Path) -> dict:
-    """All fields under a recipe."""
-    parts = TrlParser(PARTS).parse_args_and_config(["--config", str(path)])
+def parsed(path: Path, *flags: str) -> dict:
+    """All fields under a recipe, and flags beside it."""
+    parts = TrlParser(PARTS).parse_args_and_config(["--config", str(path), *flags])
     return {name: value for part in parts for name, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=of_name)
+def test_flags_that_a_page_suggests_go_with_its_recipe(path):
+    """Each combination that a page names in its text is taken; one that contradicts the recipe would be refused."""
+    for flags in SUGGESTED.findall(path.with_suffix(".md").read_text()):
+        names = parsed(path, *(words := shlex.split(flags)))
+        assert all(word.removeprefix("--") in names for word in words if word.startswith("--"))
 
 
 def table(path: Path) -> dict:
