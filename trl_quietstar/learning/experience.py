@@ -262,7 +262,8 @@ def fold_repeats(experience: Experience, kept: torch.Tensor) -> tuple[torch.Tens
             are.
     """
     ids = experience.thoughts.token_ids.masked_fill(~experience.thoughts.mask, -1)
-    is_negative = experience.advantages[..., 0].signbit()  # the clipped surrogate is linear in advantages of one sign only
+    # the clipped surrogate of further updates is linear in advantages of one sign only
+    is_negative = experience.advantages[..., 0].signbit()
     same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & (is_negative[:, :, :, None] == is_negative[:, :, None])
     same = same & kept[:, :, :, None] & kept[:, :, None]
     own = torch.arange(kept.shape[2], device=kept.device)
