@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForCausalLM
 
 from trl_quietstar.learning.experience import StepPart
@@ -17,12 +16,13 @@ from trl_quietstar.model.adapters import base_of
 from trl_quietstar.text.batch import Positions, Text
 from trl_quietstar.text.positions import positions_at
 from trl_quietstar.thinking.drawing import SamplingSettings, thought_end
+from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.training.checks import check_engine_options
 from trl_quietstar.training.rollouts import cut, prefixes
 
 from .engines import Run
 from .rollout_server import _LLM, Engine, Server, stand_in, turns_with_vllm
-from .tiny import byte_tokenizer, exact, randomize
+from .tiny import byte_tokenizer, exact, generators, mixed_text, randomize
 from .training import (
     LORA,
     Gradients,
@@ -263,28 +263,34 @@ def test_in_this_process(serve, tmp_path):
     )
 
 
-def test_two_processes_are_one(serve, tmp_path):
-    """The main process asks for both, whose rows have unequal numbers of prompts; the log is that of one process."""
-    runs = {}
-    for engine in ("one", "ddp"):
+LORA_RUN = dict(peft_config=LoraConfig(**LORA), learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(LORA_RUN, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_two_processes_are_one(changes, serve, tmp_path):
+    """The main process asks for both, whose rows have unequal numbers of prompts; log and weights are those of one process, with whole
+    weights and with sharded ones. These layers run equally often in groups of thoughts, of which both have as many."""
+    runs, asked = {}, {}
+    for engine in ("one", "ddp", "fsdp2"):
         server, by_server = serve()
-        options = {**ASKED, **by_server, "thought_prompt": None, "eval_strategy": "no"}
-        runs[engine] = Run(
-            engine, tmp_path / engine, data=turns_with_vllm, evaluation=turns_with_vllm, max_steps=2, **options
-        )
+        options = {**ASKED, **by_server, "thought_prompt": None, "branch_batch_size": 2, **changes}
+        sources = dict(data=turns_with_vllm, evaluation=turns_with_vllm)
+        runs[engine] = Run(engine, tmp_path / engine, max_steps=2, **sources, **options)
         assert server.engine.syncs == 2
-        runs[engine].prompts = server.engine.prompts
-    assert runs["ddp"].type == "DistributedDataParallel"
-    known = {tuple(prompt) for prompt in runs["one"].prompts}
-    assert known <= {tuple(prompt) for prompt in runs["ddp"].prompts}
-    start = TOKENIZER(" plus")["input_ids"]
-    assert {tuple(prompt) for prompt in runs["ddp"].prompts} - known == {
-        tuple(start)
-    }  # in place of prompts that are missing
-    for ours, oracle in zip(runs["ddp"].history, runs["one"].history, strict=True):
-        for name, value in oracle.items():
-            if name.startswith("rl/") and "second" not in name and value is not None:
-                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        asked[engine] = {tuple(prompt) for prompt in server.engine.prompts}
+    oracle = runs.pop("one")
+    for engine, run in runs.items():
+        assert run.type.startswith({"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}[engine])
+        # the start alone, in place of prompts that one of them lacks
+        assert (
+            asked[engine] - asked["one"] == {tuple(TOKENIZER(" plus")["input_ids"])} and asked["one"] <= asked[engine]
+        )
+        for ours, expected in zip(run.history, oracle.history, strict=True):
+            for name, value in expected.items():
+                if name.startswith("rl/") and "second" not in name and value is not None:
+                    assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        for name, weight in run.weights().items():
+            torch.testing.assert_close(weight, oracle.weights()[name], rtol=0, atol=2e-6, msg=name)
 
 
 # What comes back
@@ -299,6 +305,17 @@ def test_prefixes_are_those_of_a_positions_own_document():
     chosen[0, 2] = chosen[1, 2] = chosen[1, 4] = chosen[2, 1] = chosen[2, 4] = True
     found = prefixes(Text.from_batch(ids, mask, position_ids=position_ids), positions_at(chosen))
     assert found == [[1, 2, 3], [9], [9, 10, 11], [13, 14], [16, 17]]
+
+
+def test_processes_have_as_many_positions():
+    """Those that are added exist in no row: sharded layers run as often on one process as on the other."""
+    text = mixed_text()
+    own, padded = (
+        ThoughtSampler(SamplingSettings(4), generators(text), "all", greatest=greatest).positions(text)
+        for greatest in (int, lambda count: count + 2)
+    )
+    assert padded.index.shape[1] == own.index.shape[1] + 2
+    assert torch.equal(padded.mask[:, :-2], own.mask) and not padded.mask[:, -2:].any()
 
 
 def settings_of(**changes) -> SamplingSettings:
@@ -383,7 +400,7 @@ def test_vllm_must_be_installed(mode, tmp_path):
 
 
 def test_whole_weights_are_sent(serve, tmp_path):
-    """Not those of a quantized model, which merging an adapter would round anew, nor shards."""
+    """Not those of a quantized model, which merging an adapter would round anew; nor those that ZeRO-3 has partitioned."""
     from transformers import BitsAndBytesConfig
 
     pytest.importorskip("bitsandbytes")
@@ -391,10 +408,9 @@ def test_whole_weights_are_sent(serve, tmp_path):
     quantized = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True), peft_config=LoraConfig(**LORA))
     with pytest.raises(ValueError, match="would round the weights of a quantized one anew; load it without"):
         tiny_trainer(tmp_path, saved_model(tmp_path / "model"), data(), **{**ASKED, **by_server}, **quantized)
-    plugin = SimpleNamespace(fsdp_version=2, state_dict_type=StateDictType.FULL_STATE_DICT)
-    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin)
-    accelerator = SimpleNamespace(state=state, is_fsdp2=True)
-    with pytest.raises(ValueError, match="`use_vllm=True` sends whole weights, and here each process holds a part"):
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(state=state, is_fsdp2=False)
+    with pytest.raises(ValueError, match="not tried with weights that ZeRO-3 has partitioned; take DDP or FSDP2"):
         check_engine_options(tiny_args(tmp_path, **{**ASKED, **by_server}), accelerator, (None, None))
 
 

@@ -136,7 +136,7 @@ class ThoughtSampler:
     def positions(self, text: Text) -> Positions:
         """Positions that can be chosen without the model, that is, not by difficulty. It draws from the generators, so that a
         sampler of its own is needed for the thoughts."""
-        return choose_positions(text, self.thought_positions, self.generators)
+        return self._as_many(choose_positions(text, self.thought_positions, self.generators))
 
     @torch.no_grad()
     def sample(self, model: ThinkingModel, text: Text, path: BranchPath, batch_size: int | None = None) -> Thoughts:
@@ -212,18 +212,23 @@ class ThoughtSampler:
     def _positions(self, model: ThinkingModel, text: Text, cache: BranchCache) -> Positions:
         if self.given is not None:
             return self.given[0]
-        positions = choose_positions(
-            text,
-            self.thought_positions,
-            self.generators,
-            lambda: normalized_entropy(model, cache.text_hidden[:, :-1]),
-            self.difficulty_threshold,
-            self.min_thought_interval,
+        return self._as_many(
+            choose_positions(
+                text,
+                self.thought_positions,
+                self.generators,
+                lambda: normalized_entropy(model, cache.text_hidden[:, :-1]),
+                self.difficulty_threshold,
+                self.min_thought_interval,
+            )
         )
-        J, host = positions.index.shape[1], positions.host
+
+    def _as_many(self, positions: Positions) -> Positions:
+        """As many columns as on the process with the most, of which those that are added exist in no row."""
+        host, J = positions.host, positions.index.shape[1]
         missing = (0, self.greatest(J) - J)
         padded = Positions(*(torch.nn.functional.pad(x, missing) for x in (host.index, host.mask)))
-        return padded.to(text.input_ids.device)
+        return padded.to(positions.index.device)
 
     def _draws(self, positions: Positions) -> torch.Tensor:
         if self.given is not None:

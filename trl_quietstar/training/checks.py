@@ -158,10 +158,9 @@ def check_engine_options(args: QuietStarConfig, accelerator: Accelerator, optimi
     check_engine(accelerator)
     if not is_sharded(accelerator):
         return
-    if args.use_vllm:
+    if args.use_vllm and is_deepspeed:
         raise ValueError(
-            "`use_vllm=True` sends whole weights, and here each process holds a part of them; take DDP, or leave `use_vllm` "
-            "out."
+            "`use_vllm=True` was not tried with weights that ZeRO-3 has partitioned; take DDP or FSDP2, or leave `use_vllm` out."
         )
     if args.anti_theater_action == "rollback" and is_deepspeed:
         raise ValueError(
