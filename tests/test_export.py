@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,46 +258,90 @@ def test_flags_that_cannot_be_followed(flags, message, tmp_path):
     assert not list(tmp_path.glob("plain/*"))
 
 
-@pytest.mark.real
-def test_llama_cpp_answers_as_ours(tmp_path):
-    """Its server, asked as docs/serving.md says, gives the greedy answers of `generate` to 50 prompts, in float32."""
-    server, converter, weights = (os.environ.get(x) for x in ("LLAMA_SERVER", "LLAMA_CONVERTER", "SMOLLM2"))
-    weights = weights or ".demo/SmolLM2-135M-Instruct"
-    if server is None or converter is None or not os.path.isdir(weights):
-        pytest.skip("set LLAMA_SERVER and LLAMA_CONVERTER, and run `make demo-data`")
-    pytest.importorskip("openai")
-    settings = replace(SETTINGS, thought_length=24, thought_stop_string=",")
-    model = QuietStarForCausalLM.from_pretrained(weights, settings, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(weights, padding_side="left")
-    model.initialize_thought_embeddings(tokenizer, "\n", "\n")
-    asked = [[{"role": "user", "content": f"Say one short thing about the number {i}."}] for i in range(50)]
-    prompts = [tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False) for x in asked]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    options = {**GREEDY, "output_logits": False, "pad_token_id": tokenizer.eos_token_id}
-    ours = model.generate(**batch, return_thoughts=True, tokenizer=tokenizer, **options)
-    model.save_pretrained(tmp_path / "thinking")
-    tokenizer.save_pretrained(tmp_path / "thinking")
-    del model
-    flags = ("--format", "gguf", "--converter", converter)
-    assert main(["export", str(tmp_path / "thinking"), str(tmp_path / "plain"), *flags]) == 0
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0].replace(":8080", ":8093").replace('STOP = " ="', 'STOP = ","')
-    asking: dict = {}
-    exec(code, asking)
-    file = str(tmp_path / "plain" / "model.gguf")
-    command = [server, "-m", file, "--host", "127.0.0.1", "--port", "8093", "-c", "1024", "-np", "1"]
+@contextmanager
+def llama_server(file: Path, port: int):
+    """llama.cpp's server of a file, on a loopback address."""
+    command = [os.environ["LLAMA_SERVER"], "-m", str(file), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["-c", "1024", "-np", "1", "--jinja", "--reasoning-format", "none"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(240):
                 try:
-                    urllib.request.urlopen("http://127.0.0.1:8093/health")
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
                     break
                 except OSError:
                     time.sleep(0.5)
-            for prompt, thoughts, row in zip(prompts, ours.thoughts, ours.sequences, strict=True):
-                expected = row[batch["input_ids"].shape[1] :]
-                found = asking["answer"](prompt + "<think>", 24, len(expected))
-                said = tokenizer.decode(expected, skip_special_tokens=True)
-                assert found == (tokenizer.decode(thoughts[0].token_ids), said)
+            yield
         finally:
             process.terminate()
+
+
+SMOLLM2 = os.environ.get("SMOLLM2", ".demo/SmolLM2-135M-Instruct")
+ASKED = [[{"role": "user", "content": f"Say one short thing about the number {i}."}] for i in range(50)]
+
+
+def of_real_model(folder: Path, settings: QuietStarSettings) -> tuple[list[str], list[list[int]], list[list[int]]]:
+    """Exports SmolLM2 for llama.cpp, in float32; returns 50 prompts, and what `generate` thinks and answers to each, greedily."""
+    if not {"LLAMA_SERVER", "LLAMA_CONVERTER"} <= os.environ.keys() or not os.path.isdir(SMOLLM2):
+        pytest.skip("set LLAMA_SERVER and LLAMA_CONVERTER, and run `make demo-data`")
+    pytest.importorskip("openai")
+    model = QuietStarForCausalLM.from_pretrained(SMOLLM2, settings, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2, padding_side="left")
+    if settings.thought_format == "embeddings":
+        model.initialize_thought_embeddings(tokenizer, "\n", "\n")
+    prompts = [tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False) for x in ASKED]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    options = {**GREEDY, "output_logits": False, "pad_token_id": tokenizer.eos_token_id}
+    ours = model.generate(**batch, return_thoughts=True, tokenizer=tokenizer, **options)
+    model.save_pretrained(folder / "thinking")
+    tokenizer.save_pretrained(folder / "thinking")
+    del model
+    flags = ("--format", "gguf", "--converter", os.environ["LLAMA_CONVERTER"])
+    assert main(["export", str(folder / "thinking"), str(folder / "plain"), *flags]) == 0
+    answers = [row[batch["input_ids"].shape[1] :].tolist() for row in ours.sequences]
+    return prompts, [thoughts[0].token_ids for thoughts in ours.thoughts], answers
+
+
+@pytest.mark.real
+def test_llama_cpp_answers_as_ours(tmp_path):
+    """Its server, asked as docs/serving.md says, gives the greedy answers of `generate` to 50 prompts, in float32."""
+    settings = replace(SETTINGS, thought_length=24, thought_stop_string=",")
+    asked = of_real_model(tmp_path, settings)
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    code = (
+        page.split("## Asking twice")[1]
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace(":8080", ":8093")
+        .replace('STOP = " ="', 'STOP = ","')
+    )
+    asking: dict = {}
+    exec(code, asking)
+    with llama_server(tmp_path / "plain" / "model.gguf", 8093):
+        for prompt, thought, answer in zip(*asked, strict=True):
+            found = asking["answer"](prompt + "<think>", 24, len(answer))
+            assert found == (tokenizer.decode(thought), tokenizer.decode(answer, skip_special_tokens=True))
+
+
+@pytest.mark.real
+def test_llama_cpp_writes_thoughts_of_text(tmp_path):
+    """Asked once, in messages: its own reading of the chat template asks for the thought in a turn and opens it. Where a thought ends
+    by itself, thought and answer are the greedy ones of `generate`, in float32."""
+    text = dict(thought_format="text", thought_start_text="Hm:", thought_end_text=",", thought_stop_string=",")
+    turn = dict(thought_prompt="Think about it first.", thought_prompt_role="user")
+    asked = of_real_model(tmp_path, replace(SETTINGS, thought_length=24, **text, **turn))
+    from openai import OpenAI
+
+    tokenizer, ended = AutoTokenizer.from_pretrained(SMOLLM2), 0
+    with llama_server(tmp_path / "plain" / "model.gguf", 8094):
+        client = OpenAI(base_url="http://127.0.0.1:8094/v1", api_key="none")
+        for messages, (_, thought, answer) in zip(ASKED, zip(*asked, strict=True), strict=True):
+            if "," not in tokenizer.decode(thought):
+                continue
+            options = dict(model="plain", temperature=0, max_tokens=len(thought) + len(answer))
+            said = client.chat.completions.create(messages=messages, **options).choices[0].message.content
+            assert said == tokenizer.decode(thought + answer, skip_special_tokens=True)
+            ended += 1
+    print(f"{ended} of {len(ASKED)} thoughts ended by themselves")
+    assert ended >= 20

@@ -9,13 +9,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.model.adapters import base_of
 from trl_quietstar.model.saved import save_config
 
+from .loaders import loaded_by_pattern
 from .tiny import byte_tokenizer
 from .training import saved_model, text_data, tiny_trainer
 
@@ -147,15 +147,6 @@ def test_an_older_adapter_loads(tmp_path):
     assert torch.equal(again.generate(input_ids=prompt(), **GREEDY), model.generate(input_ids=prompt(), **GREEDY))
     trainer.save_model()
     assert (folder / "quietstar.json").is_file() and not (folder / "config.json").exists()
-
-
-def loaded_by_pattern(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    """All weights of a folder, as vLLM and SGLang take them: of the files that match, those in the index, if there is one."""
-    files, index = sorted(folder.glob(pattern)), folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        files = [file for file in files if file.name in named]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])

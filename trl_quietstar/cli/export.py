@@ -91,8 +91,9 @@ def run(argv: list[str]) -> None:
     card = model_card(Path(output).name, settings, tokenizer, start, end)
     _save(model, tokenizer, card, output, converter)
     print(f"Saved to {output}, in {args.dtype}. Log-probabilities differ by {difference:.0e} at most.")
-    ids = f"The ids of {start} and {end} are {added[0]} and {added[1]}." if added else ""
-    print(_how_to_open(tokenizer, settings, start), ids)
+    print(_how_to_open(tokenizer, settings, start))
+    if added:
+        print(f"The ids of {start} and {end} are {added[0]} and {added[1]}.")
 
 
 def _check(args: ExportArguments) -> str | None:

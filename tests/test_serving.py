@@ -1,0 +1,132 @@
+"""What serves an exported model: `transformers serve`, asked by an OpenAI client; and what vLLM would load of a folder."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.import_utils import is_serve_available
+
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar.cli import main
+
+from .loaders import loaded_by_pattern
+from .tiny import byte_tokenizer, randomize, tiny_config
+
+
+# greedy thoughts that end with a digit, asked for by a turn
+SETTINGS = dict(
+    thought_length=30,
+    talk_length="completion",
+    prediction="thought",
+    top_k=1,
+    min_thought_length=1,
+    thought_stop_string="1",
+    thought_end_text="1",
+    thought_start_text=" plus",
+    thought_positions="prompt_end",
+    thought_prompt="0 plus 4",
+    thought_prompt_role="system",
+)
+CHATML = (
+    "{% for message in messages %}{{ message['role'] + '\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+TOKENIZER = byte_tokenizer(chat_template=CHATML)
+
+
+def thinking(folder, thought_format: str) -> QuietStarForCausalLM:
+    """A model that thinks, and its tokenizer, in a folder."""
+    settings = QuietStarSettings(**SETTINGS, thought_format=thought_format)
+    model = QuietStarForCausalLM.from_config(tiny_config("llama", vocab_size=len(TOKENIZER)), settings)
+    randomize(model)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return QuietStarForCausalLM.from_pretrained(folder).eval()
+
+
+def answers(model, end: str) -> list[tuple[list[dict], str, int]]:
+    """Messages, what the model thinks and answers, and in how many tokens; of three prompts at which the thought ends by itself."""
+    found = []
+    for a in range(60):
+        messages = [{"role": "user", "content": f"{a} plus 4"}]
+        inputs = TOKENIZER.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ours = model.generate(**inputs, return_thoughts=True, do_sample=False, max_new_tokens=4, pad_token_id=0)
+        thought, answer = ours.thoughts[0][0].token_ids, ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        said = TOKENIZER.decode(thought) + end + TOKENIZER.decode(answer)
+        if "1" in TOKENIZER.decode(thought) and 0 not in thought + answer and "1" not in TOKENIZER.decode(answer):
+            found.append((messages, said, len(thought) + bool(end) + len(answer)))
+        if len(found) == 3:
+            return found
+    raise AssertionError(f"only {len(found)} thoughts ended")
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return own.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="pip install 'transformers[serving]'")
+def test_transformers_serve_answers_as_ours(tmp_path):
+    """It gives the greedy thoughts and answers of `generate`, of learned embeddings and of text, asked for by a turn."""
+    from openai import OpenAI
+
+    expected = {}
+    for thought_format, end in (("embeddings", "</think>"), ("text", "")):
+        source, output = tmp_path / f"thinking-{thought_format}", tmp_path / thought_format
+        expected[str(output)] = answers(thinking(source, thought_format), end)
+        assert main(["export", str(source), str(output)]) == 0
+    port = free_port()
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=os.environ) as process:
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()
+                    time.sleep(0.5)
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+            for model, asked in expected.items():
+                for messages, said, length in asked:
+                    options = dict(temperature=0, max_tokens=length)
+                    choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
+                    assert choice.message.content == said
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("thought_format", ["embeddings", "text"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_finds_the_weights_and_nothing_else(tied, thought_format, tmp_path):
+    """By its loader's rule, of the saved and of the exported folder: each weight of the plain model, by its own name; a tied LM head
+    may be left out. The configuration is the family's, with as many tokens as the embedding has rows."""
+    config = tiny_config("llama", vocab_size=len(TOKENIZER), tie_word_embeddings=tied)
+    QuietStarForCausalLM.from_config(
+        config, QuietStarSettings(**SETTINGS, thought_format=thought_format)
+    ).save_pretrained(tmp_path / "saved")
+    TOKENIZER.save_pretrained(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "saved" / "quietstar.safetensors").is_file()
+    for folder in (tmp_path / "saved", tmp_path / "exported"):
+        found, plain = loaded_by_pattern(folder), AutoModelForCausalLM.from_pretrained(folder)
+        weights = plain.state_dict()
+        assert set(found) == set(weights) - ({"lm_head.weight"} if tied else set())
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+        assert len(found["model.embed_tokens.weight"]) == plain.config.vocab_size
+        own = json.loads((folder / "config.json").read_text())
+        assert own["architectures"] == ["LlamaForCausalLM"] and own["tie_word_embeddings"] is tied
+        assert not list(folder.glob("consolidated*.safetensors"))  # which it would take instead
