@@ -184,7 +184,7 @@ def check_options(chosen, folder):
             and (greatest is None or value <= greatest)
         )
     for name, choices in CHOICES.items():
-        assert getattr(args, name) in choices
+        assert getattr(args, name) in (None, *choices)  # where the type allows None
 
 
 # Data
