@@ -1,6 +1,8 @@
 """`trl-quietstar check`: what a run would be, before it is started; and its short form at the start of `train`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -14,8 +16,8 @@ from .training import saved_model
 QUESTIONS = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b} ."} for a in range(4) for b in range(4)]
 
 
-def check(folder, capsys, rows=QUESTIONS, **changes) -> str:
-    """What the command prints for a small recipe."""
+def small_recipe(folder, rows, **changes) -> list[str]:
+    """Writes a small recipe and its data; returns the arguments by which the command reads it."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
@@ -27,7 +29,12 @@ def check(folder, capsys, rows=QUESTIONS, **changes) -> str:
     recipe = {**recipe, "gradient_accumulation_steps": 2, "save_strategy": "steps", **changes}
     del recipe["eval_dataset_name"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["check", "--config", str(folder / "recipe.yaml"), "--max_steps", "5"]) == 0
+    return ["check", "--config", str(folder / "recipe.yaml"), "--max_steps", "5"]
+
+
+def check(folder, capsys, rows=QUESTIONS, **changes) -> str:
+    """What the command prints for a small recipe."""
+    assert main(small_recipe(folder, rows, **changes)) == 0
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -42,6 +49,17 @@ def test_what_a_run_would_be(tmp_path, capsys):
     )  # all positions that there are
     assert "A step of 8 rows takes about" in printed and "; 5 steps" in printed and "GB at most" in printed
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_speaks(tmp_path):
+    """As a launcher starts them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "trl_quietstar.cli", *small_recipe(tmp_path, QUESTIONS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for once in ("Set: ", "Row 0 of 16", "thoughts raise", "A step of 16 rows takes"):
+        assert done.stdout.count(once) == 1, once
 
 
 def test_written_thoughts_are_shown(tmp_path, capsys):

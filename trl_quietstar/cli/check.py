@@ -33,14 +33,17 @@ WARM_UP = 1  # steps of the trial ahead of the one that is timed, on an accelera
 def run(argv: list[str]) -> None:
     """Shows what a run would be, for the arguments of `train`."""
     asked = Asked.of(argv, "check")
-    args, console = asked.args, Console(highlight=False, markup=False)
-    print_fields(asked, "check")
+    args, is_main = asked.args, asked.args.process_index == 0
+    console = Console(highlight=False, markup=False, quiet=not is_main)
+    if is_main:
+        print_fields(asked, "check")
     batches, thoughts = args.gradient_accumulation_steps, args.preflight_thoughts or THOUGHTS
     epochs, steps = args.num_train_epochs, args.max_steps
     with tempfile.TemporaryDirectory() as scratch:
         as_trial(args, scratch)
         trainer = asked.trainer()
-        print_rows(trainer, ROWS)
+        if is_main:
+            print_rows(trainer, ROWS)
         if args.thought_positions != "none":
             console.print(judged(PreflightCallback(trainer).measure(thoughts)))
         seconds = step_seconds(trainer) * batches
