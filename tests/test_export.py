@@ -330,7 +330,7 @@ def test_llama_cpp_writes_thoughts_of_text(tmp_path):
     by itself, thought and answer are the greedy ones of `generate`, in float32."""
     text = dict(thought_format="text", thought_start_text="The number", thought_end_text=",", thought_stop_string=",")
     turn = dict(thought_prompt="Think about it first.", thought_prompt_role="user")
-    asked = of_real_model(tmp_path, replace(SETTINGS, thought_length=48, **text, **turn))
+    asked = of_real_model(tmp_path, replace(SETTINGS, thought_length=24, **text, **turn))
     from openai import OpenAI
 
     tokenizer, ended = AutoTokenizer.from_pretrained(SMOLLM2), 0
