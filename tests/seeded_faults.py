@@ -371,6 +371,18 @@ FAULTS = (
         "advantage_threshold",
     ),
     Fault(
+        "own thoughts of settled groups come again",
+        "is_mixed(helps) if",
+        "helps.any(-1) if",
+        "replay",
+    ),
+    Fault(
+        "own thoughts that come again are not in checkpoints",
+        "self.replay.save(folder)",
+        "pass",
+        "replay",
+    ),
+    Fault(
         "preflight tries rows that will be imitated",
         "usable = 0 if is_written else int(",
         "usable = int(",

@@ -1,7 +1,7 @@
 """Written thoughts: those that the data hold, to be imitated. Rows that hold any are set apart from those that are sampled."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -23,6 +23,40 @@ class Written:
 
     text: Text
     thoughts: Thoughts
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, in the host's memory; [`Written.of`] takes them back."""
+        text, positions, thoughts = self.text.host, self.thoughts.positions.host, self.thoughts
+        own = {field.name: getattr(text, field.name) for field in fields(text)}
+        own |= {"index": positions.index, "exists": positions.mask}
+        return own | {"thought_ids": thoughts.token_ids.cpu(), "mask": thoughts.host_mask}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> "Written":
+        """The rows whose tensors [`Written.tensors`] gave, on a device."""
+        text = Text(*(tensors[field.name] for field in fields(Text))).to(device)
+        positions = Positions(tensors["index"], tensors["exists"]).to(device)
+        thoughts = Thoughts(positions, tensors["thought_ids"].to(device), tensors["mask"].to(device))
+        vars(thoughts)["host_mask"] = tensors[
+            "mask"
+        ]  # no field: `dataclasses.replace` must not carry it to another mask
+        return cls(text, thoughts)
+
+
+def joined(parts: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Written:
+    """The rows of all parts on a device; each part, of which there is at least one, is as [`Written.tensors`] gives it."""
+    fill = {name: -100 if name == "labels" else 0 for name in parts[0]}
+    return Written.of({name: _stacked([part[name] for part in parts], fill[name]) for name in fill}, device)
+
+
+def _stacked(tensors: list[torch.Tensor], fill: int) -> torch.Tensor:
+    """One after another along the first dimension, filled up at the end of the others."""
+    shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
+    whole, first = tensors[0].new_full((sum(len(x) for x in tensors), *shape), fill), 0
+    for x in tensors:
+        whole[(slice(first, first + len(x)), *(slice(size) for size in x.shape[1:]))] = x
+        first += len(x)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -98,13 +132,19 @@ def divide(text: Text, inputs: Mapping, always: bool = False) -> Divided:
     exists = inputs["written_at"] >= 0
     holds = exists.any(1)
     if not holds.any():
-        nothing = _of_rows(_without_labels(text), inputs, torch.tensor([0])) if always else None
+        nothing = without_thoughts(text) if always else None
         return replace(Divided.undivided(text), written=nothing)
     written = _of_rows(text, inputs, holds.nonzero().flatten())
     left = (~holds).nonzero().flatten()
     if len(left) == 0:
         return Divided(_without_labels(text), [0], written)
     return Divided(text.rows(left), left.tolist(), written)
+
+
+def without_thoughts(text: Text) -> Written:
+    """A row of a batch without a thought, with nothing to predict."""
+    row = _without_labels(text)
+    return Written(row, no_thoughts(row, 1))
 
 
 def _of_rows(text: Text, inputs: Mapping, rows: torch.Tensor) -> Written:

@@ -31,6 +31,7 @@ from ..text.divided import Divided
 from ..thinking.scoring import Scores
 from .distributed import summed
 from .reference import Reference
+from .replay import Replay
 from .thinker import Thinker, ThoughtRequest
 
 
@@ -74,6 +75,7 @@ class OptimizerStep:
         self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch, for further updates on it
         self._deviation = MovingAverage(DEVIATION_DECAY)  # of rewards within a group
+        self.replay = Replay(self.args, self.accelerator)
 
     def begin_evaluation(self) -> None:
         """Counts the rows of evaluation data from 0 again."""
@@ -103,6 +105,8 @@ class OptimizerStep:
             return Divided.undivided(text), self.alone(text, model.training, step)
         if not self._parts:
             self._divided = [self.thinker.divide(batch) for batch in self._batches]
+            if self.args.replay_batch_size:
+                self._divided = self.replay.beside(self._divided, step)
             self._parts = self._divide(model, step)
         return self._divided[inputs["part"]], self._parts[inputs["part"]]
 
@@ -135,7 +139,7 @@ class OptimizerStep:
         """
         experience, reduce = part.experience, self._sum if part.training else _alone
         if experience is None:
-            judged = self._experience(request, scores, columns, part.training)
+            judged = self._experience(request, scores, columns, part.training, part.rows)
             (experience,) = finish_advantages([judged], self.args, reduce)
             if part.training and self.args.num_iterations > 1:
                 self._experiences.append(experience)
@@ -217,7 +221,7 @@ class OptimizerStep:
         for i, (batch, divided) in enumerate(zip(self._batches, self._divided, strict=True)):
             request = self.thinker.request(divided.sampled, parts[i], with_graph=False)
             scores = request.scores(model)
-            experiences.append(self._experience(request, scores, divided.columns(batch), training=True))
+            experiences.append(self._experience(request, scores, divided.columns(batch), True, parts[i].rows))
             if logs_all:
                 parts[i] = replace(parts[i], judged={"text": divided.sampled, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
@@ -228,12 +232,14 @@ class OptimizerStep:
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
     def _experience(
-        self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None, training: bool
+        self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None, training: bool, rows: list[int]
     ) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling
         functions = self.reward_functions
         made = {} if functions is None else self._made(functions, request, scores, training)
         experience = experience_of(request.text, scores, reference, self.args, sampling, functions, columns, made)
+        if training and self.args.replay_batch_size:
+            self.replay.add(request.text, scores, experience, rows)
         if functions is None or not functions.asks_for("log_metric") or self.accelerator.num_processes == 1:
             return experience
         # metrics are summed over processes by their order, and another process may have logged others
@@ -267,11 +273,13 @@ class OptimizerStep:
     def save(self, folder: str, step: int) -> None:
         """Writes the experience of this process's batches beside a checkpoint's state, where the next update after so many
         steps reuses it; each process its own."""
+        self.replay.save(folder)
         if step % self.args.num_iterations:
             save_file(flat(self._experiences), self._file(folder))
 
     def restore(self, folder: str) -> None:
         """Reads what [`OptimizerStep.save`] wrote, if anything. With another number of processes a step samples anew."""
+        self.replay.restore(folder)
         if self._file(folder).is_file():
             self._experiences = unflat(load_file(self._file(folder), device=str(self.accelerator.device)))
 
