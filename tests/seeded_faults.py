@@ -374,13 +374,13 @@ FAULTS = (
         "own thoughts of settled groups come again",
         "is_mixed(helps) if",
         "helps.any(-1) if",
-        "replay",
+        "self_imitation",
     ),
     Fault(
         "own thoughts that come again are not in checkpoints",
-        "self.replay.save(folder)",
+        "self.imitation.save(folder)",
         "pass",
-        "replay",
+        "self_imitation",
     ),
     Fault(
         "preflight tries rows that will be imitated",

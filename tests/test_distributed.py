@@ -66,7 +66,11 @@ OPTIONS = {
         max_steps=4,
     ),
     "own thoughts again": dict(
-        replay_batch_size=3, useful_gain=0.0, thought_positions="all", gradient_accumulation_steps=2, max_steps=3
+        self_imitation_batch_size=3,
+        useful_gain=0.0,
+        thought_positions="all",
+        gradient_accumulation_steps=2,
+        max_steps=3,
     ),
     "lora": dict(peft_config=LoraConfig(target_modules="all-linear", r=4), beta=0.1),
     "reference": REFERENCE,

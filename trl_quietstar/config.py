@@ -370,10 +370,10 @@ class QuietStarConfig(Derived, BaseConfig):
         "them, and not by sampled thoughts. 0: written thoughts are not read, and all rows are sampled. They are not read "
         "with `thought_positions='none'` either.",
     )
-    replay_batch_size: Annotated[int, Limits(0), Staged()] = option(
+    self_imitation_batch_size: Annotated[int, Limits(0), Staged()] = option(
         0, "Number of the run's own useful thoughts that each step imitates again, as it does written ones."
     )
-    replay_size: Annotated[int, Limits(1)] = option(1000, "How many of these a run keeps; the oldest go first.")
+    self_imitation_memory: Annotated[int, Limits(1)] = option(1000, "How many of these are kept; the oldest go first.")
     base_nll_coefficient: Annotated[float, Limits(0), Staged()] = option(
         1.0, "Weight of the text's negative log-likelihood without thoughts."
     )
@@ -443,7 +443,7 @@ class QuietStarConfig(Derived, BaseConfig):
     useful_gain: Annotated[float, Limits(0, 1)] = option(
         0.1,
         "By how much a thought must raise the probability of all M tokens after it to count as useful in "
-        "`rl/useful_thoughts` and `rl/mixed_groups`, and to be imitated again by `replay_batch_size`.",
+        "`rl/useful_thoughts` and `rl/mixed_groups`, and to be imitated again by `self_imitation_batch_size`.",
     )
     log_thoughts: bool = option(
         False, "Whether to print a few thoughts at each log, and send them to W&B, trackio or TensorBoard as a table."

@@ -278,11 +278,11 @@ def check_thinking(args: "QuietStarConfig") -> None:
     """Refuses contradictions among the options of thoughts and of what is learned from them."""
     check_marks(args)
     check_vllm(args)
-    if args.replay_batch_size and (args.written_thought_coefficient == 0 or args.thought_positions == "none"):
+    if args.self_imitation_batch_size and (args.written_thought_coefficient == 0 or args.thought_positions == "none"):
         raise ValueError(
-            f"`replay_batch_size={args.replay_batch_size}` imitates thoughts of the run's own, with the weight "
+            f"`self_imitation_batch_size={args.self_imitation_batch_size}` imitates thoughts of the run's own, with the weight "
             "`written_thought_coefficient`; raise that above 0 and leave `thought_positions='none'`, or leave "
-            "`replay_batch_size` out."
+            "`self_imitation_batch_size` out."
         )
     if args.thought_stop_string == "":
         raise ValueError("`thought_stop_string` is empty, and would end every thought; give a string, or None.")

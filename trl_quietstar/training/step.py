@@ -30,8 +30,8 @@ from ..text.batch import Positions, Text, talk_after
 from ..text.divided import Divided
 from ..thinking.scoring import Scores
 from .distributed import summed
+from .imitation import SelfImitation
 from .reference import Reference
-from .replay import Replay
 from .thinker import Thinker, ThoughtRequest
 
 
@@ -75,7 +75,7 @@ class OptimizerStep:
         self._parts: list[StepPart] = []
         self._experiences: list[Experience] = []  # of each batch, for further updates on it
         self._deviation = MovingAverage(DEVIATION_DECAY)  # of rewards within a group
-        self.replay = Replay(self.args, self.accelerator)
+        self.imitation = SelfImitation(self.args, self.accelerator)
 
     def begin_evaluation(self) -> None:
         """Counts the rows of evaluation data from 0 again."""
@@ -105,8 +105,8 @@ class OptimizerStep:
             return Divided.undivided(text), self.alone(text, model.training, step)
         if not self._parts:
             self._divided = [self.thinker.divide(batch) for batch in self._batches]
-            if self.args.replay_batch_size:
-                self._divided = self.replay.beside(self._divided, step)
+            if self.args.self_imitation_batch_size:
+                self._divided = self.imitation.beside(self._divided, step)
             self._parts = self._divide(model, step)
         return self._divided[inputs["part"]], self._parts[inputs["part"]]
 
@@ -238,8 +238,8 @@ class OptimizerStep:
         functions = self.reward_functions
         made = {} if functions is None else self._made(functions, request, scores, training)
         experience = experience_of(request.text, scores, reference, self.args, sampling, functions, columns, made)
-        if training and self.args.replay_batch_size:
-            self.replay.add(request.text, scores, experience, rows)
+        if training and self.args.self_imitation_batch_size:
+            self.imitation.add(request.text, scores, experience, rows)
         if functions is None or not functions.asks_for("log_metric") or self.accelerator.num_processes == 1:
             return experience
         # metrics are summed over processes by their order, and another process may have logged others
@@ -273,13 +273,13 @@ class OptimizerStep:
     def save(self, folder: str, step: int) -> None:
         """Writes the experience of this process's batches beside a checkpoint's state, where the next update after so many
         steps reuses it; each process its own."""
-        self.replay.save(folder)
+        self.imitation.save(folder)
         if step % self.args.num_iterations:
             save_file(flat(self._experiences), self._file(folder))
 
     def restore(self, folder: str) -> None:
         """Reads what [`OptimizerStep.save`] wrote, if anything. With another number of processes a step samples anew."""
-        self.replay.restore(folder)
+        self.imitation.restore(folder)
         if self._file(folder).is_file():
             self._experiences = unflat(load_file(self._file(folder), device=str(self.accelerator.device)))
 

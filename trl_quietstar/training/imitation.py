@@ -1,4 +1,4 @@
-"""`Replay`: useful thoughts of a run's own, which it goes on to imitate (self-imitation learning,
+"""`SelfImitation`: useful thoughts of a run's own, which it goes on to imitate (self-imitation learning,
 huggingface.co/papers/1806.05635)."""
 
 import random
@@ -21,13 +21,13 @@ from ..thinking.scoring import Scores
 from .distributed import is_sharded
 
 
-FILE = "quietstar_replay.safetensors"
+FILE = "quietstar_self_imitation.safetensors"
 Row = dict[str, torch.Tensor]  # one text with one thought, as `Written.tensors` names them, on the host
 
 
-class Replay:
+class SelfImitation:
     """
-    Keeps the latest `replay_size` of these thoughts, and gives `replay_batch_size` of them to each optimizer step as if its data held
+    Keeps the latest `self_imitation_memory` of these thoughts, and gives `self_imitation_batch_size` of them to each optimizer step as if its data held
     them. All processes keep the same ones.
 
     A thought is kept if it is useful, if another one of its group is not, and if none of the group earned more. So what the model can do
@@ -42,7 +42,7 @@ class Replay:
 
     def __init__(self, args: QuietStarConfig, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
-        self._kept: deque[Row] = deque(maxlen=args.replay_size)
+        self._kept: deque[Row] = deque(maxlen=args.self_imitation_memory)
         # of this process, since thoughts were last drawn: the row in the step's global batch, the position's number, and what is kept
         self._new: list[tuple[int, int, Row]] = []
 
@@ -90,7 +90,7 @@ class Replay:
                 Number of the optimizer step, which decides which thoughts are drawn.
         """
         self._gather()
-        count = min(self.args.replay_batch_size, len(self._kept))
+        count = min(self.args.self_imitation_batch_size, len(self._kept))
         drawn = random.Random(f"{self.args.seed} {step}").sample(list(self._kept), count)
         if not drawn:
             return batches
@@ -119,7 +119,7 @@ class Replay:
             save_file(joined(list(self._kept), torch.device("cpu")).tensors(), Path(folder, FILE))
 
     def restore(self, folder: str) -> None:
-        """Reads what [`Replay.save`] wrote, if anything."""
+        """Reads what [`SelfImitation.save`] wrote, if anything."""
         if Path(folder, FILE).is_file():
             whole = load_file(Path(folder, FILE))
             for row in range(len(whole["input_ids"])):

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from trl_quietstar.text.batch import Text
 from trl_quietstar.text.divided import Written, joined, without_thoughts
-from trl_quietstar.training.replay import Replay, trimmed
+from trl_quietstar.training.imitation import SelfImitation, trimmed
 
 from .tiny import byte_tokenizer, exact_model
 from .training import Gradients, logged, tiny_args, tiny_trainer
@@ -16,7 +16,7 @@ TEXTS = ["1 plus 1 is 2 .", "7 plus 12 is 19 . 3 plus 4 is 7 .", "5", "2 plus 19
 OPTIONS = dict(
     num_thoughts=4,
     useful_gain=0.0,  # random weights gain little
-    replay_batch_size=3,
+    self_imitation_batch_size=3,
     learning_rate=1e-2,
     max_steps=3,
     max_grad_norm=0.0,
@@ -44,7 +44,7 @@ def run(folder, resume: str | None = None, data=None, **options):
 def seen(monkeypatch):
     """What each batch adds to the memory, and what it is given of it: text, experience and memory before and after; memory and batch."""
     added, given = [], []
-    add, beside = Replay.add, Replay.beside
+    add, beside = SelfImitation.add, SelfImitation.beside
 
     def adding(self, text, scores, experience, rows):
         self._gather()
@@ -58,8 +58,8 @@ def seen(monkeypatch):
         given.extend((list(self._kept), divided) for divided in batches)
         return batches
 
-    monkeypatch.setattr(Replay, "add", adding)
-    monkeypatch.setattr(Replay, "beside", drawing)
+    monkeypatch.setattr(SelfImitation, "add", adding)
+    monkeypatch.setattr(SelfImitation, "beside", drawing)
     return added, given
 
 
@@ -95,7 +95,7 @@ def test_the_best_of_mixed_groups_are_kept(tmp_path, seen):
 
 
 def test_a_batch_is_given_thoughts_from_before(tmp_path, seen):
-    """Up to `replay_batch_size` different ones of those that are kept, none at first; another choice at another step."""
+    """Up to `self_imitation_batch_size` different ones of those that are kept, none at first; another choice at another step."""
     _, trainer = run(tmp_path, max_steps=6)
     given = seen[1]
     assert [len(kept) for kept, _ in given] == [0, *(len(after) for *_, after in seen[0][:-1])]
@@ -120,8 +120,8 @@ def equal(kept: dict, padded: dict) -> bool:
 
 
 def test_only_the_latest_are_kept(tmp_path, seen):
-    """The memory holds no more than `replay_size`."""
-    run(tmp_path, replay_size=2)
+    """The memory holds no more than `self_imitation_memory`."""
+    run(tmp_path, self_imitation_memory=2)
     *_, before, after = seen[0][-1]
     assert len(before) == len(after) == 2 and not equal(before[0], after[0])
 
@@ -164,21 +164,23 @@ def test_a_checkpoint_holds_the_memory(options, tmp_path):
     whole, oracle = run(tmp_path, **options, max_steps=5, save_strategy="steps", save_steps=1)
     for step in (2, 3):
         resumed, trainer = run(tmp_path / "again", resume=str(tmp_path / f"checkpoint-{step}"), max_steps=5, **options)
-        assert len(trainer.step.replay) == len(oracle.step.replay) > 3
+        assert len(trainer.step.imitation) == len(oracle.step.imitation) > 3
         for name, gradient in whole[-1].items():
             assert torch.equal(resumed[-1][name], gradient), name
     trainer.step.begin_run()
-    assert len(trainer.step.replay) == 0
+    assert len(trainer.step.imitation) == 0
 
 
 def test_a_stage_may_begin_it(tmp_path, seen):
     """Of a curriculum: nothing is kept before."""
-    run(tmp_path, replay_batch_size=0, curriculum={"0": {}, "2": {"replay_batch_size": 2}}, max_steps=4)
+    run(
+        tmp_path, self_imitation_batch_size=0, curriculum={"0": {}, "2": {"self_imitation_batch_size": 2}}, max_steps=4
+    )
     assert [divided.written is None for _, divided in seen[1]] == [True, False]
 
 
 @pytest.mark.parametrize("options", [dict(written_thought_coefficient=0.0), dict(thought_positions="none")], ids=str)
 def test_contradictions_are_refused(options, tmp_path):
     """Without a weight, and where nothing is sampled."""
-    with pytest.raises(ValueError, match="`replay_batch_size=2` imitates thoughts"):
-        tiny_args(tmp_path, replay_batch_size=2, **options)
+    with pytest.raises(ValueError, match="`self_imitation_batch_size=2` imitates thoughts"):
+        tiny_args(tmp_path, self_imitation_batch_size=2, **options)
