@@ -7,7 +7,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 from trl_quietstar import QuietStarREINFORCETrainer
 
+from .servers import free_port
 from .tiny import byte_tokenizer, sums
 from .training import OWN, plain_model, text_data, tiny_args
 
@@ -136,9 +136,7 @@ class Run:
         os.environ["DS_ACCELERATOR"] = "cpu"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imports once for all runs
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         count = 1 if engine == "one" else 2
         parameters = [(rank, count, port, engine, str(folder), options) for rank in range(count)]
         processes = [context.Process(target=_work, args=args, daemon=True) for args in parameters]

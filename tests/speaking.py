@@ -15,6 +15,16 @@ from .conformance import tiny_model as family_model
 
 
 SETTINGS = QuietStarSettings(thought_length=3, talk_length=4)
+# thoughts of the most likely tokens at the end of a prompt, as a plain model writes them in a greedy answer
+PLAIN = dict(
+    thought_length=30,
+    talk_length="completion",
+    prediction="thought",
+    top_k=1,
+    min_thought_length=1,
+    thought_stop_string="1",
+    thought_positions="prompt_end",
+)
 
 
 def thinking_model(name: str = "llama", settings: QuietStarSettings = SETTINGS):

@@ -2,10 +2,6 @@
 
 import json
 import os
-import subprocess
-import time
-import urllib.request
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +16,13 @@ from trl_quietstar.cli import main
 from trl_quietstar.model.plain import check_settings, opened, spellings
 from trl_quietstar.thinking.drawing import thought_end
 
+from .servers import served
+from .speaking import PLAIN
 from .tiny import byte_tokenizer, randomize, tiny_config
 from .training import LORA, tiny_trainer
 
 
-# thoughts of the most likely tokens, as a plain model writes them in a greedy answer
-SETTINGS = QuietStarSettings(
-    thought_length=30,
-    talk_length="completion",
-    prediction="thought",
-    top_k=1,
-    min_thought_length=1,
-    thought_stop_string="1",
-    thought_positions="prompt_end",
-)
+SETTINGS = QuietStarSettings(**PLAIN)
 GREEDY = dict(do_sample=False, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
 TRAINED = dict(
     thought_positions="prompt_end",
@@ -258,22 +247,10 @@ def test_flags_that_cannot_be_followed(flags, message, tmp_path):
     assert not list(tmp_path.glob("plain/*"))
 
 
-@contextmanager
-def llama_server(file: Path, port: int):
-    """llama.cpp's server of a file, on a loopback address."""
-    command = [os.environ["LLAMA_SERVER"], "-m", str(file), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-c", "1024", "-np", "1", "--jinja", "--reasoning-format", "none"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield
-        finally:
-            process.terminate()
+def llama_server(folder: Path):
+    """llama.cpp's server of the model that [`of_real_model`] has exported."""
+    command = [os.environ["LLAMA_SERVER"], "-m", str(folder / "plain" / "model.gguf"), "-c", "1024", "-np", "1"]
+    return served([*command, "--jinja", "--reasoning-format", "none"], folder / "log.txt")
 
 
 SMOLLM2 = os.environ.get("SMOLLM2", ".demo/SmolLM2-135M-Instruct")
@@ -309,16 +286,10 @@ def test_llama_cpp_answers_as_ours(tmp_path):
     asked = of_real_model(tmp_path, settings)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    code = (
-        page.split("## Asking twice")[1]
-        .split("```python\n")[1]
-        .split("```")[0]
-        .replace(":8080", ":8093")
-        .replace('STOP = " ="', 'STOP = ","')
-    )
+    code = page.split("## Asking twice")[1].split("```python\n")[1].split("```")[0]
     asking: dict = {}
-    exec(code, asking)
-    with llama_server(tmp_path / "plain" / "model.gguf", 8093):
+    with llama_server(tmp_path) as url:
+        exec(code.replace("http://127.0.0.1:8080", url).replace('STOP = " ="', 'STOP = ","'), asking)
         for prompt, thought, answer in zip(*asked, strict=True):
             found = asking["answer"](prompt + "<think>", 24, len(answer))
             assert found == (tokenizer.decode(thought), tokenizer.decode(answer, skip_special_tokens=True))
@@ -334,8 +305,8 @@ def test_llama_cpp_writes_thoughts_of_text(tmp_path):
     from openai import OpenAI
 
     tokenizer, ended = AutoTokenizer.from_pretrained(SMOLLM2), 0
-    with llama_server(tmp_path / "plain" / "model.gguf", 8094):
-        client = OpenAI(base_url="http://127.0.0.1:8094/v1", api_key="none")
+    with llama_server(tmp_path) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
         for messages, (_, thought, answer) in zip(ASKED, zip(*asked, strict=True), strict=True):
             if "," not in tokenizer.decode(thought):
                 continue

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ from trl_quietstar.training.rollouts import cut, prefixes
 
 from .engines import Run
 from .rollout_server import _LLM, Engine, Server, stand_in, turns_with_vllm
+from .servers import free_port
 from .tiny import byte_tokenizer, exact, generators, mixed_text, randomize
 from .training import (
     LORA,
@@ -72,10 +72,7 @@ def serve(monkeypatch):
         randomize(model, seed=5)
         server = Server(Engine(exact(model) if dtype == torch.float64 else model, TOKENIZER, fixed))
         servers.append(server)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return server, dict(**MODES, vllm_server_base_url=server.url, vllm_group_port=port)
+        return server, dict(**MODES, vllm_server_base_url=server.url, vllm_group_port=free_port())
 
     yield start
     for server in servers:

@@ -1,12 +1,7 @@
 """What serves an exported model: `transformers serve`, asked by an OpenAI client; and what vLLM would load of a folder."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 import torch
@@ -17,23 +12,14 @@ from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.cli import main
 
 from .loaders import loaded_by_pattern
+from .servers import served
+from .speaking import PLAIN
 from .tiny import byte_tokenizer, randomize, tiny_config
 
 
-# greedy thoughts that end with a digit, asked for by a turn
-SETTINGS = dict(
-    thought_length=30,
-    talk_length="completion",
-    prediction="thought",
-    top_k=1,
-    min_thought_length=1,
-    thought_stop_string="1",
-    thought_end_text="1",
-    thought_start_text=" plus",
-    thought_positions="prompt_end",
-    thought_prompt="0 plus 4",
-    thought_prompt_role="system",
-)
+# asked for by a turn
+ASKED = dict(thought_prompt="0 plus 4", thought_prompt_role="system")
+SETTINGS = dict(**PLAIN, **ASKED, thought_start_text=" plus", thought_end_text="1")
 CHATML = (
     "{% for message in messages %}{{ message['role'] + '\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -69,12 +55,6 @@ def answers(model, end: str) -> list[tuple[list[dict], str, int]]:
     raise AssertionError(f"only {len(found)} thoughts ended")
 
 
-def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return own.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not is_serve_available(), reason="pip install 'transformers[serving]'")
 def test_transformers_serve_answers_as_ours(tmp_path):
@@ -86,27 +66,14 @@ def test_transformers_serve_answers_as_ours(tmp_path):
         source, output = tmp_path / f"thinking-{thought_format}", tmp_path / thought_format
         expected[str(output)] = answers(thinking(source, thought_format), end)
         assert main(["export", str(source), str(output)]) == 0
-    port = free_port()
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = tmp_path / "log.txt"
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=os.environ) as process:
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except OSError:
-                    assert process.poll() is None, log.read_text()
-                    time.sleep(0.5)
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
-            for model, asked in expected.items():
-                for messages, said, length in asked:
-                    options = dict(temperature=0, max_tokens=length)
-                    choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
-                    assert choice.message.content == said
-        finally:
-            process.terminate()
+    with served([*command, "--device", "cpu"], tmp_path / "log.txt") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+        for model, asked in expected.items():
+            for messages, said, length in asked:
+                options = dict(temperature=0, max_tokens=length)
+                choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
+                assert choice.message.content == said
 
 
 @pytest.mark.parametrize("thought_format", ["embeddings", "text"])
