@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .transfer import Placed
+from .transfer import Placed, to_device
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,15 @@ class Thoughts:
     token_ids: torch.Tensor
     mask: torch.Tensor
     filler: bool = False
+
+    @classmethod
+    def of_host(
+        cls, positions: Positions, token_ids: torch.Tensor, mask: torch.Tensor, device: torch.device
+    ) -> "Thoughts":
+        """Sends thoughts that stand in the host's memory to a device; they remember their mask there. Positions may be there already."""
+        thoughts = cls(positions.to(device), to_device(token_ids, device), to_device(mask, device))
+        vars(thoughts)["host_mask"] = mask  # no field: `dataclasses.replace` must not carry it to another mask
+        return thoughts
 
     @functools.cached_property
     def host_mask(self) -> torch.Tensor:

@@ -35,18 +35,15 @@ class Written:
     def of(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> "Written":
         """The rows whose tensors [`Written.tensors`] gave, on a device."""
         text = Text(*(tensors[field.name] for field in fields(Text))).to(device)
-        positions = Positions(tensors["index"], tensors["exists"]).to(device)
-        thoughts = Thoughts(positions, tensors["thought_ids"].to(device), tensors["mask"].to(device))
-        vars(thoughts)["host_mask"] = tensors[
-            "mask"
-        ]  # no field: `dataclasses.replace` must not carry it to another mask
+        positions = Positions(tensors["index"], tensors["exists"])
+        thoughts = Thoughts.of_host(positions, tensors["thought_ids"], tensors["mask"], device)
         return cls(text, thoughts)
 
 
 def joined(parts: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> Written:
     """The rows of all parts on a device; each part, of which there is at least one, is as [`Written.tensors`] gives it."""
-    fill = {name: -100 if name == "labels" else 0 for name in parts[0]}
-    return Written.of({name: _stacked([part[name] for part in parts], fill[name]) for name in fill}, device)
+    stacked = {name: _stacked([part[name] for part in parts], -100 if name == "labels" else 0) for name in parts[0]}
+    return Written.of(stacked, device)
 
 
 def _stacked(tensors: list[torch.Tensor], fill: int) -> torch.Tensor:
@@ -99,12 +96,10 @@ def no_thoughts(text: Text, num_thoughts: int) -> Thoughts:
         num_thoughts (`int`):
             G.
     """
-    B, T = text.input_ids.shape
-    positions = positions_at(torch.zeros(B, T - 1, dtype=torch.bool)).to(text.input_ids.device)
-    nothing = torch.zeros(B, 1, num_thoughts, 1, dtype=torch.long, device=text.input_ids.device)
-    thoughts = Thoughts(positions, nothing, nothing.bool())
-    vars(thoughts)["host_mask"] = torch.zeros(nothing.shape, dtype=torch.bool)
-    return thoughts
+    (B, T), device = text.input_ids.shape, text.input_ids.device
+    positions = positions_at(torch.zeros(B, T - 1, dtype=torch.bool))
+    nothing = torch.zeros(B, 1, num_thoughts, 1, dtype=torch.long)
+    return Thoughts.of_host(positions, nothing, nothing.bool(), device)
 
 
 def has_written(inputs: Mapping) -> bool:
@@ -152,9 +147,8 @@ def _of_rows(text: Text, inputs: Mapping, rows: torch.Tensor) -> Written:
     at, ids = inputs["written_at"][rows], inputs["written_ids"][rows]
     mask = (ids >= 0) & (at >= 0)[..., None]
     ids, mask = (x[..., : max(int(mask.sum(-1).max()), 1)][:, :, None] for x in (ids.clamp(min=0), mask))
-    device = text.input_ids.device
-    thoughts = Thoughts(Positions(at.clamp(min=0), at >= 0).to(device), (ids * mask).to(device), mask.to(device))
-    vars(thoughts)["host_mask"] = mask  # no field: `dataclasses.replace` must not carry it to another mask
+    positions = Positions(at.clamp(min=0), at >= 0)
+    thoughts = Thoughts.of_host(positions, ids * mask, mask, text.input_ids.device)
     return Written(text.rows(rows), thoughts)
 
 

@@ -215,13 +215,14 @@ def _own_precision(model: ThinkingModel) -> Iterator[None]:
 def _anywhere(model: ThinkingModel) -> Iterator[None]:
     """With thoughts that may stand anywhere, as they do in random texts, and not before an answer alone."""
     marks = model.thought_marks
-    if marks.unread:
-        vars(model)["_thought_marks"] = replace(marks, unread=())
+    if not marks.unread:
+        yield
+        return
+    vars(model)["_thought_marks"] = replace(marks, unread=())
     try:
         yield
     finally:
-        if marks.unread:
-            vars(model)["_thought_marks"] = marks
+        vars(model)["_thought_marks"] = marks
 
 
 def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
@@ -229,11 +230,8 @@ def _problem(model: ThinkingModel, path: BranchPath) -> str | None:
     quantized = getattr(model, "is_quantized", False)  # set by Transformers when it quantizes
     tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCES[model.dtype]
     try:
-        with (
-            full_float32(),
-            _own_precision(model),
-            _anywhere(model),
-        ):  # TF32 rounds by more than a wrong mask may differ
+        # TF32 rounds by more than a wrong mask may differ
+        with full_float32(), _own_precision(model), _anywhere(model):
             difference = path_difference(model, path)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
         if is_fault_of_device(error):

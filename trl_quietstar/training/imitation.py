@@ -3,7 +3,7 @@ huggingface.co/papers/1806.05635)."""
 
 import random
 from collections import deque
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from ..config import QuietStarConfig
 from ..learning.experience import Experience
 from ..learning.rewards import is_mixed, useful
-from ..text.batch import Text
-from ..text.divided import Divided, joined, without_thoughts
+from ..text.batch import Positions, Text, Thoughts
+from ..text.divided import Divided, Written, joined, without_thoughts
 from ..text.transfer import to_host
 from ..thinking.scoring import Scores
 from .distributed import is_sharded
@@ -27,8 +27,8 @@ Row = dict[str, torch.Tensor]  # one text with one thought, as `Written.tensors`
 
 class SelfImitation:
     """
-    Keeps the latest `self_imitation_memory` of these thoughts, and gives `self_imitation_batch_size` of them to each optimizer step as if its data held
-    them. All processes keep the same ones.
+    Keeps the latest `self_imitation_memory` of these thoughts, and gives `self_imitation_batch_size` of them to each optimizer step as
+    if its data held them. All processes keep the same ones.
 
     A thought is kept if it is useful, if another one of its group is not, and if none of the group earned more. So what the model can do
     anyway is not learned again.
@@ -67,17 +67,11 @@ class SelfImitation:
         of_best = best[..., None, None].expand(-1, -1, 1, thoughts.mask.shape[-1])
         token_ids, mask = (x.gather(2, of_best) for x in (thoughts.token_ids, thoughts.mask))
         groups, *found = to_host([groups, thoughts.positions.index, token_ids, mask])
-        texts = {field.name: getattr(text.host, field.name) for field in fields(text)}
         for row, column in groups.nonzero().tolist():
             index, own_ids, own_mask = (x[row, column].reshape(1, 1, *x.shape[2:]) for x in found)
-            own = {
-                "index": index,
-                "exists": torch.ones(1, 1, dtype=torch.bool),
-                "thought_ids": own_ids,
-                "mask": own_mask,
-            }
-            kept = trimmed({name: x[row : row + 1] for name, x in texts.items()} | own)
-            self._new.append((rows[row], column, kept))
+            own = Thoughts(Positions(index, torch.ones_like(index, dtype=torch.bool)), own_ids, own_mask)
+            kept = Written(text.host.rows(torch.tensor([row])), own)
+            self._new.append((rows[row], column, trimmed(kept.tensors())))
 
     def beside(self, batches: list[Divided], step: int) -> list[Divided]:
         """

@@ -15,7 +15,6 @@ from .._compat import vllm_generation
 from ..config import QuietStarConfig
 from ..model.marks import Marks
 from ..text.batch import Positions, Text, Thoughts
-from ..text.transfer import to_device
 from ..thinking.drawing import SamplingSettings
 from ..thinking.writing import Writer
 from .distributed import greatest
@@ -180,10 +179,7 @@ def cut(written: list[list[int]], positions: Positions, settings: SamplingSettin
             f"vLLM ended a thought after {int(short.min())} tokens, before it was closed and below `thought_length` ({L}); let it read "
             "more tokens (`vllm_max_model_length`, or `--max-model-len` of the server), or lower `thought_length`."
         )
-    token_ids, device = ended.token_ids.view(mask.shape) * mask, positions.index.device
-    thoughts = Thoughts(positions, to_device(token_ids, device), to_device(mask, device))
-    vars(thoughts)["host_mask"] = mask
-    return thoughts
+    return Thoughts.of_host(positions, ended.token_ids.view(mask.shape) * mask, mask, positions.index.device)
 
 
 class _Given:

@@ -124,11 +124,9 @@ class RunLog:
             tokens = batch.text.predicted().sum() + batch.experience.thoughts.mask.sum()
             if batch.written is not None:
                 tokens = tokens + batch.written.text_mask.sum() + batch.written.thought_mask.sum()
-            metrics["num_thoughts"] = (
-                batch.experience.thoughts.mask[..., 0].sum(),
-                torch.ones((), device=tokens.device),
-            )
-            metrics["tokens"] = (tokens, torch.ones_like(tokens))
+            one = torch.ones_like(tokens)
+            metrics["num_thoughts"] = (batch.experience.thoughts.mask[..., 0].sum(), one)
+            metrics["tokens"] = (tokens, one)
         own = batch.experience.measured
         _refuse_twice(own.keys() & {*metrics, *DERIVED})
         self._own[mode] |= own.keys()

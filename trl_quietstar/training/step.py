@@ -139,7 +139,7 @@ class OptimizerStep:
         """
         experience, reduce = part.experience, self._sum if part.training else _alone
         if experience is None:
-            judged = self._experience(request, scores, columns, part.training, part.rows)
+            judged = self._experience(request, scores, columns, part)
             (experience,) = finish_advantages([judged], self.args, reduce)
             if part.training and self.args.num_iterations > 1:
                 self._experiences.append(experience)
@@ -221,7 +221,7 @@ class OptimizerStep:
         for i, (batch, divided) in enumerate(zip(self._batches, self._divided, strict=True)):
             request = self.thinker.request(divided.sampled, parts[i], with_graph=False)
             scores = request.scores(model)
-            experiences.append(self._experience(request, scores, divided.columns(batch), True, parts[i].rows))
+            experiences.append(self._experience(request, scores, divided.columns(batch), parts[i]))
             if logs_all:
                 parts[i] = replace(parts[i], judged={"text": divided.sampled, "scores": scores})
         experiences = finish_advantages(experiences, self.args, self._sum)
@@ -232,14 +232,14 @@ class OptimizerStep:
         return [replace(part, experience=x) for part, x in zip(parts, experiences, strict=True)]
 
     def _experience(
-        self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None, training: bool, rows: list[int]
+        self, request: ThoughtRequest, scores: Scores, columns: dict[str, list] | None, part: StepPart
     ) -> Experience:
         reference, sampling = self.reference.score(request, scores.thoughts), self.thinker.sampling
         functions = self.reward_functions
-        made = {} if functions is None else self._made(functions, request, scores, training)
+        made = {} if functions is None else self._made(functions, request, scores, part.training)
         experience = experience_of(request.text, scores, reference, self.args, sampling, functions, columns, made)
-        if training and self.args.self_imitation_batch_size:
-            self.imitation.add(request.text, scores, experience, rows)
+        if part.training and self.args.self_imitation_batch_size:
+            self.imitation.add(request.text, scores, experience, part.rows)
         if functions is None or not functions.asks_for("log_metric") or self.accelerator.num_processes == 1:
             return experience
         # metrics are summed over processes by their order, and another process may have logged others
