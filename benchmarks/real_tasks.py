@@ -116,7 +116,6 @@ def draw(
     terms: int,
     fewest_terms: int,
     digits: int,
-    easy: float,
     data: str,
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """
@@ -132,8 +131,6 @@ def draw(
         fewest_terms (`int`):
             With fewer than `terms`, the problems to train on by their answers have from so many terms to `terms`, each number
             equally often. Written thoughts and held-out problems are of full size.
-        easy (`float`):
-            Share of the written thoughts that are of problems with terms of one digit; `chain_sum` alone.
         data (`str`):
             GSM8K's file, or its name on the Hub. `problems` is then at most what is there.
 
@@ -151,11 +148,9 @@ def draw(
         train, held = rows[:stop][:problems], rows[stop : stop + held_out]
         return train, [row for row in train if row["thought"]][:written], held
     generate = GENERATORS[task]
-    own = [random.Random(f"{task} {part} {seed}") for part in ("problems", "held out", "easy")]
+    own = [random.Random(f"{task} {part} {seed}") for part in ("problems", "held out")]
     train = drawn(generate(own[0], terms, digits), problems, held_out=False)
-    simple = round(easy * written) if task == "chain_sum" else 0
-    taught = [row for row in train if row["thought"]][: written - simple]
-    taught += drawn(generate(own[2], terms, 1), simple, held_out=False) if simple else []
+    taught = [row for row in train if row["thought"]][:written]
     if task == "chain_sum":
         train = mixed(train, seed, range(fewest_terms, terms), digits)
     return train, taught, drawn(generate(own[1], terms, digits), held_out, held_out=True)

@@ -12,7 +12,7 @@ from benchmarks.real_measures import wilson
 from .training import saved_model
 
 
-SIZE = dict(problems=30, written=8, held_out=6, terms=3, fewest_terms=2, digits=2, easy=0.25)
+SIZE = dict(problems=30, written=8, held_out=6, terms=3, fewest_terms=2, digits=2)
 CHANGES = [
     *(f"{name}={value}" for name, value in SIZE.items()),
     *("watched=4", "points=2", "warmup=0.1", "cold_share=0.5", "written_mix=1"),
@@ -127,7 +127,6 @@ def test_thoughts_are_the_steps_to_the_answer(tmp_path):
         assert row["thought"].endswith(f"={row['completion'].strip()}") and row["thought"].count("=") in (1, 2)
     short = [row for row in train if row["thought"].count("=") == 1]
     assert len(train) == 30 and len(short) == 15 and not any(row in short for row in taught)
-    assert [len(row["prompt"]) for row in taught[-2:]] == [7, 7]  # easy ones
     data = tmp_path / "gsm8k.jsonl"
     data.write_text('{"question": "Q?", "answer": "2 * 3 = <<2*3=6>>6, less 1: <<6-1 = 5>>5\\n#### 1,005"}\n')
     assert real_tasks.read_gsm8k(str(data)) == [
