@@ -104,8 +104,8 @@ FAULTS = (
     # sampling
     Fault(
         "thoughts end one token late",
-        "settings.min_thought_length <= step + 1 < L",
-        "settings.min_thought_length <= step < L",
+        "settings.min_thought_length <= step + 1:",
+        "settings.min_thought_length <= step:",
         "early_ends geometry_sampling settings",
     ),
     Fault(
@@ -119,6 +119,24 @@ FAULTS = (
         "logits.div_(settings.temperature)",
         "logits.mul_(settings.temperature)",
         "early_ends exactness trainer memory settings",
+    ),
+    Fault(
+        "thoughts on one branch take each other's tokens",
+        "own[order] * thoughts.shape[1] + rank",
+        "own[order] * thoughts.shape[1]",
+        "joined_branches",
+    ),
+    Fault(
+        "thoughts share a branch whatever they said before",
+        "running.alike[places] * 2**32 + running.token_ids[-1]",
+        "running.token_ids[-1]",
+        "joined_branches",
+    ),
+    Fault(
+        "the talk after one thought stands for that after all of its position",
+        "for x in (place, thoughts.token_ids * thoughts.mask, thoughts.mask)",
+        "for x in (place, thoughts.mask)",
+        "joined_branches",
     ),
     Fault("saved models forget `top_p`", "top_p=settings.top_p,", "top_p=1.0,", "as_trained settings generation"),
     # scoring

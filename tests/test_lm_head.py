@@ -151,7 +151,7 @@ def test_a_token_is_drawn_where_the_cumulative_probability_passes_u(size):
     probs[:, size // 2] += 1e-3
     u = torch.rand(200, generator=generator, dtype=torch.float64)
     u[:3] = torch.tensor([0.0, 1 - 1e-16, 1 - 1e-9])
-    drawn = _invert(probs, u)
+    drawn = _invert(probs, u[:, None])[:, 0]
     assert (probs.gather(1, drawn[:, None]) > 0).all()
     cumulative = probs.cumsum(-1)
     expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]

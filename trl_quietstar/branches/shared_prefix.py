@@ -17,6 +17,9 @@ from .base import BranchCache, Encoded, backbone, branch_places, run_group
 from .masks import additive_masks, in_mask_form, local_layer_types, text_attention
 
 
+Slots = dict[torch.nn.Module, KeysValues]  # of branches' slots, by attention module
+
+
 class SharedPrefix:
     """Runs the text once, and all branches attending to it."""
 
@@ -81,7 +84,7 @@ class SharedPrefixCache:
         if not attention.enable(model):
             raise ValueError("The attention of this family cannot branch.")
         self.model, self.text, self.memory = model, text, TextMemory()
-        self.own: dict[torch.nn.Module, KeysValues] = {}
+        self.own: Slots = {}
         self.length = 0  # slots that were kept
         mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
         embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
@@ -101,8 +104,9 @@ class SharedPrefixCache:
         return fresh
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "SharedPrefixCache":
+        """As in [`~branches.base.BranchCache`]; a text may be in several rows."""
         fresh, places = copy.copy(self), branch_places(rows, columns, self.text_hidden.device)
-        if len(rows) < len(self.text.input_ids):
+        if not torch.equal(rows, torch.arange(len(self.text.input_ids))):
             fresh.text, fresh.memory = self.text.rows(rows), self.memory.rows(places[0][:, 0])
         used = slice(self.length)  # buffers may have room for more slots
         fresh.own = {
@@ -111,25 +115,26 @@ class SharedPrefixCache:
         }
         return fresh
 
-    def take_back(self, grown: "SharedPrefixCache", places: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def grown(self, start: int) -> Slots:
+        """Keys and values of the slots from `start` on."""
+        new = slice(start, self.length)
+        return {module: pair.map(lambda x: x[:, :, :, new].clone()) for module, pair in self.own.items()}
+
+    def take_back(self, grown: list[tuple[Slots, torch.Tensor]]) -> None:
         """
-        Adds the slots that some of the branches have grown in a cache of their own; the other branches get zeros.
+        Adds slots that were grown in caches that [`select`] gave.
 
         Args:
-            grown ([`SharedPrefixCache`]):
-                What [`select`] gave, after it was extended.
-            places (`tuple`):
-                Rows and columns of its branches, an index into tensors of shape `(B, N, ...)`.
+            grown (`list[tuple]`):
+                In order, what [`grown`] gave of such a cache, and which of its branches, as a place among rows and columns, each
+                branch here takes; of shape `(B, N)`.
         """
         for module, pair in self.own.items():
-            joined = []
-            for old, new in zip(pair, grown.own[module], strict=True):
-                added = new[:, :, :, self.length : grown.length].transpose(1, 2)
-                room = added.new_zeros(*old.transpose(1, 2).shape[:3], *added.shape[3:])
-                room = room.index_put(places, added).transpose(1, 2)
-                joined.append(torch.cat([old[:, :, :, : self.length], room], dim=3))
-            self.own[module] = KeysValues(*joined)
-        self.length = grown.length
+            parts = [pair.map(lambda x: x[:, :, :, : self.length])]
+            for slots, branch in grown:
+                parts.append(slots[module].map(lambda x: x.transpose(1, 2).flatten(0, 1)[branch].transpose(1, 2)))  # noqa: B023  # called at once
+            self.own[module] = KeysValues(*(torch.cat(x, dim=3) for x in zip(*parts, strict=True)))
+        self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)

@@ -191,15 +191,15 @@ def draw_tokens(
             Whose LM head is used.
         hidden (`torch.Tensor` of shape `(B, N, H)`):
             Hidden states after the final norm.
-        draws (`torch.Tensor` of shape `(B, N)`):
-            Uniform numbers; not read with `do_sample=False`.
+        draws (`torch.Tensor` of shape `(B, N)` or `(B, N, K)`):
+            Uniform numbers, one or several for each hidden state; not read with `do_sample=False`.
         settings ([`SamplingSettings`]):
             How to draw.
 
     Returns:
-        `torch.Tensor` of shape `(B, N)`: token ids.
+        `torch.Tensor` in the shape of `draws`: token ids.
     """
-    warpers, u = settings.warpers(), draws.flatten()
+    warpers, u = settings.warpers(), _by_rows(draws)
     tokens = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
         suppress_(logits, slice(0, logits.shape[1]), settings.suppressed)
@@ -207,7 +207,7 @@ def draw_tokens(
             warped = warpers(None, logits)  # type: ignore[arg-type]  # none reads the ids so far
             tokens.append(_invert(warped.sub_(warped.amax(-1, keepdim=True)).exp_(), u[rows]))
         else:
-            tokens.append(logits.argmax(-1))
+            tokens.append(logits.argmax(-1, keepdim=True).expand_as(u[rows]))
     return torch.cat(tokens).view(draws.shape)
 
 
@@ -227,7 +227,7 @@ def draw_with_statistics(
         leave the statistics as they are.
     """
     # the temperature is applied below, before the statistics; the other warpers after them
-    shapers, u = replace(settings, temperature=1.0).warpers(), draws.flatten()
+    shapers, u = replace(settings, temperature=1.0).warpers(), _by_rows(draws)
     parts = []
     for rows, logits in logits_by_rows(model, hidden.flatten(0, 1)):
         logits = suppress_(logits.div_(settings.temperature), slice(0, logits.shape[1]), settings.suppressed)
@@ -238,19 +238,25 @@ def draw_with_statistics(
         )
         total = mass.sum(-1)
         if not settings.do_sample:
-            token_ids = shifted.argmax(-1)
+            token_ids = shifted.argmax(-1, keepdim=True).expand_as(u[rows])
         else:
             token_ids = _invert(shapers(None, shifted).exp() if len(shapers) > 0 else mass, u[rows])  # type: ignore[arg-type]  # none reads the ids so far
-        logps = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
+        logps = shifted.gather(1, token_ids) - total.log()[:, None]
         entropies = total.log() - shifted.mul_(mass).sum(-1) / total
-        parts.append((token_ids, logps, entropies, top[:, 0] + total.log()))
+        of_rows = (x[:, None].expand_as(token_ids) for x in (entropies, top[:, 0] + total.log()))
+        parts.append((token_ids, logps, *of_rows))
     return Drawn(*(torch.cat(x).view(draws.shape) for x in zip(*parts, strict=True)))
+
+
+def _by_rows(draws: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers of shape `(B·N, K)`, from `(B, N)` or `(B, N, K)`."""
+    return draws.flatten(0, 1) if draws.dim() == 3 else draws.reshape(-1, 1)
 
 
 def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
-    The least token k with `Σ_{i ≤ k} p_i > u · Σ_i p_i`, for probabilities of shape `(rows, V)`, whose greatest is 1, and `u` of
-    shape `(rows,)`.
+    The least token k with `Σ_{i ≤ k} p_i > u · Σ_i p_i`, for probabilities of shape `(rows, V)`, whose greatest is 1, and each `u` of
+    shape `(rows, K)`.
 
     The cumulative sum runs over blocks of the vocabulary first, then within a single block, so that no second array of
     `(rows, V)` is made. It adds whole numbers. A sum of fractions depends on the order, which a GPU does not keep, and MPS has no
@@ -262,17 +268,18 @@ def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         [probs[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)], dim=1
     )
     cumulative = _whole(sums).cumsum(-1)
-    threshold = _share(cumulative, u[:, None])
+    threshold = _share(cumulative, u)
     # nothing passes a sum that is NaN; clamping then draws some token, where the index would be none
     block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=sums.shape[1] - 1)
     # within that block, the threshold as a share of the block's own mass
     mass = sums.gather(1, block)
     left = threshold - cumulative.gather(1, block) + _whole(mass)
     share = left.to(u.dtype) / _whole(mass)
-    index = block * BLOCK + torch.arange(BLOCK, device=probs.device)
-    within = _whole(probs.gather(1, index.clamp(max=V - 1)) * (index < V) / mass).cumsum(-1)
-    offset = torch.searchsorted(within, _share(within, share.clamp(min=0)), right=True)
-    return (block * BLOCK + offset)[:, 0].clamp_(max=V - 1)
+    index = block[..., None] * BLOCK + torch.arange(BLOCK, device=probs.device)  # (rows, K, BLOCK)
+    inside = probs.gather(1, index.clamp(max=V - 1).flatten(1)).view(index.shape)
+    within = _whole(inside * (index < V) / mass[..., None]).cumsum(-1)
+    offset = torch.searchsorted(within, _share(within, share.clamp(min=0)[..., None]), right=True)
+    return (block * BLOCK + offset[..., 0]).clamp_(max=V - 1)
 
 
 class _TopP(TopPLogitsWarper):
@@ -294,5 +301,5 @@ def _whole(probs: torch.Tensor) -> torch.Tensor:
 
 def _share(cumulative: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The threshold at a share, from 0 to 1, of a cumulative sum's total. It is below the total, so that some token passes it."""
-    total = cumulative[:, -1:]
+    total = cumulative[..., -1:]
     return torch.minimum((share * total).long(), total - 1)

@@ -55,7 +55,7 @@ def sample_thoughts(
 def _drawn_by(
     writer: Writer, model: ThinkingModel, cache: BranchCache, positions: Positions, draws: torch.Tensor
 ) -> tuple[Thoughts, Running]:
-    """Writes thoughts at positions; they have as many slots as were run. Also returns the branches that ran to the end."""
+    """Writes thoughts at positions; they have as many slots as were run. Also returns what ran to the end."""
     (B, J), G, device = positions.index.shape, writer.settings.num_thoughts, positions.index.device
     alive = positions.mask.repeat_interleave(G, dim=1)
     anchors = model.thought_marks.anchors(positions.host.index.repeat_interleave(G, dim=1))
@@ -197,8 +197,8 @@ class ThoughtSampler:
 
         def draw(hidden: torch.Tensor, draws: torch.Tensor, running: Running) -> torch.Tensor:
             known = draw_with_statistics(model, hidden, draws, self.settings)
-            states.append(running.spread(hidden))
-            drawn.append(tuple(running.spread(getattr(known, field.name)) for field in fields(Drawn)))
+            states.append(running.of_branches(hidden))
+            drawn.append(tuple(running.of_draws(getattr(known, field.name)) for field in fields(Drawn)))
             return known.token_ids
 
         positions = self._positions(model, text, cache)

@@ -21,6 +21,7 @@ from ..text.batch import Branches, Talk, Text, Thoughts, gather, gather_hidden, 
 from ..text.transfer import to_device
 from .lengths import encode_by_length
 from .sampling import ThoughtSampler
+from .writing import grow_once
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _sample_and_encode(model: ThinkingModel, request: ScoreRequest, sampler: Tho
     talk, closed = talk_after(text, thoughts.positions, request.talk_length), _closed(model, thoughts)
     seen = model.thought_marks.before + thoughts.mask.shape[3] - 1
     rest = _full_branches(model, thoughts, closed, talk, embed, seen)
-    tail = cache.grow(rest.anchors, rest.embeds, rest.mask).unflatten(1, thoughts.mask.shape[1:3])
+    tail = grow_once(cache, rest, thoughts).unflatten(1, thoughts.mask.shape[1:3])
     hidden = torch.cat([drawn_from, tail], dim=3)
     return _Encoding(thoughts, cache.text_hidden, hidden, closed, [], drawn)
 

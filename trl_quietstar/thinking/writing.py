@@ -3,7 +3,8 @@
 Training writes thoughts at all positions of a batch at once ([`PackedBranches`]). Generation writes one thought after each
 growing text ([`~branches.decoders.Decoder`]). Both are [`Growing`], and [`Writer.write`] is the loop of both.
 
-Packed branches whose thought has ended are left out as soon as they are half of what runs.
+Packed branches whose thought has ended are left out as soon as they are half of what runs. On a CPU, without a graph, thoughts that say the
+same so far run as one branch, from when that halves what runs: a confident policy draws most thoughts of a group alike.
 """
 
 import functools
@@ -13,16 +14,20 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..branches.base import BranchCache, branch_places
-from ..branches.shared_prefix import SharedPrefixCache
+from ..branches.base import BranchCache
+from ..branches.shared_prefix import SharedPrefixCache, Slots
 from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel
 from ..model.marks import start_slots
-from ..text.transfer import to_host
+from ..text.batch import Branches, Thoughts
+from ..text.transfer import to_device, to_host
 from .drawing import SamplingSettings, draw_tokens
 
 
 TOKENS_BETWEEN_LOOKS = 4  # at ends of thoughts that only the device knows: each look waits for it
+JOINED_TEXT = (
+    2**15
+)  # tokens of text that thoughts may have among them if they are to share branches, each with its copy
 
 
 class Growing(Protocol):
@@ -63,88 +68,139 @@ class PackedBranches:
         return self.cache.extend(self.anchors, embeds)
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "PackedBranches":
-        """Copies of rows `(R,)` the branches at columns `(R, W)`, both in the host's memory; they go on by themselves."""
+        """Copies of rows `(R,)` the branches at columns `(R, W)`, both in the host's memory; they go on by themselves. A row may be
+        given several times where the text runs once for all branches ([`SharedPrefixCache`])."""
         return PackedBranches(self.cache.select(rows, columns), self.anchors[rows[:, None], columns])
 
-    def take_back(self, grown: "PackedBranches", places: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Adds the slots that a selection of these branches has grown. Branches at other places get zeros."""
-        assert isinstance(self.cache, SharedPrefixCache) and isinstance(grown.cache, SharedPrefixCache)
-        self.cache.take_back(grown.cache, places)
+
+class Stood(NamedTuple):
+    """
+    Which branches stand for which thoughts.
+
+    Parameters:
+        branch (`torch.Tensor` of shape `(B, N)`):
+            The branch of each thought, as a place among `R·W`; of a thought that no longer runs, any.
+        draw (`torch.Tensor` of shape `(B, N)`):
+            Its draw, as a place among `R·W·K`.
+        thoughts (`torch.Tensor` of shape `(R, W, K)`):
+            The thoughts of each branch, as places among `B·N`; the first of them again where there are fewer than K.
+    """
+
+    branch: torch.Tensor
+    draw: torch.Tensor
+    thoughts: torch.Tensor
+
+    def to(self, device: torch.device) -> "Stood":
+        """The same on a device."""
+        return Stood(*(to_device(x, device) for x in self))
+
+
+class Layout(NamedTuple):
+    """
+    What is to run from a step on: branches at columns `(R', W')` of rows `(R',)`, and which thoughts they stand for; all in the host's
+    memory.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    stood: Stood
 
 
 @dataclass
 class Running:
     """
-    Branches that are being written: all, `(B, N)`, or a selection `(R, W)` of them.
+    Thoughts that are being written, `(B, N)`, and the branches `(R, W)` that run for them: at first one for each.
 
     Parameters:
         branches ([`Growing`]):
-            Where they run.
-        draws (`torch.Tensor` of shape `(R, W, L)`):
-            Uniform numbers for their tokens.
-        alive (`torch.Tensor` of shape `(R, W)`, bool):
+            What runs.
+        draws (`torch.Tensor` of shape `(B, N, L)`):
+            Uniform numbers for the tokens of the thoughts.
+        alive (`torch.Tensor` of shape `(B, N)`, bool):
             Which thoughts have not ended. If it is in the host's memory, the host waits for the device at every step.
-        token_ids (`list` of `torch.Tensor` of shape `(R, W)`):
+        keeps (`bool`):
+            Whether [`Running.take_back`] will be called.
+        token_ids (`list` of `torch.Tensor` of shape `(B, N)`):
             The tokens of each step so far.
-        masks (`list` of `torch.Tensor` of shape `(R, W)`, bool):
+        masks (`list` of `torch.Tensor` of shape `(B, N)`, bool):
             Which tokens of each step exist.
-        first (`int`):
-            The step at which the selection begins; tokens of the steps before were written by the parent.
-        parent ([`Running`], *optional*):
-            What the selection was taken from.
-        places (`tuple` of `torch.Tensor`, *optional*):
-            Rows and columns of the selection in its parent.
+        layout ([`Layout`], *optional*):
+            The branches that run, as they were taken from those before. None: all of them, each for its own thought.
+        stood ([`Stood`], *optional*):
+            That of the layout, on the device.
+        is_joined (`bool`):
+            Whether thoughts that say the same share a branch.
     """
 
     branches: Growing
     draws: torch.Tensor
     alive: torch.Tensor
+    keeps: bool = False
     token_ids: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
-    first: int = 0
-    parent: "Running | None" = None
-    places: tuple[torch.Tensor, torch.Tensor] | None = None
+    layout: Layout | None = None
+    stood: Stood | None = None
+    is_joined: bool = False
+
+    def __post_init__(self):
+        self.trunk = self.branches  # of all thoughts
+        self._grown: list[
+            tuple[Slots, torch.Tensor]
+        ] = []  # by branches of earlier layouts, and the branch of each thought
+        self._length = 0  # of branches as the layout began
+        self.alike: torch.Tensor | None = (
+            None  # (B·N,): equal for thoughts of one position that have said the same so far
+        )
+
+    @property
+    def can_join(self) -> bool:
+        """Whether thoughts may share branches at all."""
+        return isinstance(self.branches, PackedBranches) and can_join(self.branches.cache, self.alive.shape)
+
+    def draws_at(self, step: int) -> torch.Tensor:
+        """Uniform numbers for a step: `(B, N)`, or `(R, W, K)` for the thoughts that each branch stands for."""
+        draws = self.draws[..., step]
+        return draws if self.stood is None else draws.flatten()[self.stood.thoughts]
+
+    def of_branches(self, values: torch.Tensor) -> torch.Tensor:
+        """What each branch has, `(R, W, ...)`, for each thought, `(B, N, ...)`; anything for those that no longer run."""
+        return values if self.stood is None else values.flatten(0, 1)[self.stood.branch]
+
+    def of_draws(self, values: torch.Tensor) -> torch.Tensor:
+        """What each draw has, in the shape of [`Running.draws_at`], for each thought, `(B, N)`."""
+        return values if self.stood is None else values.flatten()[self.stood.draw]
+
+    def last(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last token of each branch, and whether it exists, both of shape `(R, W)`."""
+        pair = self.token_ids[-1], self.masks[-1]
+        return pair if self.stood is None else tuple(x.flatten()[self.stood.thoughts[..., 0]] for x in pair)  # type: ignore[return-value]
 
     def end(self, stop: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Notes which thoughts end with the token that was drawn last."""
         ended = stop(torch.stack(self.token_ids, dim=-1).flatten(0, 1)).view(self.alive.shape)
         self.alive = self.alive & ~ended.to(self.alive.device)
 
-    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "Running":
-        """Selects of rows `(R,)` the branches at columns `(R, W)`, both in the host's memory, to go on with them alone."""
+    def go_on(self, layout: Layout, is_joined: bool) -> None:
+        """Goes on with some of the branches."""
         assert isinstance(self.branches, PackedBranches)
-        at = branch_places(rows, columns, self.draws.device)
-        token_ids, masks = (list(torch.stack(x)[:, at[0], at[1]].unbind()) for x in (self.token_ids, self.masks))
-        branches = self.branches.select(rows, columns)
-        return Running(branches, self.draws[at], self.alive[at], token_ids, masks, len(token_ids), self, at)
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Puts values of these branches, `(R, W, ...)`, to their places among all, `(B, N, ...)`; the other branches get 0."""
-        return values if self.parent is None else self.parent.spread(self._in_parent(values))
-
-    def written(self, name: str) -> torch.Tensor:
-        """`"token_ids"` or `"masks"` of all branches, of shape `(B, N, steps)`; 0 where a branch no longer ran."""
-        now, steps = self, self._own(name)
-        while now.parent is not None:
-            steps = torch.cat([now.parent._own(name), now._in_parent(steps)], dim=-1)
-            now = now.parent
-        return steps
+        self._note_grown()
+        self.branches = self.branches.select(layout.rows, layout.columns)
+        self.layout, self.is_joined = layout, is_joined
+        self.stood = layout.stood.to(self.draws.device)
 
     def take_back(self) -> None:
-        """Adds the slots that selections have grown to the cache of all branches."""
-        now = self
-        while now.parent is not None:
-            assert isinstance(now.branches, PackedBranches) and isinstance(now.parent.branches, PackedBranches)
-            assert now.places is not None
-            now.parent.branches.take_back(now.branches, now.places)
-            now = now.parent
+        """Adds all slots that have grown to the cache of all branches."""
+        if self.layout is not None:
+            self._note_grown()
+            assert isinstance(self.trunk, PackedBranches) and isinstance(self.trunk.cache, SharedPrefixCache)
+            self.trunk.cache.take_back(self._grown)
 
-    def _own(self, name: str) -> torch.Tensor:
-        return torch.stack(getattr(self, name)[self.first :], dim=-1)
-
-    def _in_parent(self, values: torch.Tensor) -> torch.Tensor:
-        assert self.parent is not None and self.places is not None
-        return values.new_zeros(*self.parent.alive.shape, *values.shape[2:]).index_put(self.places, values)
+    def _note_grown(self) -> None:
+        cache = self.branches.cache if isinstance(self.branches, PackedBranches) else None
+        if self.keeps and isinstance(cache, SharedPrefixCache):
+            if self.stood is not None:
+                self._grown.append((cache.grown(self._length), self.stood.branch))
+            self._length = cache.length
 
 
 class Written(NamedTuple):
@@ -155,7 +211,7 @@ class Written(NamedTuple):
         token_ids, mask (`torch.Tensor` of shape `(B, N, l)`):
             Tokens, and which of them exist. The number of steps, l, is below L if all thoughts ended before.
         running ([`Running`]):
-            The branches that ran to the end. The tokens of the last step have not run yet.
+            What ran to the end. The tokens of the last step have not run yet.
     """
 
     token_ids: torch.Tensor
@@ -172,8 +228,8 @@ class Writer:
         settings ([`~thinking.drawing.SamplingSettings`]):
             How long thoughts are, and when they end.
         draw (`Callable`):
-            From hidden states `(R, W, H)`, uniform numbers `(R, W)` and the [`Running`] branches that they belong to, to
-            tokens `(R, W)`.
+            From hidden states `(R, W, H)`, uniform numbers as [`Running.draws_at`] gives them and the [`Running`] branches that they
+            belong to, to tokens in the shape of the numbers.
         embed (`Callable`):
             From tokens to embeddings.
         greatest (`Callable`, *optional*):
@@ -216,26 +272,103 @@ class Writer:
             [`Written`].
         """
         stop, L = self.settings.stop, self.settings.thought_length
-        now = Running(branches, draws, alive)
+        now = Running(branches, draws, alive, self.finishes)
         for step in range(L):
             if step > 0:
-                hidden = now.branches.extend(self.embed(now.token_ids[-1]), now.masks[-1])
-            now.token_ids.append(self.draw(hidden, now.draws[..., step], now))
+                token_ids, exists = now.last()
+                hidden = now.branches.extend(self.embed(token_ids), exists)
+            now.token_ids.append(now.of_draws(self.draw(hidden, now.draws_at(step), now)))
             now.masks.append(now.alive)
-            if stop is not None and self.settings.min_thought_length <= step + 1 < L:
+            if step + 1 == L:
+                break
+            if stop is not None and self.settings.min_thought_length <= step + 1:
                 now.end(stop)
                 if now.alive.device.type == "cpu" or (step + 1) % TOKENS_BETWEEN_LOOKS == 0:
                     alive, exists = to_host([now.alive, now.masks[-1]])
                     if not self.greatest(int(alive.any())):
                         break
-                    now = self._without_ended(now, exists if self.finishes else alive)
-        return Written(now.written("token_ids"), now.written("masks"), now)
+                    lay_out(now, exists if self.finishes else alive)
+            elif now.can_join:
+                lay_out(now, now.masks[-1])
+        return Written(torch.stack(now.token_ids, dim=-1), torch.stack(now.masks, dim=-1), now)
 
-    @staticmethod
-    def _without_ended(running: Running, going_on: torch.Tensor) -> Running:
-        """Leaves out ended branches if that halves what runs. `going_on`, in the host's memory, says which have not ended."""
-        fewer = fewer_branches(going_on) if isinstance(running.branches, PackedBranches) else None
-        return running if fewer is None else running.select(*fewer)
+
+def can_join(cache: BranchCache, shape: torch.Size) -> bool:
+    """Whether branches of a shape `(B, N)` may be run once for several thoughts: on a CPU, without a graph, where no long texts would be
+    copied. On another device the host would have to wait for every token."""
+    if not isinstance(cache, SharedPrefixCache) or cache.text_hidden.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return shape[1] > 1 and shape.numel() * cache.text.input_ids.shape[1] <= JOINED_TEXT
+
+
+def lay_out(running: Running, going_on: torch.Tensor) -> None:
+    """Leaves out branches of ended thoughts, and those that say the same as another, if that halves what runs. `going_on`, of shape `(B,
+    N)` and in the host's memory, says which thoughts go on."""
+    if not isinstance(running.branches, PackedBranches):
+        return
+    if running.is_joined or running.can_join:
+        layout = joined(running, going_on)
+        R, W = running.branches.anchors.shape
+        if running.is_joined or 2 * len(layout.rows) <= R * W:
+            return running.go_on(layout, is_joined=True)
+    thoughts = None if running.layout is None else running.layout.stood.thoughts
+    fewer = fewer_branches(going_on if thoughts is None else going_on.flatten()[thoughts[..., 0]])
+    if fewer is not None:
+        rows, columns = fewer
+        if thoughts is None:
+            thoughts = torch.arange(going_on.numel()).view(*going_on.shape, 1)
+        left = thoughts[rows[:, None], columns]
+        branch = torch.zeros(going_on.numel(), dtype=torch.long)
+        branch[left.flatten()] = torch.arange(left.numel())
+        branch = branch.view(going_on.shape)
+        running.go_on(Layout(rows, columns, Stood(branch, branch, left)), is_joined=False)
+
+
+def joined(running: Running, going_on: torch.Tensor) -> Layout:
+    """A branch in a row of its own for all thoughts that go on and say the same so far."""
+    assert isinstance(running.branches, PackedBranches)
+    (B, N), anchors = going_on.shape, running.branches.anchors
+    W = anchors.shape[1]
+    if running.alike is None:
+        running.alike = (torch.arange(B)[:, None] * (int(anchors.max()) + 1) + anchors).flatten()
+    places = going_on.flatten().nonzero().flatten()
+    if len(places) == 0:  # another process goes on
+        places = torch.zeros(1, dtype=torch.long)
+    keys = running.alike[places] * 2**32 + running.token_ids[-1].flatten()[places]
+    own = torch.unique(keys, return_inverse=True)[1]
+    running.alike[places] = own
+    counts = own.bincount()
+    first, order = counts.cumsum(0) - counts, own.argsort(stable=True)
+    rank = torch.arange(len(own)) - first[own[order]]
+    thoughts = places[order][first][:, None].repeat(1, int(counts.max()))
+    before = thoughts[:, 0] if running.stood is None else running.stood.branch.flatten()[thoughts[:, 0]]
+    thoughts[own[order], rank] = places[order]
+    branches, draws = (torch.zeros(B * N, dtype=torch.long) for _ in range(2))
+    branches[places] = own
+    draws[places[order]] = own[order] * thoughts.shape[1] + rank
+    stood = Stood(branches.view(B, N), draws.view(B, N), thoughts[:, None])
+    return Layout(before // W, (before % W)[:, None], stood)
+
+
+def grow_once(cache: SharedPrefixCache, branches: Branches, thoughts: Thoughts) -> torch.Tensor:
+    """
+    Adds the slots after thoughts, `(B, N, Q, E)`, to their branches; once for thoughts that say the same, if that halves what runs.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, Q, H)`: hidden states of the new slots.
+    """
+    B, N = branches.anchors.shape
+    if can_join(cache, branches.anchors.shape):
+        place = torch.arange(B * N) // thoughts.mask.shape[2]  # of a thought's position
+        said = [x.view(B * N, -1) for x in (place, thoughts.token_ids * thoughts.mask, thoughts.mask)]
+        same = torch.unique(torch.cat(said, dim=1), dim=0, return_inverse=True)[1]
+        first = torch.full((int(same.max()) + 1,), B * N).scatter_reduce_(0, same, torch.arange(B * N), "amin")
+        if 2 * len(first) <= B * N:
+            rows, columns = first // N, (first % N)[:, None]
+            some = cache.select(rows, columns)
+            embeds, mask = (x.flatten(0, 1)[first][:, None] for x in (branches.embeds, branches.mask))
+            return some.grow(branches.anchors[rows[:, None], columns], embeds, mask)[same, 0].unflatten(0, (B, N))
+    return cache.grow(branches.anchors, branches.embeds, branches.mask)
 
 
 def fewer_branches(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
