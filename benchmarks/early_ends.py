@@ -1,7 +1,7 @@
 """What thoughts that end early, and thoughts that begin alike, cost: tokens that sampling runs for each that exists, and its time.
 
     python -m benchmarks.early_ends --output out/early_ends.json
-    python -m benchmarks.early_ends --temperature 0.1 --texts 32 --length 16 --positions 1 --num_thoughts 8 --thought_length 24
+    python -m benchmarks.early_ends --temperature 0.01 --texts 32 --length 16 --positions 1 --num_thoughts 8 --thought_length 24
 
 Thoughts at some positions of a few texts, on a random Llama of hidden size 256 and 4 layers. By default their lengths are drawn so that
 the mean is an eighth of the longest: each token ends its thought with that probability. At a low temperature the thoughts of a

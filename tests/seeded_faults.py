@@ -134,8 +134,8 @@ FAULTS = (
     ),
     Fault(
         "the talk after one thought stands for that after all of its position",
-        "for x in (place, thoughts.token_ids * thoughts.mask, thoughts.mask)",
-        "for x in (place, thoughts.mask)",
+        "stands = first.flatten() + torch.arange(B * N) // G * G",
+        "stands = torch.arange(B * N) // G * G",
         "joined_branches",
     ),
     Fault("saved models forget `top_p`", "top_p=settings.top_p,", "top_p=1.0,", "as_trained settings generation"),

@@ -261,10 +261,9 @@ def fold_repeats(experience: Experience, kept: torch.Tensor) -> tuple[torch.Tens
         `tuple`: which are trained on now, and the experience: with the mean of what the folded ones have earned, and how many they
             are.
     """
-    ids = experience.thoughts.token_ids.masked_fill(~experience.thoughts.mask, -1)
     # the clipped surrogate of further updates is linear in advantages of one sign only
     is_negative = experience.advantages[..., 0].signbit()
-    same = (ids[:, :, :, None] == ids[:, :, None]).all(-1) & (is_negative[:, :, :, None] == is_negative[:, :, None])
+    same = experience.thoughts.alike() & (is_negative[:, :, :, None] == is_negative[:, :, None])
     same = same & kept[:, :, :, None] & kept[:, :, None]
     own = torch.arange(kept.shape[2], device=kept.device)
     first = same.long().argmax(3) == own  # of those that are the same

@@ -147,6 +147,11 @@ class Thoughts:
         vars(thoughts)["host_mask"] = mask  # no field: `dataclasses.replace` must not carry it to another mask
         return thoughts
 
+    def alike(self) -> torch.Tensor:
+        """Which thoughts of a position say the same; of shape `(B, J, G, G)`, bool."""
+        ids = self.token_ids.masked_fill(~self.mask, -1)
+        return (ids[:, :, :, None] == ids[:, :, None]).all(-1)
+
     @functools.cached_property
     def host_mask(self) -> torch.Tensor:
         """The mask in the host's memory. It is copied once, and not at all where the host knows it already."""

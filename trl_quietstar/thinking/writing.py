@@ -124,10 +124,10 @@ class Running:
             The tokens of each step so far.
         masks (`list` of `torch.Tensor` of shape `(B, N)`, bool):
             Which tokens of each step exist.
-        layout ([`Layout`], *optional*):
-            The branches that run, as they were taken from those before. None: all of them, each for its own thought.
         stood ([`Stood`], *optional*):
-            That of the layout, on the device.
+            Which branches stand for which thoughts. None: each for its own.
+        on_host ([`Stood`], *optional*):
+            The same in the host's memory.
         is_joined (`bool`):
             Whether thoughts that say the same share a branch.
     """
@@ -138,19 +138,17 @@ class Running:
     keeps: bool = False
     token_ids: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
-    layout: Layout | None = None
     stood: Stood | None = None
+    on_host: Stood | None = None
     is_joined: bool = False
 
     def __post_init__(self):
         self.trunk = self.branches  # of all thoughts
-        self._grown: list[
-            tuple[Slots, torch.Tensor]
-        ] = []  # by branches of earlier layouts, and the branch of each thought
+        # by branches of earlier layouts, with the branch of each thought
+        self._grown: list[tuple[Slots, torch.Tensor]] = []
         self._length = 0  # of branches as the layout began
-        self.alike: torch.Tensor | None = (
-            None  # (B·N,): equal for thoughts of one position that have said the same so far
-        )
+        # (B·N,): equal for thoughts of one position that have said the same so far
+        self.alike: torch.Tensor | None = None
 
     @property
     def can_join(self) -> bool:
@@ -184,13 +182,14 @@ class Running:
         """Goes on with some of the branches."""
         assert isinstance(self.branches, PackedBranches)
         self._note_grown()
-        self.branches = self.branches.select(layout.rows, layout.columns)
-        self.layout, self.is_joined = layout, is_joined
-        self.stood = layout.stood.to(self.draws.device)
+        R, W = self.branches.anchors.shape
+        if W > 1 or not torch.equal(layout.rows, torch.arange(R)):  # else the same branches go on
+            self.branches = self.branches.select(layout.rows, layout.columns)
+        self.on_host, self.stood, self.is_joined = layout.stood, layout.stood.to(self.draws.device), is_joined
 
     def take_back(self) -> None:
         """Adds all slots that have grown to the cache of all branches."""
-        if self.layout is not None:
+        if self.stood is not None:
             self._note_grown()
             assert isinstance(self.trunk, PackedBranches) and isinstance(self.trunk.cache, SharedPrefixCache)
             self.trunk.cache.take_back(self._grown)
@@ -311,7 +310,7 @@ def lay_out(running: Running, going_on: torch.Tensor) -> None:
         R, W = running.branches.anchors.shape
         if running.is_joined or 2 * len(layout.rows) <= R * W:
             return running.go_on(layout, is_joined=True)
-    thoughts = None if running.layout is None else running.layout.stood.thoughts
+    thoughts = None if running.on_host is None else running.on_host.thoughts
     fewer = fewer_branches(going_on if thoughts is None else going_on.flatten()[thoughts[..., 0]])
     if fewer is not None:
         rows, columns = fewer
@@ -357,17 +356,16 @@ def grow_once(cache: SharedPrefixCache, branches: Branches, thoughts: Thoughts) 
     Returns:
         `torch.Tensor` of shape `(B, N, Q, H)`: hidden states of the new slots.
     """
-    B, N = branches.anchors.shape
+    (B, N), G = branches.anchors.shape, thoughts.mask.shape[2]
     if can_join(cache, branches.anchors.shape):
-        place = torch.arange(B * N) // thoughts.mask.shape[2]  # of a thought's position
-        said = [x.view(B * N, -1) for x in (place, thoughts.token_ids * thoughts.mask, thoughts.mask)]
-        same = torch.unique(torch.cat(said, dim=1), dim=0, return_inverse=True)[1]
-        first = torch.full((int(same.max()) + 1,), B * N).scatter_reduce_(0, same, torch.arange(B * N), "amin")
-        if 2 * len(first) <= B * N:
-            rows, columns = first // N, (first % N)[:, None]
-            some = cache.select(rows, columns)
-            embeds, mask = (x.flatten(0, 1)[first][:, None] for x in (branches.embeds, branches.mask))
-            return some.grow(branches.anchors[rows[:, None], columns], embeds, mask)[same, 0].unflatten(0, (B, N))
+        first = thoughts.alike().long().argmax(3)  # of those of its position that say the same
+        runs = (first == torch.arange(G)).flatten(1)
+        rows, columns = runs.nonzero().unbind(1)
+        if 2 * len(rows) <= B * N:
+            at = rows[:, None], columns[:, None]
+            some = cache.select(rows, at[1]).grow(branches.anchors[at], branches.embeds[at], branches.mask[at])
+            stands = first.flatten() + torch.arange(B * N) // G * G  # which thought runs for each
+            return some[(runs.flatten().cumsum(0) - 1)[stands], 0].unflatten(0, (B, N))
     return cache.grow(branches.anchors, branches.embeds, branches.mask)
 
 
