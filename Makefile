@@ -20,7 +20,7 @@ EVAL_TASKS ?= sums
 EVAL_LIMIT ?= 100
 GSM8K ?=
 
-.PHONY: help train prove demo-data report picture eval test test-all bench gpu models docs lint format clean
+.PHONY: help train prove demo-data report picture eval test test-all bench gpu gpu-test models docs lint format clean
 
 help:
 	@echo "make train     teach a real small model to think on generated problems (about 6 minutes on 2 cores)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all  run all tests, slow and real-model ones too"
 	@echo "make bench     run the benchmarks behind docs/results.md (about 2 hours on two cores)"
 	@echo "make gpu       what thinking costs on an accelerator, of 135 million parameters and of a billion"
+	@echo "make gpu-test  check on a CUDA GPU what the tests check on the CPU"
 	@echo "make models    take every causal LM type through the conformance suite (docs/models.md)"
 	@echo "make docs      build the site of the documentation: build/site"
 	@echo "make lint      check style, types, and the limits of the layout"
@@ -105,6 +106,12 @@ test-all: demo-data
 # where there is no accelerator, only launches and waits are counted, on a faked one
 gpu: demo-data
 	$(OFFLINE) $(BIN)/python -m benchmarks.gpu --output out/gpu.json
+
+# without a GPU all of it fails or is skipped
+gpu-test: $(VENV)/dev
+	mkdir -p out
+	$(OFFLINE) $(BIN)/python -m tests.device_check --real --kernels --output out/device_check.json
+	$(OFFLINE) QUIETSTAR_TEST_DEVICE=cuda $(BIN)/python -m pytest $(PARALLEL) tests/test_on_gpu.py
 
 models: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m tests.conformance --output docs/models.md

@@ -46,7 +46,7 @@ def random_objective(scores) -> torch.Tensor:
     """A weighted sum of everything that carries gradient, with fixed random weights."""
     generator = torch.Generator().manual_seed(3)
     return sum(
-        (values.double() * torch.randn(values.shape, generator=generator, dtype=torch.float64)).sum()
+        (values.double() * torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.device)).sum()
         for values in (getattr(scores, name) for name in TRAINED)
         if values.requires_grad
     )
@@ -72,7 +72,7 @@ def assert_same_gradients(ours: dict, oracle: dict, tolerance: float = TOLERANCE
 
 def assert_paths_agree(model, path: BranchPath = FAST, **options) -> None:
     """A path and replay give the same scores and gradients on every kind of row."""
-    text = mixed_text(model.config.vocab_size)
+    text = mixed_text(model.config.vocab_size).to(model.device)
     thoughts = think(model, text, positions=positions_of(text, 0.7))
     assert not thoughts.mask[thoughts.positions.mask].all(), "no thought ended early: the case is not covered"
     ours, our_gradients = run(model, text, thoughts, path, **options)

@@ -13,6 +13,8 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     OMP_NUM_THREADS="1",  # there is a process for each core
 )
+if os.environ.get("QUIETSTAR_TEST_DEVICE") != "cuda":  # the suite is about the CPU, on a machine with a GPU too
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -5,15 +5,15 @@
     python -m tests.device_check train --float64 refused           # as on Apple's MPS
     python -m tests.device_check launches/llama-1b --lines         # of one layer more, and of all 16
     python -m tests.device_check --output figures.json
+    python -m tests.device_check --real --kernels                  # on the machine's own CUDA device
+    python -m tests.device_check --real --part 0/4                 # every fourth scenario
 
-It runs on a faked device (`fake_device`), whose numbers are those of the CPU. Figures are of a steady step of training, without
+It runs on a faked device (`fake_device`), whose numbers are those of the CPU, or with `--real` on a real one (`real_device`). Figures are of a steady step of training, without
 logging; of a generated token; or of a call. In `launches` floating-point numbers are not computed, only their shapes, and hidden
 sizes are small, on which no count depends: two runs, of one layer and of two, tell what 16 launch.
 
 The exit code is 1 if a scenario fails.
 """
-
-from .fake_device import DEVICE, Device, install  # isort: skip  # before PyTorch
 
 import argparse
 import contextlib
@@ -30,10 +30,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+REAL = "--real" in sys.argv
+if REAL:
+    from .real_device import DEVICE, Device, install
+else:
+    from .fake_device import DEVICE, Device, install  # before PyTorch
+
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false"
 )
-os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", CUDA_VISIBLE_DEVICES="0")
+os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+if not REAL:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
 
 import peft  # noqa: E402
 import torch  # noqa: E402
@@ -53,7 +61,8 @@ from .tiny import byte_tokenizer  # noqa: E402
 from .training import plain_model, saved_model, text_data, tiny_trainer  # noqa: E402
 
 
-LAUNCHES = "launches/"
+LAUNCHES, REFUSED = "launches/", "float32/"  # scenarios that need the faked device
+TRACE = 12  # last lines of a traceback that are kept
 COMMON = dict(use_cpu=False, dataloader_pin_memory=False, max_steps=2, logging_steps=1000)
 SMALL = dict(thought_positions="all", num_thoughts=2)
 STAGES = {
@@ -118,7 +127,7 @@ class Counts:
     @classmethod
     def now(cls, unit: str = "call") -> "Counts":
         """Since the last reset."""
-        return cls(Counter(Device.waits), Counter(Device.kernels), unit)
+        return cls(*Device.counted(), unit)
 
     def plus(self, other: "Counts", factor: float = 1) -> "Counts":
         """With as much of another; those of no difference are left out."""
@@ -389,20 +398,31 @@ SCENARIOS = {
 }
 
 
-def run(act, trace: bool) -> tuple[Counts | None, str | None]:
-    """What a scenario counted, or why it failed."""
+def run(act, trace: bool) -> tuple[Counts | None, dict]:
+    """What a scenario counted, and why it failed: `error` is None if it did not."""
     Device.reset()
     torch.manual_seed(0)
-    counts = error = None
+    counts, found = None, {"error": None}
     with tempfile.TemporaryDirectory() as folder, Device(), contextlib.redirect_stdout(io.StringIO()):
         try:
             counts = act(Path(folder))
-        except Exception as raised:
-            error = f"{type(raised).__name__}: {str(raised)[:800]}"
+        except (Exception, SystemExit) as raised:
+            found["error"] = f"{type(raised).__name__}: {str(raised)[:800]}"
+            found["trace"] = traceback.format_exc().splitlines()[-TRACE:]
             if trace:
                 traceback.print_exc()
     torch.use_deterministic_algorithms(False)
-    return counts, error or "; ".join(Device.mixed) or None
+    found["error"] = found["error"] or "; ".join(Device.mixed) or None
+    return counts, found
+
+
+def chosen(names: list[str], part: str) -> dict:
+    """Scenarios by the beginnings of their names; of those, every n-th from the k-th on."""
+    apart = (LAUNCHES, REFUSED) if REAL else () if names else (LAUNCHES,)
+    found = [name for name in SCENARIOS if not names or any(name.startswith(beginning) for beginning in names)]
+    found = [name for name in found if not name.startswith(apart)] if apart else found
+    k, n = map(int, part.split("/"))
+    return {name: SCENARIOS[name] for name in found[k::n]}
 
 
 def show_lines(counts: Counts) -> None:
@@ -420,24 +440,26 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="tracebacks of failures")
     parser.add_argument("--float64", choices=("taken", "refused"), default="taken", help="by the device")
     parser.add_argument("--output", type=Path, help="for the figures, as JSON")
+    parser.add_argument("--real", action="store_true", help="on the machine's own CUDA device")
+    parser.add_argument("--kernels", action="store_true", help="with --real, count launches too")
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th scenario from number K on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     install()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    Device.refuses_float64 = options.float64 == "refused"
-    wanted = options.names or [name for name in SCENARIOS if not name.startswith(LAUNCHES)]
+    Device.refuses_float64, Device.counts_kernels = options.float64 == "refused", options.kernels
     figures, start = {}, time.perf_counter()
-    for name, act in SCENARIOS.items():
-        if not any(name.startswith(beginning) for beginning in wanted):
-            continue
+    for name, act in chosen(options.names, options.part).items():
         began = time.perf_counter()
-        counts, error = run(act, options.trace)
-        figures[name] = {"error": error}
+        counts, figures[name] = run(act, options.trace)
+        error = figures[name]["error"]
+        figures[name]["seconds"] = round(time.perf_counter() - began, 1)
         line = f"{name:28} {time.perf_counter() - began:5.1f} s"
         if counts is not None:
             waits, kernels = sum(counts.waits.values()), sum(counts.kernels.values())
             figures[name] |= {"waits": waits, "kernels": kernels, "unit": counts.unit}
+            figures[name]["lines"] = {f"{where} {what}": n for (where, what), n in counts.waits.most_common()}
             line += f" {waits:7.1f} waits {kernels:9,.0f} kernels a {counts.unit}"
         print(line if error is None else f"{line}\n    {error}", flush=True)
         if options.lines and counts is not None:

@@ -193,6 +193,11 @@ class Device(TorchDispatchMode):
         for counted in (cls.waits, cls.kernels, cls.mixed):
             counted.clear()
 
+    @classmethod
+    def counted(cls) -> tuple[collections.Counter, collections.Counter]:
+        """Waits and kernels since the last reset."""
+        return collections.Counter(cls.waits), collections.Counter(cls.kernels)
+
 
 def line() -> str:
     """The innermost line of the package in the stack, else of whoever else is no part of PyTorch."""
