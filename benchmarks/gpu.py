@@ -242,8 +242,8 @@ def launches_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
 
 
 def faked_launches(name: str, lora: bool) -> dict:
-    """The same of the faked device, in a process of its own; nothing where there is no compiler for it."""
-    if shutil.which("g++") is None:
+    """The same of the faked device, in a process of its own; nothing where there is no compiler for it, or CUDA's own."""
+    if shutil.which("g++") is None or torch.version.cuda is not None:
         return {}
     scenario = f"launches/{name}" + ("-lora" if lora else "-full")
     with tempfile.TemporaryDirectory() as directory:

@@ -53,7 +53,6 @@ from trl_quietstar.branches.cached_replay import CachedReplay  # noqa: E402
 from trl_quietstar.branches.masked_prefix import MaskedPrefix  # noqa: E402
 from trl_quietstar.branches.shared_prefix import SharedPrefix  # noqa: E402
 from trl_quietstar.cli import main as command  # noqa: E402
-from trl_quietstar.evaluation.harness import QuietStarLM  # noqa: E402
 from trl_quietstar.text.transfer import exact_dtype  # noqa: E402
 
 from .speaking import padded, prompts, thinking_model  # noqa: E402
@@ -339,6 +338,8 @@ def inspect(folder: Path) -> Counts:
 
 def harness(folder: Path) -> Counts:
     """Choices scored and a text written, by the model that lm-eval gets."""
+    from trl_quietstar.evaluation.harness import QuietStarLM  # lm-eval is optional
+
     model = QuietStarForCausalLM.from_pretrained(saved_model(folder / "plain"))
     model.save_pretrained(folder / "thinker")
     byte_tokenizer().save_pretrained(folder / "thinker")

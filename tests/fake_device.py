@@ -46,6 +46,8 @@ def load_hooks() -> None:
     """Guard and hooks of the device, compiled once."""
     assert "torch" not in sys.modules, "the hooks come before torch"
     home = Path(sysconfig.get_paths()["purelib"], "torch")
+    if (home / "lib" / "libtorch_cuda.so").exists():
+        raise SystemExit("The faked device needs PyTorch's build for the CPU, and this one is for CUDA: use --real.")
     key = hashlib.sha256((HOOKS + str(home) + (home / "version.py").read_text()).encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"fake-cuda-{os.getuid()}-{key}.so")
     if not library.exists():

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_COMPILER = "the hooks of the faked device are compiled with `g++`, which this machine does not have"
+WITH_CUDA = (
+    "the faked device takes the place of CUDA, which this build of PyTorch has; `make gpu-test` uses a real one"
+)
 # most waits of the host for the device, in a steady step, or a generated token for two rows
 WAITS = {
     **{"train/default": 5, "train/single_pass": 5, "train/groups": 6, "train/lora": 6, "train/logging": 12},
@@ -29,7 +33,10 @@ KERNELS = {
 }
 QUICK = ("train/default", "float32/train", "generate/greedy", "score")
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason=WITHOUT_COMPILER)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason=WITHOUT_COMPILER),
+    pytest.mark.skipif(torch.version.cuda is not None, reason=WITH_CUDA),
+]
 
 
 def figures(folder: Path, *arguments: str) -> dict[str, dict]:

@@ -275,6 +275,13 @@ def test_training_in_bf16(tmp_path):
     assert logged(low)[0]["rl/nll_without"] == pytest.approx(logged(precise)[0]["rl/nll_without"], rel=0.03)
 
 
+def test_training_on_pinned_batches(tmp_path):
+    """Which another process collates, as a GPU's users have it; with checkpointed layers, as is the default."""
+    options = dict(dataloader_pin_memory=IS_GPU, dataloader_num_workers=1, gradient_checkpointing=True)
+    runs = [trained(tmp_path / str(i), plain_model(), True, **own) for i, own in enumerate((options, {}))]
+    assert_close_logs(*runs, 1e-3)
+
+
 @pytest.mark.parametrize("path", [SharedPrefix(), MaskedPrefix()], ids=["attention", "mask"])
 def test_scores_in_bf16(path):
     """Under autocast, within what bf16 rounds off, and no further off than replay."""
