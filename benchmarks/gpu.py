@@ -10,8 +10,9 @@ has it. A batch is B texts of T tokens with J thought positions, G thoughts of L
 are not there, and all texts, are random: nothing here depends on them.
 
 The unit is one plain step of the same model on the same texts, forward and backward with labels, in alternation with what it
-measures. No optimizer runs. Launches are counted in one more step, by PyTorch's profiler. Without an accelerator nothing is
-measured, and launches and waits of a step are those of the faked device (`tests/fake_device.py`), which needs `g++`.
+measures. No optimizer runs. Launches are counted in one more step, by PyTorch's profiler. The file is written after each
+measure. Without an accelerator nothing is measured, and launches and waits of a step are those of the faked device
+(`tests/fake_device.py`), which needs `g++`.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,10 +237,10 @@ def launches_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
     own = getattr(ProfilerActivity, case.device.type.upper(), ProfilerActivity.CUDA)
     with profile(activities=[ProfilerActivity.CPU, own]) as profiled:
         step()
-    counts = {entry.key: entry.count for entry in profiled.key_averages()}
-    launches, waits = (
-        sum(count for name, count in counts.items() if name.startswith(names)) for names in (LAUNCHES, WAITS)
-    )
+    assert profiled.profiler is not None
+    # as the profiler noted them: `key_averages` would first make an object of each
+    names = [event.name() for event in profiled.profiler.kineto_results.events()]
+    launches, waits = (sum(name.startswith(kinds) for name in names) for kinds in (LAUNCHES, WAITS))
     return {"launches": launches, "waits": waits}
 
 
@@ -263,15 +266,18 @@ MEASURES = {
 }
 
 
-def measure(case: Case, measures: list[str], repeats: int) -> dict:
-    """A row of the result."""
+def measure(case: Case, measures: list[str], repeats: int) -> Iterator[dict]:
+    """A row of the result, after each measure."""
     row = {"model": case.name, "way": "LoRA" if case.lora else "full", "weights": case.folder or "random"}
     if not case.cpu and not torch.accelerator.is_available():
-        return row | (faked_launches(case.name, case.lora) if "launches" in measures else {})
+        yield row | (faked_launches(case.name, case.lora) if "launches" in measures else {})
+        return
     with case.trainer() as trainer:
         for name in measures:
+            start = time.perf_counter()
             row |= MEASURES[name](case, trainer, repeats)
-    return row
+            print(f"{row['model']}, {row['way']}, {name}: {time.perf_counter() - start:.1f} s", flush=True)
+            yield row
 
 
 def table(rows: list[dict]) -> Table:
@@ -319,9 +325,10 @@ def main() -> None:
     result: dict = {"machine": machine(), "repeats": args.repeats, "definitions": DEFINITIONS, "rows": []}
     for case in cases(args):
         result |= {"batch": {"B": case.texts, "T": case.length}, "options": case.options}
-        result["rows"].append(measure(case, args.measures, args.repeats))
-        args.output.write_text(json.dumps(result, indent=2))
-        print(f"{case.name}, {'LoRA' if case.lora else 'full'}: done", flush=True)
+        rows = result["rows"]
+        for row in measure(case, args.measures, args.repeats):
+            result["rows"] = [*rows, row]
+            args.output.write_text(json.dumps(result, indent=2))  # what is known, should the next measure not end
     Console(width=200).print(result["machine"], table(result["rows"]))
 
 
