@@ -137,11 +137,10 @@ class SharedPrefixCache:
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
-        return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
+        return self.grow(anchors, embeds[:, :, None], keep=True)[:, :, 0]
 
     def grow(
-        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor, keep: bool = False
+        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor | None = None, keep: bool = False
     ) -> torch.Tensor:
         """
         Adds slots to every branch.
@@ -151,8 +150,8 @@ class SharedPrefixCache:
                 The text index each branch hangs off, in the host's memory.
             embeds (`torch.Tensor` of shape `(B, N, Q, E)`):
                 Input embeddings of the new slots.
-            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool):
-                Which of the slots that were kept, and of the new ones, hold something.
+            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool, *optional*):
+                Which of the slots that were kept, and of the new ones, hold something. Defaults to all.
             keep (`bool`):
                 Whether later slots will see the new ones.
 
@@ -161,8 +160,11 @@ class SharedPrefixCache:
         """
         if embeds[..., 0].numel() == 0:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
+        sees_all = mask is None and embeds.shape[2] == 1
+        if mask is None:
+            mask = torch.ones(*anchors.shape, self.length + embeds.shape[2], dtype=torch.bool, device=embeds.device)
         positions = branch_position_ids(self.text, to_device(anchors, mask.device), mask)
-        reading = self._branch_reading(anchors, mask, positions, keep)
+        reading = self._branch_reading(anchors, mask, positions, keep, sees_all)
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
         masks = in_mask_form(self.model.config, nothing, dict.fromkeys(local_layer_types(self.model.config), nothing))
@@ -171,7 +173,7 @@ class SharedPrefixCache:
         return hidden.unflatten(1, embeds.shape[1:3])
 
     def _branch_reading(
-        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
+        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool, sees_all: bool
     ) -> BranchReading:
         """How the new slots attend; mask and position ids, `(B, N, s + Q)`, are those of kept and new slots."""
         slots, new = mask.shape[2], positions[:, :, self.length :]
@@ -198,6 +200,7 @@ class SharedPrefixCache:
             positions=positions,
             ahead=new + first[..., None],
             keep=keep,
+            sees_all=sees_all,
         )
 
     def _forward(self, embeds: torch.Tensor, reading, mask, position_ids: torch.Tensor) -> torch.Tensor:
