@@ -291,8 +291,9 @@ class _Attend(torch.autograd.Function):
         for chunk in layout.chunks:
             at = chunk.branches
             scores, _, keys = _scores(rows[:, :, at], text_key, own_key, sinks, chunk, layout.Q, softcap)
-            weights = scores.softmax(-1, dtype=scores.dtype)[..., :keys].to(rows.dtype)
-            out = _weighted(weights, text_value[:, :, chunk.text], own_value[:, :, at])
+            scores = scores.softmax(-1, dtype=scores.dtype)[..., :keys].to(rows.dtype)
+            out = _weighted(scores, text_value[:, :, chunk.text], own_value[:, :, at])
+            del scores  # before those of the next chunk are made
             outs.append(out.view(*out.shape[:3], -1, layout.Q, out.shape[4]).permute(0, 2, 4, 1, 3, 5))
         out = _joined(outs, 1).contiguous()
         if ctx is not None:
@@ -313,9 +314,9 @@ class _Attend(torch.autograd.Function):
         for chunk in ctx.layout.chunks:
             at, text = chunk.branches, chunk.text
             q, g = rows[:, :, at], grad[:, :, at]
-            scores, K, keys = _scores(q, text_key, own_key, sinks, chunk, Q, ctx.softcap)
-            slope = cap_slope(scores[..., :keys], ctx.softcap)
-            weights = scores.softmax(-1, dtype=dtype)
+            weights, K, keys = _scores(q, text_key, own_key, sinks, chunk, Q, ctx.softcap)
+            slope = cap_slope(weights[..., :keys], ctx.softcap)
+            weights = weights.softmax(-1, dtype=dtype)
             d_scores = _over_both(g, text_value[:, :, text], own_value[:, :, at]).to(dtype).sub_(delta[:, :, at])
             d_scores = times_(d_scores.mul_(weights[..., :keys]), slope).to(q.dtype)
             if sinks is not None:
@@ -327,6 +328,7 @@ class _Attend(torch.autograd.Function):
             d_own_key.append(_product(d_scores[..., K:].mT, q))
             d_own_value.append(_product(weights[..., K:keys].mT, g))
             d_query.append(_weighted(d_scores, text_key[:, :, text], own_key[:, :, at]))
+            del weights, d_scores, slope
         of_query = _joined(d_query, 2).view(*rows.shape[:3], -1, Q, rows.shape[4]).transpose(2, 3) * ctx.scaling
         d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
         return of_query, *d_text, _joined(d_own_key, 2), _joined(d_own_value, 2), d_sinks, None, None, None
