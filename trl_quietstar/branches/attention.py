@@ -316,7 +316,7 @@ class _Attend(torch.autograd.Function):
             q, g = rows[:, :, at], grad[:, :, at]
             weights, K, keys = _scores(q, text_key, own_key, sinks, chunk, Q, ctx.softcap)
             slope = cap_slope(weights[..., :keys], ctx.softcap)
-            weights = weights.softmax(-1, dtype=dtype)
+            weights = weights.to(dtype).softmax(-1)
             d_scores = _over_both(g, text_value[:, :, text], own_value[:, :, at]).to(dtype).sub_(delta[:, :, at])
             d_scores = times_(d_scores.mul_(weights[..., :keys]), slope).to(q.dtype)
             if sinks is not None:
