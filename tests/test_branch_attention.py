@@ -157,6 +157,20 @@ def test_other_families_too(name, slots, monkeypatch):
     assert_same_gradients(our_gradients, gradients, 1e-3)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_slot_sees_its_window_of_its_branch(graph):
+    """Slots that are added one by one see as many of those before them as the window holds, as by replay."""
+    model, text = exact_model("mistral-window", sliding_window=3), mixed_text()
+    anchors = torch.tensor([[4, 6, 5]]).expand(len(text.input_ids), -1)
+    embeds = torch.randn(6, *anchors.shape, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.set_grad_enabled(graph):
+        ours, oracle = (
+            [cache.extend(anchors, slot) for slot in embeds]
+            for cache in (path.read(model, text) for path in (SharedPrefix(), Replay()))
+        )
+    torch.testing.assert_close(ours, oracle, atol=1e-9, rtol=0)
+
+
 def test_chunks_fill_the_device():
     """A CPU's fit its cache; another device gets as much as keeps it busy, whatever the number of branches."""
     sizes = [branch_attention.chunk_size(64, 1024, torch.device(kind)) for kind in ("cpu", "cuda")]
