@@ -62,7 +62,7 @@ SCALE = {
     *("output_dir", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "branch_batch_size"),
     *("max_steps", "num_train_epochs", "learning_rate", "heads_learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("thought_positions", "difficulty_threshold", "min_thought_interval"),
-    *("thought_length", "talk_length", "num_thoughts", "thought_start_text", "thought_end_text"),
+    *("thought_length", "talk_length", "num_thoughts", "thought_start_text", "thought_end_text", "thought_prompt"),
     # answers are scored whole, and thoughts are all of one length here
     "score_pattern",
     *("min_thought_length", "thought_stop_string", "unfinished_thought_penalty"),

@@ -3,6 +3,7 @@
     python -m benchmarks.objectives --output out/objectives
     python -m benchmarks.objectives --group weightings --tasks easy hard --output out/objectives
     python -m benchmarks.objectives --group critic --tasks easy rare --output out/objectives
+    python -m benchmarks.objectives --group candidates --tasks easy rare --output out/objectives
     python -m benchmarks.objectives --table-only --output out/objectives
 
 Each run leaves a file `OUTPUT/TASK-SEED-NAME.json`, and each pretrained model a folder. What is there already is not run
@@ -49,6 +50,19 @@ GROUPS: dict[str, dict[str, str | dict]] = {
         "rewards alone": {**NO_NLL, "advantage_baseline": "leave_one_out", "policy_coefficient": 10.0},
     },
     "weightings": {"defaults": {}, **{name: {"nll_weighting": name} for name in ("gain", "probability", "share")}},
+    # the defaults but for one or two fields
+    "candidates": {
+        "defaults": {},
+        "log-likelihood": {"reward_type": "log_likelihood"},
+        "policy 10": {"policy_coefficient": 10.0},
+        "share": {"nll_weighting": "share"},
+        "log-likelihood, share": {"reward_type": "log_likelihood", "nll_weighting": "share"},
+        "log-likelihood, policy 10": {"reward_type": "log_likelihood", "policy_coefficient": 10.0},
+        "policy 10, share": {"policy_coefficient": 10.0, "nll_weighting": "share"},
+        "policy 10, probability": {"policy_coefficient": 10.0, "nll_weighting": "probability"},
+        "no reader NLL": {"reader_nll_coefficient": 0.0},
+        "leave-one-out, policy 10": {"advantage_baseline": "leave_one_out", "policy_coefficient": 10.0},
+    },
     # the same number of thoughts, and so of thought tokens, in a step; the defaults have eight with the value head
     "critic": {
         "defaults": {},
