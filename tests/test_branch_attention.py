@@ -30,7 +30,7 @@ def dense(query, text_key, text_value, own_key, own_value, sinks, first, last, s
     """The same by one softmax over all keys, with a mask."""
     keys = torch.cat([text_key[:, :, None].expand(-1, -1, N, -1, -1), own_key], dim=3)
     values = torch.cat([text_value[:, :, None].expand(-1, -1, N, -1, -1), own_value], dim=3)
-    scores = 0.3 * query.transpose(2, 3) @ keys[:, :, :, None].mT
+    scores = query.unflatten(3, (GROUPS, Q)) @ keys[:, :, :, None].mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     index = torch.arange(T)
@@ -40,7 +40,7 @@ def dense(query, text_key, text_value, own_key, own_value, sinks, first, last, s
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(HEADS, 1, GROUPS, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1)[..., : keys.shape[3]]
-    return (weights @ values[:, :, :, None]).permute(0, 2, 4, 1, 3, 5)
+    return (weights @ values[:, :, :, None]).flatten(3, 4)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -54,7 +54,7 @@ def test_it_is_a_softmax_over_text_and_own_slots(kind, chunk):
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     own = 3
-    tensors = [random(B, HEADS, GROUPS, N, Q, D), random(B, HEADS, T, D), random(B, HEADS, T, D)]
+    tensors = [random(B, HEADS, N, GROUPS * Q, D), random(B, HEADS, T, D), random(B, HEADS, T, D)]
     tensors += [random(B, HEADS, N, own, D), random(B, HEADS, N, own, D)]
     sinks = random(HEADS * GROUPS) if options.get("sinks") else None
     last = torch.randint(T, (B, N), generator=generator).sort(1).values
@@ -68,7 +68,7 @@ def test_it_is_a_softmax_over_text_and_own_slots(kind, chunk):
         (int(a.min()), int(max(a.min(), b.max()))) for a, b in zip(lows.split(chunk), highs.split(chunk), strict=True)
     ]
     layout = _Layout(first, last, slots, [(min(low, T - 1), high) for low, high in spans], chunk)
-    ours = _Attend.apply(*tensors, sinks, layout, 0.3, options.get("softcap"))
+    ours = _Attend.apply(*tensors, sinks, layout, options.get("softcap"))
     oracle = dense(*tensors, sinks, first, last, slots, options.get("softcap"))
     torch.testing.assert_close(ours, oracle)
     wanted = [*tensors, *([sinks] if sinks is not None else [])]

@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .._compat import attention_of, can_set_attention, takes_sdpa
 from ..model.family import cap_, cap_slope, times_
-from ..model.lm_head import compute_dtype
 
 
 logger = logging.getLogger(__name__)
@@ -75,9 +74,9 @@ class TextReading:
         """Attends as the family does; arguments after the first are those of Transformers' attention functions."""
         # a checkpointed layer comes by again in the backward; the first keys are those of the graph
         if module not in self.memory.layers:
-            # as products take them, or each would convert and copy them again
-            dtype = compute_dtype(query)
-            self.memory.layers[module] = KeysValues(key, value).map(lambda x: x.to(dtype).contiguous())
+            # in one piece, or every product on another device than a CPU would copy them again
+            kept = KeysValues(key, value)
+            self.memory.layers[module] = kept if key.device.type == "cpu" else kept.map(torch.Tensor.contiguous)
         self.memory.has_windows |= kwargs.get("sliding_window") is not None
         return attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -107,8 +106,6 @@ class BranchReading:
             How many positions a new slot is ahead of text index 0; sliding windows need it.
         keep (`bool`):
             Whether more slots will follow.
-        sees_all (`bool`):
-            Whether each new slot sees all slots of its branch, as far as the host knows.
         layouts (`dict`):
             A [`_Layout`] for each sliding window and first new slot; layers share them.
     """
@@ -123,7 +120,6 @@ class BranchReading:
     positions: torch.Tensor
     ahead: torch.Tensor
     keep: bool
-    sees_all: bool
     layouts: dict[tuple[int | None, int], "_Layout"] = field(default_factory=dict)
 
     def attend(
@@ -150,22 +146,29 @@ class BranchReading:
         if kwargs.get("position_bias") is not None:
             raise ValueError("An attention with a learned position bias cannot branch.")
         B, N, Q, _ = self.slots.shape
-        dtype = compute_dtype(query)
-        text = self.memory.layers[module].map(lambda x: x.to(dtype))
-        own = KeysValues(key, value).map(lambda x: x.view(*x.shape[:2], N, Q, x.shape[3]))
-        own = self._with_earlier(module, own, dtype)
-        heads = text.keys.shape[1]
-        query = query.view(B, heads, query.shape[1] // heads, N, Q, query.shape[3])
-        scaling = query.shape[5] ** -0.5 if scaling is None else scaling
-        attend = _Attend.apply if torch.is_grad_enabled() else functools.partial(_Attend.forward, None)
+        text = self.memory.layers[module]
+        own = KeysValues(*(x.to(query.dtype).unflatten(2, (N, Q)) for x in (key, value)))
+        if module in self.own or self.keep:
+            own = self._with_earlier(module, own)
+        window = kwargs.get("sliding_window")
+        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        query = query.unflatten(2, (N, Q)).unflatten(1, (own.keys.shape[1], -1))  # (B, heads, groups, N, Q, D)
         parts = []
         for start in range(0, Q, CHUNK_SLOTS):
-            layout = self._layout(kwargs.get("sliding_window"), start)
-            new, earlier = slice(start, start + layout.Q), slice(layout.length)
-            earlier_own = own.map(lambda x: x[:, :, :, earlier].to(dtype))  # noqa: B023  # called at once
-            given = (kwargs.get("s_aux"), layout, scaling, kwargs.get("softcap"))
-            parts.append(attend(query[..., new, :], *text, *earlier_own, *given))
-        return _joined(parts, 2).view(B, N * Q, heads * query.shape[2], -1), None
+            layout = self._layout(window, start)
+            new = slice(start, start + layout.slots.shape[2])
+            earlier = slice(layout.slots.shape[3])
+            out = _Attend.apply(
+                query[..., new, :].transpose(2, 3).flatten(3, 4).contiguous(),
+                *text.map(lambda x: x.to(query.dtype)),
+                *own.map(lambda x: x[:, :, :, earlier]),  # noqa: B023  # called at once
+                kwargs.get("s_aux"),
+                layout,
+                kwargs.get("softcap"),
+            )
+            parts.append(out.unflatten(3, (query.shape[2], -1)))
+        out = torch.cat(parts, dim=4).permute(0, 2, 4, 1, 3, 5)
+        return out.reshape(B, N * Q, query.shape[1] * query.shape[2], -1), None
 
     def _layout(self, window: int | None, start: int) -> "_Layout":
         """The layout of the new slots from `start` on, as many as attend at once, under a sliding window or none."""
@@ -178,26 +181,23 @@ class BranchReading:
                 positions = self.positions[..., own]
                 ahead = positions[..., new.start - new.stop :, None] - positions[:, :, None]
                 seen, first = seen & (ahead < window), torch.maximum(first, self.ahead[..., new] - window + 1)
-            sees_all = self.sees_all and (window is None or slots <= window)
-            self.layouts[window, start] = _Layout(first, self.last, seen, self.spans, self.chunk, sees_all)
+            self.layouts[window, start] = _Layout(first, self.last, seen, self.spans, self.chunk)
         return self.layouts[window, start]
 
-    def _with_earlier(self, module: torch.nn.Module, new: KeysValues, dtype: torch.dtype) -> KeysValues:
+    def _with_earlier(self, module: torch.nn.Module, new: KeysValues) -> KeysValues:
         """Keys and values of all slots: those that were kept, then the new ones."""
         Q, length = new.keys.shape[3], self.slots.shape[3]
-        if not self.keep and module not in self.own:
-            return new.map(lambda x: x.to(dtype))
-        kept = self.own.get(module) or new.map(lambda x: x[:, :, :, :0].to(dtype))
+        kept = self.own.get(module) or new.map(lambda x: x[:, :, :, :0])
         if torch.is_grad_enabled() or not self.keep:
-            pairs = zip(kept, new, strict=True)
-            joined = KeysValues(*(torch.cat([x[:, :, :, : length - Q], y.to(dtype)], dim=3) for x, y in pairs))
+            earlier = kept.map(lambda x: x[:, :, :, : length - Q])
+            joined = KeysValues(*(torch.cat(pair, dim=3) for pair in zip(earlier, new, strict=True)))
             if self.keep:
                 self.own[module] = joined
             return joined
         # without a graph they are written into a buffer, which doubles when it is full: nothing is copied at every token
         if kept.keys.shape[3] < length:
             size = max(length, 2 * kept.keys.shape[3])
-            room = kept.map(lambda x: x.new_empty(*x.shape[:3], size, x.shape[4]))
+            room = new.map(lambda x: x.new_empty(*x.shape[:3], size, x.shape[4]))
             for buffer, old in zip(room, kept, strict=True):
                 buffer[:, :, :, : length - Q] = old[:, :, :, : length - Q]
             self.own[module] = kept = room
@@ -213,14 +213,14 @@ class _Chunk(NamedTuple):
     Parameters:
         branches, text (`slice`):
             Of N, and of T: the K text indices that any of them sees.
-        text_unseen (`torch.Tensor` of shape `(B, 1, n, 1, Q or 1, K)`), own_unseen (of shape `(B, 1, n, 1, Q, s)`, *optional*):
-            What a new slot does not see of that part of the text, and of its branch's slots. None: it sees all of those.
+        text_unseen (`torch.Tensor` of shape `(B, 1, n, 1, Q or 1, K)`), own_unseen (of shape `(B, 1, n, 1, Q, s)`):
+            What a new slot does not see of that part of the text, and of its branch's slots.
     """
 
     branches: slice
     text: slice
     text_unseen: torch.Tensor
-    own_unseen: torch.Tensor | None
+    own_unseen: torch.Tensor
 
 
 class _Layout:
@@ -229,47 +229,37 @@ class _Layout:
 
     Args:
         first (`torch.Tensor` of shape `(B, N, Q or 1)`), last (of shape `(B, N)`), slots (of shape `(B, N, Q, s)`, bool), spans,
-        chunk, sees_all:
+        chunk:
             As in [`BranchReading`]; `first` by new slot under a sliding window.
     """
 
     def __init__(
-        self,
-        first: torch.Tensor,
-        last: torch.Tensor,
-        slots: torch.Tensor,
-        spans: list[tuple[int, int]],
-        chunk: int,
-        sees_all: bool = False,
+        self, first: torch.Tensor, last: torch.Tensor, slots: torch.Tensor, spans: list[tuple[int, int]], chunk: int
     ):
-        self.first, self.last, self.slots, self.spans = first, last, slots, spans
-        self.chunk, self.sees_all = chunk, sees_all
-        self.Q, self.length = slots.shape[2:]
+        self.first, self.last, self.slots, self.spans, self.chunk = first, last, slots, spans, chunk
 
     @functools.cached_property
     def chunks(self) -> list[_Chunk]:
         """The chunks, in order."""
         index = torch.arange(max(greatest for _, greatest in self.spans) + 1, device=self.last.device)
         first, last = self.first[:, None, :, None, :, None], self.last[:, None, :, None, None, None]
-        own_unseen, chunks = None if self.sees_all else ~self.slots[:, None, :, None], []
+        own_unseen, chunks = ~self.slots, []
         for i, (least, greatest) in enumerate(self.spans):
             at, text = slice(i * self.chunk, (i + 1) * self.chunk), slice(least, greatest + 1)
             unseen = (index[text] < first[:, :, at]) | (index[text] > last[:, :, at])
-            chunks.append(_Chunk(at, text, unseen, None if own_unseen is None else own_unseen[:, :, at]))
+            chunks.append(_Chunk(at, text, unseen, own_unseen[:, None, at, None]))
         return chunks
 
 
 class _Attend(torch.autograd.Function):
     """
     Softmax attention of every branch over its text and its own slots, chunk by chunk of branches; the backward computes
-    the scores again. `forward` is also called by itself, without a context, where there is no graph.
+    the scores again.
 
-    Queries are `(B, heads, groups, N, Q, D)`, where heads are those of keys, each shared by a group; text keys `(B, heads, T, D)`,
-    own keys `(B, heads, N, s, D)`, sinks (one more logit in the softmax) of one number for each query head. What it gives is `(B,
-    N, Q, heads, groups, D)`.
+    Queries, already scaled, are `(B, heads, N, R, D)` with R = groups·Q rows of a branch that share keys; text keys `(B,
+    heads, T, D)`, own keys `(B, heads, N, s, D)`, sinks (one more logit in the softmax) of one number for each query head.
 
-    Of a row with query `q`, already scaled, with keys `k_j` and values `v_j` of text and own slots together, the soft-cap `c` and
-    the sink `σ`:
+    Of a row with query `q`, with keys `k_j` and values `v_j` of text and own slots together, the soft-cap `c` and the sink `σ`:
 
         s_j = c(q·k_j)        Z = Σ_j exp(s_j) + exp(σ)        p_j = exp(s_j − log Z)        o = Σ_j p_j v_j
 
@@ -282,91 +272,94 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout, scaling, softcap):
-        query = query.transpose(2, 3)  # (B, heads, N, groups, Q, D)
-        rows = torch.empty(query.shape, dtype=text_key.dtype, device=query.device)
-        # scaled, converted and in one piece by one kernel; R = groups·Q rows of a branch share keys
-        rows = torch.mul(query, scaling, out=rows).flatten(3, 4)
-        outs = []
+    def forward(ctx, query, text_key, text_value, own_key, own_value, sinks, layout, softcap):
+        scoring = _Scores(query, text_key, own_key, sinks, layout, softcap)
+        outs, log_zs = [], []
         for chunk in layout.chunks:
-            at = chunk.branches
-            scores, _, keys = _scores(rows[:, :, at], text_key, own_key, sinks, chunk, layout.Q, softcap)
-            scores = scores.softmax(-1, dtype=scores.dtype)[..., :keys].to(rows.dtype)
-            out = _weighted(scores, text_value[:, :, chunk.text], own_value[:, :, at])
-            del scores  # before those of the next chunk are made
-            outs.append(out.view(*out.shape[:3], -1, layout.Q, out.shape[4]).permute(0, 2, 4, 1, 3, 5))
-        out = _joined(outs, 1).contiguous()
-        if ctx is not None:
-            ctx.save_for_backward(rows, text_key, text_value, own_key, own_value, sinks, out)
-            ctx.layout, ctx.scaling, ctx.softcap = layout, scaling, softcap
+            scores, own_scores = scoring.of(chunk)
+            # one softmax over both parts, less their common greatest score, so that no exponential overflows
+            top = torch.maximum(scores.amax(-1), own_scores.amax(-1))
+            if sinks is not None:
+                top = torch.maximum(top, scoring.sinks.expand_as(top))
+            weights, own_weights = (x.sub_(top[..., None]).exp_() for x in (scores, own_scores))
+            total = weights.sum(-1).add_(own_weights.sum(-1))
+            if sinks is not None:
+                total += (scoring.sinks - top).exp()
+            own = _product(own_weights.to(query.dtype), own_value[:, :, chunk.branches])
+            seen = _product(weights.to(query.dtype).flatten(2, 3), text_value[:, :, chunk.text]).view_as(own)
+            outs.append((seen.add_(own) / total[..., None]).to(query.dtype))
+            log_zs.append(total.log().add_(top))
+        out, log_z = _joined(outs), _joined(log_zs)
+        ctx.save_for_backward(query, text_key, text_value, own_key, own_value, sinks, out, log_z)
+        ctx.layout, ctx.softcap = layout, softcap
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        rows, text_key, text_value, own_key, own_value, sinks, out = ctx.saved_tensors
-        dtype, Q = torch.promote_types(rows.dtype, torch.float32), ctx.layout.Q
-        delta = (grad * out).sum(-1, dtype=dtype).permute(0, 3, 1, 4, 2).flatten(3)[..., None]
-        grad = grad.permute(0, 3, 1, 4, 2, 5).contiguous().flatten(3, 4)  # (B, heads, N, R, D), as the rows
+        query, text_key, text_value, own_key, own_value, sinks, out, log_z = ctx.saved_tensors
+        scoring = _Scores(query, text_key, own_key, sinks, ctx.layout, ctx.softcap)
+        grad = grad.contiguous()
+        delta = (grad * out).sum(-1, dtype=scoring.dtype)[..., None]
         d_query, d_own_key, d_own_value = [], [], []
         # the text's keys and values add up over all branches: in at least float32
-        d_text_key, d_text_value = (torch.zeros_like(x, dtype=dtype) for x in (text_key, text_value))
-        d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=dtype)
+        d_text_key, d_text_value = (torch.zeros_like(x, dtype=scoring.dtype) for x in (text_key, text_value))
         for chunk in ctx.layout.chunks:
             at, text = chunk.branches, chunk.text
-            q, g = rows[:, :, at], grad[:, :, at]
-            weights, K, keys = _scores(q, text_key, own_key, sinks, chunk, Q, ctx.softcap)
-            slope = cap_slope(weights[..., :keys], ctx.softcap)
-            weights = weights.to(dtype).softmax(-1)
-            d_scores = _over_both(g, text_value[:, :, text], own_value[:, :, at]).to(dtype).sub_(delta[:, :, at])
-            d_scores = times_(d_scores.mul_(weights[..., :keys]), slope).to(q.dtype)
-            if sinks is not None:
-                of_rows = (weights[..., -1:] * delta[:, :, at]).view(*q.shape[:3], -1, Q)
-                d_sinks -= of_rows.sum((0, 2, 4)).view_as(d_sinks)
-            weights = weights.to(q.dtype)
-            d_text_key[:, :, text].add_(_product(d_scores[..., :K].flatten(2, 3).mT, q.flatten(2, 3)))
-            d_text_value[:, :, text].add_(_product(weights[..., :K].flatten(2, 3).mT, g.flatten(2, 3)))
-            d_own_key.append(_product(d_scores[..., K:].mT, q))
-            d_own_value.append(_product(weights[..., K:keys].mT, g))
-            d_query.append(_weighted(d_scores, text_key[:, :, text], own_key[:, :, at]))
-            del weights, d_scores, slope
-        of_query = _joined(d_query, 2).view(*rows.shape[:3], -1, Q, rows.shape[4]).transpose(2, 3) * ctx.scaling
+            q, g = query[:, :, at].flatten(2, 3), grad[:, :, at].flatten(2, 3)
+            scores, own_scores = scoring.of(chunk)
+            # before the scores become weights in place
+            slopes = [cap_slope(x, ctx.softcap) for x in (scores, own_scores)]
+            weights, own_weights = (x.sub_(log_z[:, :, at, :, None]).exp_() for x in (scores, own_scores))
+            d_scores = _product(g, text_value[:, :, text].mT).view_as(weights).to(scoring.dtype)
+            d_own_scores = _product(grad[:, :, at], own_value[:, :, at].mT).to(scoring.dtype)
+            pairs = zip((d_scores, d_own_scores), (weights, own_weights), slopes, strict=True)
+            d_scores, d_own_scores = (
+                times_(d.sub_(delta[:, :, at]).mul_(p), slope).to(query.dtype) for d, p, slope in pairs
+            )
+            flat = d_scores.flatten(2, 3)
+            d_text_key[:, :, text] += _product(flat.mT, q)
+            d_text_value[:, :, text] += _product(weights.to(query.dtype).flatten(2, 3).mT, g)
+            d_own_key.append(_product(d_own_scores.mT, query[:, :, at]))
+            d_own_value.append(_product(own_weights.to(query.dtype).mT, grad[:, :, at]))
+            by_text = _product(flat, text_key[:, :, text]).view_as(query[:, :, at])
+            d_query.append(by_text.add_(_product(d_own_scores, own_key[:, :, at])))
+        d_sinks = None
+        if sinks is not None:
+            of_rows = (scoring.sinks - log_z).exp() * -delta[..., 0]  # (B, heads, N, R)
+            d_sinks = of_rows.unflatten(3, (-1, scoring.Q)).sum((0, 2, 4)).view_as(sinks).to(sinks.dtype)
         d_text = (x.to(text_key.dtype) for x in (d_text_key, d_text_value))
-        return of_query, *d_text, _joined(d_own_key, 2), _joined(d_own_value, 2), d_sinks, None, None, None
+        return _joined(d_query), *d_text, _joined(d_own_key), _joined(d_own_value), d_sinks, None, None
 
 
-def _scores(
-    rows, text_key, own_key, sinks, chunk: _Chunk, Q: int, softcap: float | None
-) -> tuple[torch.Tensor, int, int]:
-    """Soft-capped, masked scores of a chunk's rows over K text indices and s own slots, and the sink after them: `(B, heads, n, R, K +
-    s or more)`. Also returns K and K + s."""
-    scores = _over_both(rows, text_key[:, :, chunk.text], own_key[:, :, chunk.branches])
-    K, keys = chunk.text_unseen.shape[-1], scores.shape[-1]
-    if softcap is not None:
-        scores = cap_(scores.to(torch.promote_types(scores.dtype, torch.float32)), softcap)
-    by_slot = scores.view(*scores.shape[:3], -1, Q, keys)
-    by_slot[..., :K].masked_fill_(chunk.text_unseen, -torch.inf)
-    if chunk.own_unseen is not None:
-        by_slot[..., K:].masked_fill_(chunk.own_unseen, -torch.inf)
-    if sinks is not None:
-        column = sinks.view(rows.shape[1], 1, -1, 1, 1).expand(*by_slot.shape[:-1], 1)
-        scores = torch.cat([scores, column.flatten(3, 4)], dim=-1)
-    return scores, K, keys
+class _Scores:
+    """
+    Soft-capped, masked scores, in at least float32.
 
+    Args:
+        query (`torch.Tensor` of shape `(B, heads, N, R, D)`), text_key, own_key, sinks, layout, softcap:
+            As in [`_Attend`].
+    """
 
-def _over_both(rows: torch.Tensor, text: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Products of rows `(B, heads, n, R, D)` with those of text, `(B, heads, K, D)`, and of own slots, `(B, heads, n, s, D)`:
-    `(B, heads, n, R, K + s)`."""
-    over_text = _product(rows.flatten(2, 3), text.mT).view(*rows.shape[:-1], -1)
-    return torch.cat([over_text, _product(rows, own.mT)], dim=-1)
+    def __init__(self, query, text_key, own_key, sinks: torch.Tensor | None, layout: _Layout, softcap: float | None):
+        self.query, self.text_key, self.own_key = query, text_key, own_key
+        self.softcap, self.Q = softcap, layout.slots.shape[2]
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        if sinks is not None:  # of query heads, to (1, heads, 1, R)
+            rows = sinks.to(self.dtype).view(query.shape[1], -1, 1).expand(-1, -1, self.Q)
+            self.sinks = rows.flatten(1, 2)[None, :, None]
 
+    def of(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores over the text, `(B, heads, n, R, K)`, and over a branch's own slots, `(B, heads, n, R, s)`."""
+        q = self.query[:, :, chunk.branches]
+        over_text = _product(q.flatten(2, 3), self.text_key[:, :, chunk.text].mT).view(*q.shape[:-1], -1)
+        over_own = _product(q, self.own_key[:, :, chunk.branches].mT)
+        return self._masked(over_text, chunk.text_unseen), self._masked(over_own, chunk.own_unseen)
 
-def _weighted(weights: torch.Tensor, text: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Sums over text, `(B, heads, K, D)`, and own slots, `(B, heads, n, s, D)`, by weights `(B, heads, n, R, K + s)`: `(B, heads, n,
-    R, D)`."""
-    K = text.shape[2]
-    out = _product(weights[..., :K].flatten(2, 3), text).view(*weights.shape[:-1], -1)
-    out.flatten(0, 2).baddbmm_(weights[..., K:].flatten(0, 2), own.flatten(0, 2))
-    return out
+    def _masked(self, scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, heads, n, R, K)`, soft-capped, and -inf where `unseen` says so."""
+        scores = cap_(scores.to(self.dtype), self.softcap)
+        scores.unflatten(3, (-1, self.Q)).masked_fill_(unseen, -torch.inf)
+        return scores
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -374,9 +367,9 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
 
 
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """What chunks or parts gave, as one tensor."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the chunks gave, `(B, heads, n, ...)`, as one tensor of all branches."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def chunk_size(rows: int, keys: int, device: torch.device) -> int:

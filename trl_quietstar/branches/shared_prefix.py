@@ -137,10 +137,11 @@ class SharedPrefixCache:
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        return self.grow(anchors, embeds[:, :, None], keep=True)[:, :, 0]
+        mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
+        return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
 
     def grow(
-        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor | None = None, keep: bool = False
+        self, anchors: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor, keep: bool = False
     ) -> torch.Tensor:
         """
         Adds slots to every branch.
@@ -150,8 +151,8 @@ class SharedPrefixCache:
                 The text index each branch hangs off, in the host's memory.
             embeds (`torch.Tensor` of shape `(B, N, Q, E)`):
                 Input embeddings of the new slots.
-            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool, *optional*):
-                Which of the slots that were kept, and of the new ones, hold something. Defaults to all.
+            mask (`torch.Tensor` of shape `(B, N, s + Q)`, bool):
+                Which of the slots that were kept, and of the new ones, hold something.
             keep (`bool`):
                 Whether later slots will see the new ones.
 
@@ -160,11 +161,8 @@ class SharedPrefixCache:
         """
         if embeds[..., 0].numel() == 0:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
-        sees_all = mask is None and embeds.shape[2] == 1
-        if mask is None:
-            mask = torch.ones(*anchors.shape, self.length + embeds.shape[2], dtype=torch.bool, device=embeds.device)
         positions = branch_position_ids(self.text, to_device(anchors, mask.device), mask)
-        reading = self._branch_reading(anchors, mask, positions, keep, sees_all)
+        reading = self._branch_reading(anchors, mask, positions, keep)
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
         masks = in_mask_form(self.model.config, nothing, dict.fromkeys(local_layer_types(self.model.config), nothing))
@@ -173,7 +171,7 @@ class SharedPrefixCache:
         return hidden.unflatten(1, embeds.shape[1:3])
 
     def _branch_reading(
-        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool, sees_all: bool
+        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
     ) -> BranchReading:
         """How the new slots attend; mask and position ids, `(B, N, s + Q)`, are those of kept and new slots."""
         slots, new = mask.shape[2], positions[:, :, self.length :]
@@ -200,7 +198,6 @@ class SharedPrefixCache:
             positions=positions,
             ahead=new + first[..., None],
             keep=keep,
-            sees_all=sees_all,
         )
 
     def _forward(self, embeds: torch.Tensor, reading, mask, position_ids: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ def logits_by_rows(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[tup
     head = _head(model)
     V = len(head.weight)
     size = max(tile_elements(hidden.device) // V, 1)
-    tiles = Tiles(head, compute_dtype(hidden), min(size, len(hidden)))
+    tiles = Tiles(head, _compute_dtype(hidden), min(size, len(hidden)))
     hidden = hidden.to(tiles.dtype)
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, min(start + size, len(hidden)))
@@ -215,11 +215,9 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(module.weight, getattr(module, "bias", None), *logit_transform(model.config))
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type in which products of `x` are computed: under autocast, which leaves float64 alone, its own."""
-    kind = x.device.type
-    low = x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if low else x.dtype
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _Statistics(torch.autograd.Function):
@@ -238,7 +236,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, weight, bias, scale, softcap, temperature, known, suppressed):
-        ctx.dtype, ctx.logit_form, ctx.temperature = compute_dtype(hidden), (scale, softcap), temperature
+        ctx.dtype, ctx.logit_form, ctx.temperature = _compute_dtype(hidden), (scale, softcap), temperature
         ctx.suppressed = suppressed
         if known is None:
             tiles, states = Tiles(Head(weight, bias, scale, softcap), ctx.dtype, len(hidden)), hidden.to(ctx.dtype)
@@ -328,7 +326,7 @@ class _MixedStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, text, read, weights, index, text_targets, targets, weight, bias, scale, softcap):
-        ctx.dtype, ctx.logit_form = compute_dtype(text), (scale, softcap)
+        ctx.dtype, ctx.logit_form = _compute_dtype(text), (scale, softcap)
         tiles = Tiles(Head(weight, bias, scale, softcap), ctx.dtype, 2 * len(read) + len(text))
         of_text, mixed, own = (OnlineSoftmax(x, tiles) for x in (text_targets, targets, targets))
         share, text_states, states = weights[:, None].to(tiles.exact), text.to(tiles.dtype), read.to(tiles.dtype)
