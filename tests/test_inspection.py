@@ -397,7 +397,29 @@ def test_wandb_receives_the_thoughts_of_an_evaluation(tmp_path, monkeypatch):
         wandb.finish()
     assert summary["eval_thoughts"]["_type"] == "table-file" and summary["eval_thoughts"]["nrows"] == 5
     # what `wandb sync` would upload names the page
-    assert any(b"step-0.html" in file.read_bytes() for file in folder.glob("*.wandb"))
+    assert any(b"step-0.html" in records(file.read_bytes()) for file in folder.glob("*.wandb"))
+
+
+def records(log: bytes) -> bytes:
+    """What W&B's log of a run holds: it is LevelDB's, whose blocks of 32 KiB cut records anywhere and begin each piece with 7 bytes."""
+    held, at = b"", 7  # after the file's own header
+    while at + 7 <= len(log):
+        room = 2**15 - at % 2**15
+        length = int.from_bytes(log[at + 4 : at + 6], "little")
+        held += log[at + 7 : at + 7 + length] if room >= 7 else b""
+        at += 7 + length if room >= 7 else room
+    return held
+
+
+def test_records_are_read_over_the_ends_of_blocks():
+    """A record that a block cuts is whole again, and the rest of a block that has no room for a piece is skipped."""
+
+    def piece(data: bytes) -> bytes:
+        return bytes(4) + len(data).to_bytes(2, "little") + b"\1" + data
+
+    first = piece(bytes(2**15 - 7 - 7 - 7 - 3)) + piece(b"ste")
+    assert records(b":W&B\0\0\0" + first + piece(b"p-0.html")).endswith(b"step-0.html")
+    assert records(b":W&B\0\0\0" + piece(bytes(2**15 - 7 - 7 - 5)) + bytes(5) + piece(b"step")).endswith(b"step")
 
 
 def test_text_of_one_row_has_no_batch_effects():
