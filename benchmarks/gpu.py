@@ -43,7 +43,7 @@ from trl_quietstar.text.batch import Text
 
 from .generation import FIXED_WAYS, compare
 from .learning import parse
-from .measuring import machine, peak_above
+from .measuring import LAUNCHES, WAITS, calls, machine, peak_above
 from .speed import median_run, plain_step, rate, thinking_step, tokenizer
 
 
@@ -78,20 +78,6 @@ TINY_BATCH = dict(texts=2, length=24)
 TINY_OPTIONS = dict(thought_positions=3, num_thoughts=2, thought_length=3, talk_length=4, gradient_checkpointing=False)
 LORA = dict(target_modules="all-linear", r=16)
 CONTEXT, GENERATED_TOKENS = 256, 32
-LAUNCHES = (
-    "cudaLaunchKernel",
-    "cuLaunchKernel",
-    "hipLaunchKernel",
-    "hipExtModuleLaunchKernel",
-    "zeCommandListAppendLaunch",
-)
-WAITS = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "hipStreamSynchronize",
-    "hipMemcpyWithStream",
-)
 NOT_MEASURED = "not measured"
 COLUMNS = {  # of the table: its title, the key of a row, and how a number is printed
     "plain s": ("plain seconds", "{:.3f}"),
@@ -237,16 +223,17 @@ def launches_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
     own = getattr(ProfilerActivity, case.device.type.upper(), ProfilerActivity.CUDA)
     with profile(activities=[ProfilerActivity.CPU, own]) as profiled:
         step()
-    assert profiled.profiler is not None
-    # as the profiler noted them: `key_averages` would first make an object of each
-    names = [event.name() for event in profiled.profiler.kineto_results.events()]
-    launches, waits = (sum(name.startswith(kinds) for name in names) for kinds in (LAUNCHES, WAITS))
-    return {"launches": launches, "waits": waits}
+    return {"launches": calls(profiled, LAUNCHES), "waits": calls(profiled, WAITS)}
+
+
+def can_fake() -> bool:
+    """Whether there can be a faked device: with a compiler for it, and a build of PyTorch without CUDA."""
+    return shutil.which("g++") is not None and torch.version.cuda is None
 
 
 def faked_launches(name: str, lora: bool) -> dict:
-    """The same of the faked device, in a process of its own; nothing where there is no compiler for it, or CUDA's own."""
-    if shutil.which("g++") is None or torch.version.cuda is not None:
+    """The same of the faked device, in a process of its own; nothing where there cannot be one."""
+    if not can_fake():
         return {}
     scenario = f"launches/{name}" + ("-lora" if lora else "-full")
     with tempfile.TemporaryDirectory() as directory:

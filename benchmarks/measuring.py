@@ -13,6 +13,24 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.profiler import profile
+
+
+# what the calls of a runtime that launch a kernel, or wait for the device, begin with
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cuLaunchKernel",
+    "hipLaunchKernel",
+    "hipExtModuleLaunchKernel",
+    "zeCommandListAppendLaunch",
+)
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "hipStreamSynchronize",
+    "hipMemcpyWithStream",
+)
 
 
 class Stopwatch:
@@ -46,6 +64,13 @@ class Stopwatch:
 def _synchronize() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def calls(profiled: profile, kinds: tuple[str, ...]) -> int:
+    """How many calls that begin with some of these names a finished profile holds."""
+    assert profiled.profiler is not None
+    # as the profiler noted them: `key_averages` would first make an object of each
+    return sum(event.name().startswith(kinds) for event in profiled.profiler.kineto_results.events())
 
 
 def in_fresh_process(function, *args, **environment: str):

@@ -8,8 +8,8 @@
     python -m tests.device_check --real --kernels                  # on the machine's own CUDA device
     python -m tests.device_check --real --part 0/4                 # every fourth scenario
 
-It runs on a faked device (`fake_device`), whose numbers are those of the CPU, or with `--real` on a real one (`real_device`). Figures are of a steady step of training, without
-logging; of a generated token; or of a call. In `launches` floating-point numbers are not computed, only their shapes, and hidden
+It runs on a faked device (`fake_device`), whose numbers are those of the CPU, or with `--real` on a real one (`real_device`).
+Figures are of a steady step of training, without logging; of a generated token; or of a call. In `launches` floating-point numbers are not computed, only their shapes, and hidden
 sizes are small, on which no count depends: two runs, of one layer and of two, tell what 16 launch.
 
 The exit code is 1 if a scenario fails.
@@ -421,7 +421,7 @@ def chosen(names: list[str], part: str) -> dict:
     """Scenarios by the beginnings of their names; of those, every n-th from the k-th on."""
     apart = (LAUNCHES, REFUSED) if REAL else () if names else (LAUNCHES,)
     found = [name for name in SCENARIOS if not names or any(name.startswith(beginning) for beginning in names)]
-    found = [name for name in found if not name.startswith(apart)] if apart else found
+    found = [name for name in found if not name.startswith(apart)]
     k, n = map(int, part.split("/"))
     return {name: SCENARIOS[name] for name in found[k::n]}
 
@@ -455,8 +455,8 @@ def main() -> int:
         began = time.perf_counter()
         counts, figures[name] = run(act, options.trace)
         error = figures[name]["error"]
-        figures[name]["seconds"] = round(time.perf_counter() - began, 1)
-        line = f"{name:28} {time.perf_counter() - began:5.1f} s"
+        figures[name]["seconds"] = seconds = round(time.perf_counter() - began, 1)
+        line = f"{name:28} {seconds:5.1f} s"
         if counts is not None:
             waits, kernels = sum(counts.waits.values()), sum(counts.kernels.values())
             figures[name] |= {"waits": waits, "kernels": kernels, "unit": counts.unit}

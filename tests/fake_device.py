@@ -11,6 +11,7 @@ PyTorch asks for the hooks of CUDA when it is imported, so this module comes bef
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -19,6 +20,8 @@ import sysconfig
 import tempfile
 import types
 from pathlib import Path
+
+from .stack import innermost_line
 
 
 HOOKS = """
@@ -76,6 +79,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
+line = functools.partial(innermost_line, __file__)
 COPIES = {aten.copy_, aten._copy_from, aten._to_copy, aten.set_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 TAKES_HOST_SCALARS = {aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.where}
@@ -199,19 +203,6 @@ class Device(TorchDispatchMode):
     def counted(cls) -> tuple[collections.Counter, collections.Counter]:
         """Waits and kernels since the last reset."""
         return collections.Counter(cls.waits), collections.Counter(cls.kernels)
-
-
-def line() -> str:
-    """The innermost line of the package in the stack, else of whoever else is no part of PyTorch."""
-    frame, other = sys._getframe(1), "the backward, in C++"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/trl_quietstar/" in name:
-            return f"{Path(name).name}:{frame.f_lineno}"
-        if other.startswith("the backward") and name != __file__ and "/torch/" not in name and "<" not in name:
-            other = f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
-        frame = frame.f_back
-    return other
 
 
 def on_host(x) -> bool:

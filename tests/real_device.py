@@ -5,18 +5,21 @@ them; those of the backward come together where it was called. Launches are coun
 set, since it makes a scenario slower.
 """
 
-import sys
+import functools
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measuring import LAUNCHES, calls
+
+from .stack import innermost_line
+
 
 DEVICE = torch.device("cuda", 0)
 WARNING = "called a synchronizing CUDA operation"
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")  # and all that begins so
+line = functools.partial(innermost_line, __file__, warnings.__file__)
 
 
 class Device:
@@ -92,29 +95,13 @@ def stop() -> None:
         return
     with unwatched():
         running.stop()
-    for event in running.profiler.kineto_results.events():
-        if event.name().startswith(LAUNCHES):
-            Device.kernels["all lines"] += 1
+    Device.kernels["all lines"] += calls(running, LAUNCHES)
 
 
 def note(message, category, filename, lineno, file=None, line=None) -> None:
     """Takes the place of `warnings.showwarning`: a synchronisation is counted, all else is not shown."""
     if WARNING in str(message):
-        Device.waits[caller(), "synchronisation"] += 1
-
-
-def caller() -> str:
-    """The innermost line of the package in the stack, else of whoever else is no part of PyTorch."""
-    frame, other = sys._getframe(1), "the backward, in C++"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/trl_quietstar/" in name:
-            return f"{Path(name).name}:{frame.f_lineno}"
-        apart = name == __file__ or "/torch/" in name or "<" in name or name == warnings.__file__
-        if other.startswith("the backward") and not apart:
-            other = f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
-        frame = frame.f_back
-    return other
+        Device.waits[line(), "synchronisation"] += 1
 
 
 def install() -> None:

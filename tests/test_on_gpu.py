@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.measuring import memory_in_use, peak_above
 from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar._compat import full_float32
 from trl_quietstar.branches import memory
@@ -310,18 +311,12 @@ def sized_model():
     return AutoModelForCausalLM.from_config(LlamaConfig(**shape, eos_token_id=0, max_position_embeddings=512))
 
 
-def peak_above(act) -> int:
+def peak_of(act) -> int:
     """Bytes that were in use at most, above those before; 0 on the CPU."""
-    if not IS_GPU:
-        act()
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    if IS_GPU:
+        return peak_above(act)
     act()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return 0
 
 
 # tiles of logits and chunks of attention scores, each of up to 256 MB, are not in the plan: the 40% that it leaves must hold them
@@ -341,7 +336,7 @@ def test_steps_stay_within_their_plan(gigabytes, precision, tmp_path, monkeypatc
     options |= dict(per_device_train_batch_size=8, max_length=length, max_steps=2, logging_steps=2, use_cpu=not IS_GPU)
     options |= dict(bf16=precision == "bf16", dataloader_pin_memory=False, value_head_hidden_size=256)
     trainer = tiny_trainer(tmp_path, sized_model(), text_data(1).from_dict({"input_ids": ids}), **options)
-    peak = peak_above(trainer.train)
+    peak = peak_of(trainer.train)
     plan = trainer.thinker.plan(trainer.thinker.text(next(iter(trainer.get_train_dataloader()))), training=True)
     budget = trainer.thinker.memory_budget
     print(f"{precision}, {gigabytes} GB free: {plan}, {budget / 1e9:.2f} GB to plan with, peak {peak / 1e9:.2f} GB")
@@ -367,6 +362,6 @@ def test_the_estimate_is_what_a_token_keeps(tmp_path):
 
 def peak_held(act) -> int:
     """Bytes that stay in use; 0 on the CPU."""
-    before = torch.cuda.memory_allocated() if IS_GPU else 0
+    before, _ = memory_in_use()
     act()
-    return (torch.cuda.memory_allocated() if IS_GPU else 0) - before
+    return memory_in_use()[0] - before if IS_GPU else 0
