@@ -1,8 +1,12 @@
 """Models that think while they write, and what they write: by generation, by a naive loop, by scoring."""
 
-import torch
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from trl_quietstar import QuietStarSettings
+import torch
+from transformers import Gemma3TextConfig
+
+from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.model.lm_head import logits_of, normalized_entropy
 from trl_quietstar.text.batch import Branches, Positions, Text
@@ -12,6 +16,7 @@ from trl_quietstar.thinking.sampling import sample_thoughts
 from trl_quietstar.thinking.when import Thinking
 
 from .conformance import tiny_model as family_model
+from .tiny import byte_tokenizer, randomize, tiny_config
 
 
 SETTINGS = QuietStarSettings(thought_length=3, talk_length=4)
@@ -25,6 +30,57 @@ PLAIN = dict(
     thought_stop_string="1",
     thought_positions="prompt_end",
 )
+# greedy answers of four tokens
+GREEDY = dict(do_sample=False, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+
+EXPORTABLE = ("llama", "qwen3", "gemma3", "gpt2")
+
+
+def exportable_model(name: str = "llama", settings: QuietStarSettings | None = None):
+    """A model over the tokenizer's vocabulary, whose thoughts matter. Its heads have 32 dimensions, the fewest that vLLM takes on a CPU."""
+    shape: dict = dict(vocab_size=len(byte_tokenizer()))
+    if name == "gpt2":
+        config = tiny_config(name, **shape, n_head=1)
+    else:
+        shape |= dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+        config = tiny_config("llama" if name == "gemma3" else name, **shape)
+    if name == "gemma3":  # a random one with a tied LM head says the last token again
+        shape |= dict(num_hidden_layers=2, intermediate_size=48, max_position_embeddings=128)
+        config = Gemma3TextConfig(**shape, tie_word_embeddings=False, eos_token_id=0)
+    model = QuietStarForCausalLM.from_config(config, settings or QuietStarSettings(**PLAIN))
+    randomize(model)
+    if name == "gpt2":
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.1)  # tied too
+    return model.eval()
+
+
+class Said(NamedTuple):
+    """What a model thinks and answers."""
+
+    prompt: str | list[dict]
+    input_ids: torch.Tensor  # (1, T)
+    thought: list[int]
+    answer: list[int]
+    output: Any  # of `generate`
+
+
+def ended_thoughts(model, prompts: Iterable[str | list[dict]], count: int, tokenizer=None) -> Iterator[Said]:
+    """Of the first prompts or messages at which a greedy thought ends by itself, with "1", and the answer has neither that nor EOS."""
+    tokenizer, ended = tokenizer or byte_tokenizer(), 0
+    for prompt in prompts:
+        text = prompt
+        if not isinstance(prompt, str):
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        output = model.generate(ids, return_thoughts=True, tokenizer=tokenizer, **GREEDY)
+        thought, answer = output.thoughts[0][0].token_ids, output.sequences[0, ids.shape[1] :].tolist()
+        if "1" in tokenizer.decode(thought) and 0 not in thought + answer and "1" not in tokenizer.decode(answer):
+            yield Said(prompt, ids, thought, answer, output)
+            ended += 1
+        if ended == count:
+            return
+    raise AssertionError(f"only {ended} thoughts ended")
 
 
 def thinking_model(name: str = "llama", settings: QuietStarSettings = SETTINGS):

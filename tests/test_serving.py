@@ -13,7 +13,7 @@ from trl_quietstar.cli import main
 
 from .loaders import loaded_by_pattern
 from .servers import served
-from .speaking import PLAIN
+from .speaking import PLAIN, ended_thoughts
 from .tiny import byte_tokenizer, randomize, tiny_config
 
 
@@ -39,20 +39,15 @@ def thinking(folder, thought_format: str) -> QuietStarForCausalLM:
 
 def answers(model, end: str) -> list[tuple[list[dict], str, int]]:
     """Messages, what the model thinks and answers, and in how many tokens; of three prompts at which the thought ends by itself."""
-    found = []
-    for a in range(60):
-        messages = [{"role": "user", "content": f"{a} plus 4"}]
-        inputs = TOKENIZER.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    asked = [[{"role": "user", "content": f"{a} plus 4"}] for a in range(60)]
+    return [
+        (
+            said.prompt,
+            TOKENIZER.decode(said.thought) + end + TOKENIZER.decode(said.answer),
+            len(said.thought) + bool(end) + len(said.answer),
         )
-        ours = model.generate(**inputs, return_thoughts=True, do_sample=False, max_new_tokens=4, pad_token_id=0)
-        thought, answer = ours.thoughts[0][0].token_ids, ours.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        said = TOKENIZER.decode(thought) + end + TOKENIZER.decode(answer)
-        if "1" in TOKENIZER.decode(thought) and 0 not in thought + answer and "1" not in TOKENIZER.decode(answer):
-            found.append((messages, said, len(thought) + bool(end) + len(answer)))
-        if len(found) == 3:
-            return found
-    raise AssertionError(f"only {len(found)} thoughts ended")
+        for said in ended_thoughts(model, asked, 3, TOKENIZER)
+    ]
 
 
 @pytest.mark.slow
