@@ -36,9 +36,9 @@ GREEDY = dict(do_sample=False, max_new_tokens=4, pad_token_id=0, return_dict_in_
 EXPORTABLE = ("llama", "qwen3", "gemma3", "gpt2")
 
 
-def exportable_model(name: str = "llama", settings: QuietStarSettings | None = None):
+def exportable_model(name: str = "llama", settings: QuietStarSettings | None = None, **shape):
     """A model over the tokenizer's vocabulary, whose thoughts matter. Its heads have 32 dimensions, the fewest that vLLM takes on a CPU."""
-    shape: dict = dict(vocab_size=len(byte_tokenizer()))
+    shape.setdefault("vocab_size", len(byte_tokenizer()))
     if name == "gpt2":
         config = tiny_config(name, **shape, n_head=1)
     else:
@@ -65,8 +65,10 @@ class Said(NamedTuple):
     output: Any  # of `generate`
 
 
-def ended_thoughts(model, prompts: Iterable[str | list[dict]], count: int, tokenizer=None) -> Iterator[Said]:
-    """Of the first prompts or messages at which a greedy thought ends by itself, with "1", and the answer has neither that nor EOS."""
+def ended_thoughts(
+    model, prompts: Iterable[str | list[dict]], count: int, tokenizer=None, end: str = "1"
+) -> Iterator[Said]:
+    """Of the first prompts or messages at which a greedy thought ends by itself, with `end`, and the answer has neither that nor EOS."""
     tokenizer, ended = tokenizer or byte_tokenizer(), 0
     for prompt in prompts:
         text = prompt
@@ -75,7 +77,7 @@ def ended_thoughts(model, prompts: Iterable[str | list[dict]], count: int, token
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         output = model.generate(ids, return_thoughts=True, tokenizer=tokenizer, **GREEDY)
         thought, answer = output.thoughts[0][0].token_ids, output.sequences[0, ids.shape[1] :].tolist()
-        if "1" in tokenizer.decode(thought) and 0 not in thought + answer and "1" not in tokenizer.decode(answer):
+        if end in tokenizer.decode(thought) and 0 not in thought + answer and end not in tokenizer.decode(answer):
             yield Said(prompt, ids, thought, answer, output)
             ended += 1
         if ended == count:

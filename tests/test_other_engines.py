@@ -39,14 +39,14 @@ def export(engine: str, folder: Path) -> None:
     assert main(["export", str(folder / "thinking"), str(folder / "plain"), *flags]) == 0
 
 
-def server(engine: str, folder: Path):
+def server(engine: str, folder: Path, *flags: str):
     """An engine's server of the model that [`export`] has written, in float32; its address."""
     if engine == "llama.cpp":
         command = [os.environ["LLAMA_SERVER"], "-m", str(folder / "plain" / "model.gguf"), "-c", "1024", "-np", "1"]
         command += ["--jinja", "--reasoning-format", "none"]
     else:
         command = [os.environ["VLLM_SERVER"], "serve", str(folder / "plain"), "--served-model-name", "plain"]
-        command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "1G"]
+        command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "1G", *flags]
     return served(command, folder / "log.txt")
 
 
@@ -150,3 +150,26 @@ def test_vllm_writes_as_ours(family, tmp_path):
     python = Path(os.environ["VLLM_SERVER"]).parent / "python"
     subprocess.run([python, "-I", Path(__file__).parent / "vllm_engine.py", *files], check=True)
     assert json.loads(files[1].read_text()) == {folder: [row[2] for row in rows] for folder, rows in asked.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("VLLM_SERVER" not in os.environ, reason="set VLLM_SERVER")
+def test_vllm_hides_thoughts_of_text(tmp_path):
+    """Its parser of `<think>` and `</think>` gives the thought apart from the answer, where both are tokens of the tokenizer."""
+    openai = pytest.importorskip("openai")
+    tokenizer, end = byte_tokenizer(), "</think>"
+    tokenizer.add_tokens(["<think>", end])
+    marks = dict(thought_format="text", thought_start_text="<think>", thought_end_text=end, thought_stop_string=end)
+    model = exportable_model(settings=replace(SETTINGS, **marks), vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "thinking")
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    export("vllm", tmp_path)
+    prompts = [[{"role": "user", "content": f"{a} plus 4"}] for a in range(200)]
+    with server("vllm", tmp_path, "--reasoning-parser", "deepseek_r1") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        for said in ended_thoughts(model, prompts, 2, tokenizer, end):
+            options = dict(model="plain", temperature=0, max_tokens=len(said.thought + said.answer))
+            message = client.chat.completions.create(messages=said.prompt, **options).choices[0].message
+            assert message.reasoning + end == tokenizer.decode(said.thought)
+            # vLLM leaves out the bytes of a character that has not ended
+            assert message.content == tokenizer.decode(said.answer).rstrip("\N{REPLACEMENT CHARACTER}")
