@@ -12,6 +12,7 @@ the squared length of the mean gradient (noise to signal). Intervals are 95%, by
 import copy
 import json
 import tempfile
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.learning.advantages import thought_advantages
+from trl_quietstar.learning.advantages import squared_scores, thought_advantages
 from trl_quietstar.learning.rewards import masked_mean, thought_rewards
 from trl_quietstar.text.batch import Text, Thoughts, talk_after
 from trl_quietstar.text.positions import choose_positions, seeded_generators
@@ -45,8 +46,10 @@ BASELINES = {
     "none": dict(baseline="none"),
     "value, GAE": dict(baseline="value", use_gae=True, gamma=0.99, gae_lambda=0.95),
     "value, no GAE": dict(baseline="value", use_gae=False),
+    "least variance": dict(baseline="least_variance"),
     "leave-one-out": dict(baseline="leave_one_out"),
 }
+WEIGHTED = "leave-one-out, weighted"  # by the squared scores of the other thoughts, as `least_variance`
 POINTS = (0, 50, 100)
 FITTING_STEPS = 200
 
@@ -72,8 +75,14 @@ def problem_text(rows: Dataset) -> Text:
     return Text.from_batch(torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["labels"]))
 
 
-def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int) -> None:
-    """Trains the value head alone, to what it would be if the policy stood still."""
+def weighted_leave_one_out(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean reward of the other thoughts at a position, weighted: both of shape `(B, J, G)`."""
+    total, weight = (rewards * weights).sum(-1, keepdim=True), weights.sum(-1, keepdim=True)
+    return (total - rewards * weights) / (weight - weights).clamp(min=1e-12)
+
+
+def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int, baseline: str) -> None:
+    """Trains the value head alone, to what it would be for a baseline if the policy stood still."""
     head = trainer.model.quietstar.value_head
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, FITTING_STEPS)
@@ -83,8 +92,11 @@ def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int) -> Non
     for step in range(FITTING_STEPS):
         text = problem_text(problems.select(range(step * PROBLEMS, (step + 1) * PROBLEMS)))
         thoughts, scores, rewards = rollout(trainer, text, 10_000 + step)
-        _, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask)
-        loss = masked_mean((scores.thought_values - returns) ** 2, thoughts.mask)
+        _, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, baseline)
+        errors = (scores.thought_values - returns) ** 2
+        if baseline == "least_variance":
+            errors = errors * squared_scores(scores.thought_logps.detach())
+        loss = masked_mean(errors, thoughts.mask)
         gradients = torch.autograd.grad(loss, list(head.parameters()))
         for parameter, gradient in zip(head.parameters(), gradients, strict=True):
             parameter.grad = gradient
@@ -93,15 +105,36 @@ def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int) -> Non
         optimizer.zero_grad()
 
 
-def gradients(trainer: QuietStarREINFORCETrainer, task: Task, resamples: int) -> dict[str, np.ndarray]:
-    """Policy gradients of shape `(resamples, parameters)` for each baseline."""
+@contextmanager
+def head_of(model: torch.nn.Module, head: torch.nn.Module):
+    """Puts another value head in place of a model's own."""
+    own, model.quietstar.value_head = model.quietstar.value_head, head
+    try:
+        yield
+    finally:
+        model.quietstar.value_head = own
+
+
+def gradients(
+    trainer: QuietStarREINFORCETrainer, task: Task, resamples: int, least_variance: torch.nn.Module
+) -> dict[str, np.ndarray]:
+    """Policy gradients of shape `(resamples, parameters)` for each baseline, of which one has a value head of its own."""
     model, text = trainer.model, problem_text(held_out_data(task).select(range(PROBLEMS)))
     policy = [p for name, p in model.named_parameters() if "value_head" not in name and "mixing_head" not in name]
-    found: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*BASELINES, WEIGHTED)}
     for resample in range(resamples):
         thoughts, scores, rewards = rollout(trainer, text, resample)
+        values = {"value": scores.thought_values}
+        with head_of(model, least_variance), torch.no_grad():
+            request = ScoreRequest(text, thoughts, 1, trainer.path)
+            values["least_variance"] = score(model, request).thought_values
+        judged = {}
         for name, options in BASELINES.items():
-            advantages, _ = thought_advantages(rewards, scores.thought_values, thoughts.mask, **options)
+            own = values.get(options["baseline"], scores.thought_values)
+            judged[name], _ = thought_advantages(rewards, own, thoughts.mask, **options)
+        weights = (squared_scores(scores.thought_logps.detach()) * thoughts.mask).sum(-1)
+        judged[WEIGHTED] = (rewards - weighted_leave_one_out(rewards, weights))[..., None] * thoughts.mask
+        for name, advantages in judged.items():
             loss = masked_mean(-advantages * scores.thought_logps, thoughts.mask)
             parts = torch.autograd.grad(loss, policy, retain_graph=True, allow_unused=True)
             flat = [torch.zeros_like(p) if g is None else g for p, g in zip(policy, parts, strict=True)]
@@ -150,16 +183,17 @@ class AtPoints(TrainerCallback):
 
     def measure(self, step: int) -> None:
         model = self.trainer.model.eval()
-        head = model.quietstar.value_head
-        model.quietstar.value_head = copy.deepcopy(head)
-        fit_values(self.trainer, self.task, step)
-        self.found[step] = statistics(gradients(self.trainer, self.task, self.resamples))
-        model.quietstar.value_head = head
+        fitted, least_variance = (copy.deepcopy(model.quietstar.value_head) for _ in range(2))
+        with head_of(model, least_variance):
+            fit_values(self.trainer, self.task, step, "least_variance")
+        with head_of(model, fitted):
+            fit_values(self.trainer, self.task, step, "value")
+            self.found[step] = statistics(gradients(self.trainer, self.task, self.resamples, least_variance))
         model.train()
         for name, values in self.found[step].items():
             low, high = values["reduction_interval"]
             print(
-                f"  step {step:>3} {name:<14} variance {values['variance']:.3e}, {values['reduction']:+.3f} lower "
+                f"  step {step:>3} {name:<24} variance {values['variance']:.3e}, {values['reduction']:+.3f} lower "
                 f"[{low:+.3f}, {high:+.3f}], noise to signal {values['noise_to_signal'] or float('nan'):.1f}, "
                 f"{values['relative_reduction']:+.3f} lower",
                 flush=True,

@@ -66,7 +66,9 @@ GROUPS: dict[str, dict[str, str | dict]] = {
     # the same number of thoughts, and so of thought tokens, in a step; the defaults have eight with the value head
     "critic": {
         "defaults": {},
+        "least variance": {"advantage_baseline": "least_variance"},
         "leave-one-out": {"advantage_baseline": "leave_one_out"},
+        "one thought, least variance": {**ONE_THOUGHT, "advantage_baseline": "least_variance"},
         "one thought, value head": {**ONE_THOUGHT, "advantage_baseline": "value"},
         "one thought, no baseline": {**ONE_THOUGHT, "advantage_baseline": "none"},
     },

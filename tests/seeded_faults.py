@@ -65,6 +65,12 @@ FAULTS = (
         "advantages",
     ),
     Fault(
+        "the baseline of least variance weighs all tokens alike",
+        "thought * inputs.value_weights",
+        "thought * torch.ones_like(inputs.value_weights)",
+        "rewards_objective",
+    ),
+    Fault(
         "the spread of advantages counts masked tokens",
         "((x - mean) ** 2 * mask).sum()",
         "((x - mean) ** 2).sum()",

@@ -226,7 +226,7 @@ def test_gradient_variance_runs(argv, tmp_path, monkeypatch):
     argv("--seeds", "0", "--resamples", "6", "--output", str(tmp_path / "out.json"))
     gradient_variance.main()
     points = json.loads((tmp_path / "out.json").read_text())["seeds"]["0"]
-    assert set(points) == {"0", "1"} and set(points["0"]) == set(gradient_variance.BASELINES)
+    assert set(points) == {"0", "1"} and set(points["0"]) == {*gradient_variance.BASELINES, gradient_variance.WEIGHTED}
     assert points["0"]["none"]["reduction"] == 0
 
 

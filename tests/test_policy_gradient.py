@@ -184,12 +184,20 @@ UNBIASED = {
     "value, GAE": dict(baseline="value"),
     "value, one step": dict(baseline="value", use_gae=False),
     "both": dict(baseline="both"),
+    "least variance": dict(baseline="least_variance"),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "temperature"),
-    [("none", 0.7), ("leave-one-out", 1.0), ("value, GAE", 0.7), ("value, one step", 1.0), ("both", 0.7)],
+    [
+        ("none", 0.7),
+        ("leave-one-out", 1.0),
+        ("value, GAE", 0.7),
+        ("value, one step", 1.0),
+        ("both", 0.7),
+        ("least variance", 1.0),
+    ],
 )
 def test_estimator_is_the_policy_gradient(name, temperature):
     """For every baseline the mean of the sampled gradient is the exact gradient of the expected reward."""

@@ -306,6 +306,19 @@ def test_value_gradient_is_the_error():
     assert terms["value_loss"].item() == pytest.approx((error[mask] ** 2).mean().item())
 
 
+def test_value_gradient_is_the_weighted_error():
+    """With a weight of each token d value / d V = 2 w (V - return) / n. A constant is best where it is the weighted mean."""
+    given_, weights = inputs(), torch.rand(B, J, G, L, dtype=torch.float64)
+    mask, returns = given_["thought_mask"], given_["returns"].detach()
+    constant = ((weights * returns)[mask].sum() / weights[mask].sum()).requires_grad_()
+    given_["values"] = constant.expand(B, J, G, L)
+    loss, _ = quietstar_loss(LossInputs(**given_, value_weights=weights), only("value", 0.5))
+    expected = torch.where(mask, weights * (constant - returns) / mask.sum(), 0.0).detach()
+    torch.testing.assert_close(gradient(loss, given_["values"]), expected, rtol=0, atol=1e-14)
+    assert gradient(loss, constant).abs() < 1e-12
+    assert not torch.allclose(constant, returns[mask].mean())
+
+
 def test_entropy_is_a_bonus():
     """A higher entropy lowers the loss, on thought tokens only."""
     given_ = inputs()

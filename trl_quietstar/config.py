@@ -265,14 +265,15 @@ class QuietStarConfig(Derived, BaseConfig):
     )
     advantage_baseline: Annotated[str, Choices(*BASELINES)] = option(
         "value",
-        "What is subtracted from a thought's reward: the `value` head's prediction; `leave_one_out`: the mean reward "
+        "What is subtracted from a thought's reward: the `value` head's prediction; `least_variance`: the same, where the "
+        "head predicts the baseline with which the gradient varies least; `leave_one_out`: the mean reward "
         "of the other thoughts at the position; `both`: first that mean, then the value head's prediction of the "
         "rest; `mean`: the mean reward of all thoughts at the position; or `none`.",
     )
     use_gae: bool = option(
         True,
-        "Whether advantages are computed by multi-step GAE over a thought's tokens, where there is a value head. "
-        "Otherwise they are reward minus value.",
+        "Whether advantages are computed by multi-step GAE over a thought's tokens, where the baseline is `value` or `both`. "
+        "Otherwise they are reward minus baseline.",
     )
     gamma: Annotated[float, Limits(0, 1)] = option(0.99, "Discount of GAE, for each thought token.")
     gae_lambda: Annotated[float, Limits(0, 1)] = option(0.95, "Trace decay of GAE, for each thought token.")

@@ -61,6 +61,23 @@ def group_mean(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.mean(-1, keepdim=True)
 
 
+def squared_scores(logps: torch.Tensor) -> torch.Tensor:
+    """
+    Squared length of the score function of tokens, `|∇ log π|^2` in the logits, up to a factor between 1 and 2.
+
+    The score of a token drawn with probability p is `e - π`, of squared length `(1 - p)^2 + Σ π_k^2` over the other tokens. Their
+    probabilities add up to `1 - p`, so that the sum is between 0 and `(1 - p)^2`. This is `(1 - p)^2`.
+
+    Args:
+        logps (`torch.Tensor`):
+            Log-probabilities of the tokens, in nats.
+
+    Returns:
+        `torch.Tensor` of the same shape, in [0, 1].
+    """
+    return torch.expm1(logps) ** 2
+
+
 @dataclass(frozen=True)
 class Baseline:
     """
@@ -71,15 +88,21 @@ class Baseline:
             From the rewards `(B, J, G)` of a position's thoughts to what is taken from them; needs two thoughts or more.
         uses_value_head (`bool`):
             Whether the value head predicts what is then left of the reward.
+        has_least_variance (`bool`):
+            Whether the value head predicts, in place of the mean reward, the baseline with which a token's part of the policy
+            gradient varies least: `E[w r] / E[w]` with `w = |∇ log π|^2` (Greensmith, Bartlett and Baxter, JMLR 5, 2004). This is
+            where the squared error weighted by w is least, here by [`squared_scores`].
     """
 
     of_rewards: Callable[[torch.Tensor], torch.Tensor] | None = None
     uses_value_head: bool = False
+    has_least_variance: bool = False
 
 
 # `advantage_baseline` by its name
 BASELINES = {
     "value": Baseline(uses_value_head=True),
+    "least_variance": Baseline(uses_value_head=True, has_least_variance=True),
     "leave_one_out": Baseline(leave_one_out),
     "both": Baseline(leave_one_out, uses_value_head=True),
     "mean": Baseline(group_mean),
@@ -113,7 +136,7 @@ def thought_advantages(
         baseline (`str`):
             A name in `BASELINES`.
         use_gae (`bool`):
-            With a value head: multi-step GAE; otherwise reward minus value.
+            With a value head that predicts the mean reward: multi-step GAE; otherwise reward minus value.
         gamma, gae_lambda (`float`):
             Of GAE.
 
@@ -126,7 +149,7 @@ def thought_advantages(
     spread = rewards[..., None].expand_as(values) * mask
     if not chosen.uses_value_head:
         return spread, spread
-    if not use_gae:
+    if chosen.has_least_variance or not use_gae:  # between two baselines there is no temporal difference to add up
         return (spread - values) * mask, spread
     last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
     advantages = gae(spread * last, values, mask, gamma, gae_lambda)

@@ -11,7 +11,15 @@ from ..text.transfer import exact_dtype
 from ..thinking.drawing import SamplingSettings
 from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
-from .advantages import MovingAverage, group_deviation, scale_by_group, standardize, thought_advantages
+from .advantages import (
+    BASELINES,
+    MovingAverage,
+    group_deviation,
+    scale_by_group,
+    squared_scores,
+    standardize,
+    thought_advantages,
+)
 from .objective import TokenCounts
 from .reward_functions import RewardFunctions
 from .rewards import talk_weights, thought_rewards
@@ -47,6 +55,8 @@ class Experience:
             How many thoughts of the group each stands for, where [`fold_repeats`] has left one of those that say the same. None: 1.
         dropped (`torch.Tensor` of shape `(B, J)`, bool, *optional*):
             Groups that [`drop_groups`] leaves out of the update.
+        value_weights (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
+            Weight of each thought token in the value head's squared error. None: 1.
         penalties (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             What was taken off the gain of each thought to make its reward. None: nothing was.
         measured (`dict`):
@@ -66,6 +76,7 @@ class Experience:
     talk_weights: torch.Tensor | None = None
     repeats: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
+    value_weights: torch.Tensor | None = None
     penalties: torch.Tensor | None = None
     measured: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -142,8 +153,8 @@ def experience_of(
     if args.unfinished_thought_penalty:
         penalties = args.unfinished_thought_penalty * unfinished(thoughts, sampling)
         rewards = rewards - penalties
-    options = (args.advantage_baseline, args.use_gae, args.gamma, args.gae_lambda)
-    advantages, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, *options)
+    baseline, gae = args.advantage_baseline, (args.use_gae, args.gamma, args.gae_lambda)
+    advantages, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, baseline, *gae)
     return Experience(
         thoughts,
         talk.target_mask[:, :, None],
@@ -156,6 +167,7 @@ def experience_of(
         scores.thought_logps.detach(),
         None if reference is None or args.beta == 0 else reference.thought_logps,
         talk_weights(scores.talk_logps, gains["mask"], rewards, args.nll_weighting),
+        value_weights=squared_scores(scores.thought_logps) if BASELINES[baseline].has_least_variance else None,
         penalties=penalties,
         measured=measured,
     )

@@ -87,11 +87,12 @@ def batch_metrics(batch: BatchResult) -> dict[str, Measured]:
     share = torch.full((), batch.share, dtype=exact, device=tokens.device)
     parts = {"total_loss": batch.loss, **batch.terms}
     functions = {name: pair for name, pair in experience.measured.items() if name.startswith("rewards/")}
+    judged = tokens if experience.value_weights is None else tokens * experience.value_weights
     moments = {
         **functions,
         "reward": (experience.rewards, exists),
-        "return": (experience.returns, tokens),
-        "residual": (experience.returns - scores.thought_values.detach(), tokens),
+        "return": (experience.returns, judged),
+        "residual": (experience.returns - scores.thought_values.detach(), judged),
     }
     fined = {}
     if experience.penalties is not None:

@@ -184,6 +184,8 @@ class LossInputs:
             Weight of each thought in both NLLs of the talk after it. None: 1.
         repeats (`torch.Tensor` of shape `(B, J, G)`, *optional*):
             How many thoughts each stands for in the means over thought tokens. None: 1.
+        value_weights (`torch.Tensor` of shape `(B, J, G, L)`, *optional*):
+            Weight of each thought token in the value head's squared error. None: 1.
         written ([`WrittenInputs`], *optional*):
             Of the rows with written thoughts. None: there are none.
     """
@@ -205,6 +207,7 @@ class LossInputs:
     sampled_logps: torch.Tensor | None = None
     talk_weights: torch.Tensor | None = None
     repeats: torch.Tensor | None = None
+    value_weights: torch.Tensor | None = None
     written: WrittenInputs | None = None
 
     @classmethod
@@ -248,6 +251,7 @@ class LossInputs:
             sampled_logps=experience.sampled_logps if reuses else None,
             talk_weights=experience.talk_weights,
             repeats=experience.repeats,
+            value_weights=experience.value_weights,
             written=written,
         )
 
@@ -350,11 +354,12 @@ def _terms(
     policy = policy_terms(inputs.thought_logps, inputs.advantages.detach(), inputs.sampled_logps, clip_range)
     thought, talk, text = inputs.thought_mask, inputs.talk_mask, inputs.text_mask
     thought = thought if inputs.repeats is None else thought * inputs.repeats[..., None]
+    judged = thought if inputs.value_weights is None else thought * inputs.value_weights
     weights = inputs.talk_weights
     read = talk if weights is None else talk * weights.detach()[..., None]
     terms = {
         "policy_loss": _part(policy, thought, counts.thought),
-        "value_loss": _part((inputs.values - inputs.returns.detach()) ** 2, thought, counts.thought),
+        "value_loss": _part((inputs.values - inputs.returns.detach()) ** 2, judged, counts.thought),
         "entropy": _part(inputs.thought_entropies, thought, counts.thought),
         "nll_with": -_part(inputs.talk_logps, read, counts.talk),
         "reader_nll": -_part(inputs.reader_logps, read, counts.talk),
