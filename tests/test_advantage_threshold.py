@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from trl_quietstar.learning.advantages import MovingAverage
-from trl_quietstar.learning.experience import Experience, drop_groups, fold_repeats, kept_thoughts, worth_training_on
+from trl_quietstar.learning.experience import Experience
+from trl_quietstar.learning.selection import drop_groups, fold_repeats, kept_thoughts, worth_training_on
 from trl_quietstar.text.batch import Positions, Thoughts
 
 from .tiny import byte_tokenizer, exact_model

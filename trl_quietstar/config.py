@@ -265,10 +265,9 @@ class QuietStarConfig(Derived, BaseConfig):
     )
     advantage_baseline: Annotated[str, Choices(*BASELINES)] = option(
         "value",
-        "What is subtracted from a thought's reward: the `value` head's prediction; `least_variance`: the same, where the "
-        "head predicts the baseline with which the gradient varies least; `leave_one_out`: the mean reward "
-        "of the other thoughts at the position; `both`: first that mean, then the value head's prediction of the "
-        "rest; `mean`: the mean reward of all thoughts at the position; or `none`.",
+        "What is subtracted from a thought's reward: the `value` head's prediction; `least_variance`: that of a head which learns "
+        "the baseline with which the gradient varies least; `leave_one_out`: the mean reward of the position's other thoughts; "
+        "`both`: that, then the value head's prediction of the rest; `mean`: that of all its thoughts; or `none`.",
     )
     use_gae: bool = option(
         True,

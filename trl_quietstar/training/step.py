@@ -12,20 +12,10 @@ from torch import nn
 
 from ..config import QuietStarConfig
 from ..learning.advantages import MovingAverage
-from ..learning.experience import (
-    Experience,
-    StepPart,
-    drop_groups,
-    experience_of,
-    finish_advantages,
-    flat,
-    fold_repeats,
-    kept_thoughts,
-    unflat,
-    worth_training_on,
-)
+from ..learning.experience import Experience, StepPart, experience_of, finish_advantages, flat, unflat
 from ..learning.objective import TokenCounts, WrittenInputs
 from ..learning.reward_functions import RewardFunctions
+from ..learning.selection import drop_groups, fold_repeats, kept_thoughts, worth_training_on
 from ..text.batch import Positions, Text, talk_after
 from ..text.divided import Divided
 from ..thinking.scoring import Scores
