@@ -9,7 +9,7 @@
 Each run leaves a file `OUTPUT/TASK-SEED-NAME.json`, and each pretrained model a folder. What is there already is not run
 again, so a command that was ended goes on where it was. Training ends at 95% with thoughts, or after the task's number of steps;
 accuracy is looked at every 20 steps on 200 problems, and in the end on 500, with controls. A table of each task goes to
-`OUTPUT/TASK.md`.
+`OUTPUT/TASK.md`. Look first at its right chains before training: a seed without any has nothing to reinforce.
 """
 
 import json
@@ -95,6 +95,11 @@ def file_of(folder: Path, task: str, seed: int, name: str) -> Path:
     return folder / f"{task}-{seed}-{name.replace(' ', '_')}.json"
 
 
+def share(value: float | None) -> str:
+    """In percent; thoughts too short to hold a chain have none."""
+    return "–" if value is None else f"{value:.1%}"
+
+
 def table(folder: Path, task: str, names: list[str]) -> str:
     """Markdown, of the runs that are there; accuracy is a mean with its range over seeds."""
     lines = []
@@ -103,7 +108,10 @@ def table(folder: Path, task: str, names: list[str]) -> str:
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
         if not runs:
             continue
-        cells = {"seeds": ", ".join(str(run["seed"]) for run in runs), **summary(runs)}
+        cells = {"seeds": ", ".join(str(run["seed"]) for run in runs)}
+        # what a task is named for; rounding in pretraining decides it, and differs from processor to processor
+        cells["right chains before"] = ", ".join(share(run["before"]["right_chains"]) for run in runs)
+        cells |= summary(runs)
         cells["seconds to 90%"] = ", ".join(
             "–" if x["steps_to_90"] is None else f"{x['seconds_to_90']:.0f}" for x in runs
         )

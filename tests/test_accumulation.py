@@ -29,6 +29,13 @@ CASES = {
     "standardized": dict(normalize_advantages="step", min_thought_length=1, thought_stop_string="1"),
     "scaled by group": dict(normalize_advantages="group", advantage_baseline="mean", num_iterations=2, max_steps=2),
     "positive": dict(positive_advantages_only=True, advantage_baseline="leave_one_out"),
+    "least variance": dict(
+        advantage_baseline="least_variance",
+        min_thought_length=1,
+        thought_stop_string="1",
+        num_iterations=2,
+        max_steps=2,
+    ),
     "reference": dict(beta=0.3, no_thought_model="reference"),
     "weighted": dict(nll_weighting="share", thought_positions="3"),
     "two passes": dict(single_pass=False),
