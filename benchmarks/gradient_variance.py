@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_quietstar import QuietStarREINFORCETrainer
-from trl_quietstar.learning.advantages import squared_scores, thought_advantages
+from trl_quietstar.learning.advantages import squared_scores, thought_advantages, value_weights
 from trl_quietstar.learning.rewards import masked_mean, thought_rewards
 from trl_quietstar.text.batch import Text, Thoughts, talk_after
 from trl_quietstar.text.positions import choose_positions, seeded_generators
@@ -93,10 +93,9 @@ def fit_values(trainer: QuietStarREINFORCETrainer, task: Task, seed: int, baseli
         text = problem_text(problems.select(range(step * PROBLEMS, (step + 1) * PROBLEMS)))
         thoughts, scores, rewards = rollout(trainer, text, 10_000 + step)
         _, returns = thought_advantages(rewards, scores.thought_values, thoughts.mask, baseline)
+        weights = value_weights(scores.thought_logps.detach(), baseline)
         errors = (scores.thought_values - returns) ** 2
-        if baseline == "least_variance":
-            errors = errors * squared_scores(scores.thought_logps.detach())
-        loss = masked_mean(errors, thoughts.mask)
+        loss = masked_mean(errors if weights is None else weights * errors, thoughts.mask)
         gradients = torch.autograd.grad(loss, list(head.parameters()))
         for parameter, gradient in zip(head.parameters(), gradients, strict=True):
             parameter.grad = gradient

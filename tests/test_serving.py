@@ -13,8 +13,8 @@ from trl_quietstar.cli import main
 
 from .loaders import loaded_by_pattern
 from .servers import served
-from .speaking import PLAIN, ended_thoughts
-from .tiny import byte_tokenizer, randomize, tiny_config
+from .speaking import PLAIN, ended_thoughts, exportable_model
+from .tiny import byte_tokenizer, tiny_config
 
 
 # asked for by a turn
@@ -30,9 +30,7 @@ TOKENIZER = byte_tokenizer(chat_template=CHATML)
 def thinking(folder, thought_format: str) -> QuietStarForCausalLM:
     """A model that thinks, and its tokenizer, in a folder."""
     settings = QuietStarSettings(**SETTINGS, thought_format=thought_format)
-    model = QuietStarForCausalLM.from_config(tiny_config("llama", vocab_size=len(TOKENIZER)), settings)
-    randomize(model)
-    model.save_pretrained(folder)
+    exportable_model(settings=settings).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return QuietStarForCausalLM.from_pretrained(folder).eval()
 

@@ -109,6 +109,12 @@ BASELINES = {
     "none": Baseline(),
 }
 
+
+def value_weights(logps: torch.Tensor, baseline: str) -> torch.Tensor | None:
+    """Weight of each thought token in the value head's squared error, from its log-probability, for a name in `BASELINES`. None: 1."""
+    return squared_scores(logps) if BASELINES[baseline].has_least_variance else None
+
+
 # `normalize_advantages`
 NORMALIZATIONS = ("none", "group", "step")
 

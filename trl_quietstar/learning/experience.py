@@ -10,7 +10,7 @@ from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..thinking.drawing import SamplingSettings
 from ..thinking.sampling import unfinished
 from ..thinking.scoring import Scores, ThoughtScores, at_talk
-from .advantages import BASELINES, scale_by_group, squared_scores, standardize, thought_advantages
+from .advantages import scale_by_group, standardize, thought_advantages, value_weights
 from .objective import TokenCounts
 from .reward_functions import RewardFunctions
 from .rewards import talk_weights, thought_rewards
@@ -154,7 +154,7 @@ def experience_of(
         scores.thought_logps.detach(),
         None if reference is None or args.beta == 0 else reference.thought_logps,
         talk_weights(scores.talk_logps, gains["mask"], rewards, args.nll_weighting),
-        value_weights=squared_scores(scores.thought_logps) if BASELINES[baseline].has_least_variance else None,
+        value_weights=value_weights(scores.thought_logps, baseline),
         penalties=penalties,
         measured=measured,
     )
