@@ -82,6 +82,26 @@ class TextReading:
 
 
 @dataclass(frozen=True)
+class SeenText:
+    """
+    What branches see of the text.
+
+    Parameters:
+        first, last (`torch.Tensor` of shape `(B, N)`):
+            Text indices that a branch sees.
+        spans (`list[tuple[int, int]]`):
+            For each chunk of branches the least `first` and the greatest `last` over the batch.
+        chunk (`int`):
+            Branches of a chunk.
+    """
+
+    first: torch.Tensor
+    last: torch.Tensor
+    spans: list[tuple[int, int]]
+    chunk: int
+
+
+@dataclass(frozen=True)
 class BranchReading:
     """
     A forward over Q new slots of every branch, `(B, N·Q)` tokens.
@@ -92,34 +112,29 @@ class BranchReading:
         own (`dict`):
             The [`KeysValues`] of the branches' earlier slots, by attention module, of shape `(B, heads, N, s or more, D)`. The
             forward adds the new slots where `keep` is set.
-        first, last (`torch.Tensor` of shape `(B, N)`):
-            Text indices that a branch sees.
-        spans (`list[tuple[int, int]]`):
-            For each chunk of branches the least `first` and the greatest `last` over the batch.
-        chunk (`int`):
-            Branches of a chunk.
+        text ([`SeenText`]):
+            What branches see of it.
         slots (`torch.Tensor` of shape `(B, N, Q, s + Q)`, bool):
             Which slots of its branch a new slot sees, new ones included.
-        positions (`torch.Tensor` of shape `(B, N, s + Q)`):
-            Position ids of a branch's slots; sliding windows need them.
-        ahead (`torch.Tensor` of shape `(B, N, Q)`):
-            How many positions a new slot is ahead of text index 0; sliding windows need it.
+        positions (`torch.Tensor` of shape `(B, N, s + Q)`), now (of shape `(B, N, Q)`):
+            Position ids of a branch's slots, and of the new ones.
         keep (`bool`):
             Whether more slots will follow.
+        slot (`torch.Tensor` of shape `(1,)`, *optional*):
+            Where the one new slot is written. Then `own` has room for all slots, `slots` says which of them are there, and s + Q is their
+            number. Defaults to behind the earlier ones.
         layouts (`dict`):
             A [`_Layout`] for each sliding window and first new slot; layers share them.
     """
 
     memory: TextMemory
     own: dict[torch.nn.Module, KeysValues]
-    first: torch.Tensor
-    last: torch.Tensor
-    spans: list[tuple[int, int]]
-    chunk: int
+    text: SeenText
     slots: torch.Tensor
     positions: torch.Tensor
-    ahead: torch.Tensor
+    now: torch.Tensor
     keep: bool
+    slot: torch.Tensor | None = None
     layouts: dict[tuple[int | None, int], "_Layout"] = field(default_factory=dict)
 
     def attend(
@@ -176,17 +191,22 @@ class BranchReading:
             Q, slots = self.slots.shape[2:]
             new = slice(start, min(start + CHUNK_SLOTS, Q))
             own = slice(slots - Q + new.stop)  # no slot sees later ones
-            seen, first = self.slots[:, :, new, own], self.first[..., None]
+            seen, first = self.slots[:, :, new, own], self.text.first[..., None]
             if window is not None:
-                positions = self.positions[..., own]
-                ahead = positions[..., new.start - new.stop :, None] - positions[:, :, None]
-                seen, first = seen & (ahead < window), torch.maximum(first, self.ahead[..., new] - window + 1)
-            self.layouts[window, start] = _Layout(first, self.last, seen, self.spans, self.chunk)
+                now = self.now[..., new]
+                ahead = now[..., None] - self.positions[:, :, None, own]
+                # a document's positions begin at 0, where its first token stands
+                seen, first = seen & (ahead < window), torch.maximum(first, first + now - window + 1)
+            self.layouts[window, start] = _Layout(first, seen, self.text)
         return self.layouts[window, start]
 
     def _with_earlier(self, module: torch.nn.Module, new: KeysValues) -> KeysValues:
         """Keys and values of all slots: those that were kept, then the new ones."""
         Q, length = new.keys.shape[3], self.slots.shape[3]
+        if self.slot is not None:
+            return KeysValues(
+                *(buffer.index_copy_(3, self.slot, x) for buffer, x in zip(self.own[module], new, strict=True))
+            )
         kept = self.own.get(module) or new.map(lambda x: x[:, :, :, :0])
         if torch.is_grad_enabled() or not self.keep:
             earlier = kept.map(lambda x: x[:, :, :, : length - Q])
@@ -228,24 +248,24 @@ class _Layout:
     The chunks of branches, and what each does not see; made once for all layers.
 
     Args:
-        first (`torch.Tensor` of shape `(B, N, Q or 1)`), last (of shape `(B, N)`), slots (of shape `(B, N, Q, s)`, bool), spans,
-        chunk:
-            As in [`BranchReading`]; `first` by new slot under a sliding window.
+        first (`torch.Tensor` of shape `(B, N, Q or 1)`):
+            As in [`SeenText`]; by new slot under a sliding window.
+        slots (`torch.Tensor` of shape `(B, N, Q, s)`, bool), text ([`SeenText`]):
+            As in [`BranchReading`].
     """
 
-    def __init__(
-        self, first: torch.Tensor, last: torch.Tensor, slots: torch.Tensor, spans: list[tuple[int, int]], chunk: int
-    ):
-        self.first, self.last, self.slots, self.spans, self.chunk = first, last, slots, spans, chunk
+    def __init__(self, first: torch.Tensor, slots: torch.Tensor, text: SeenText):
+        self.first, self.slots, self.text = first, slots, text
 
     @functools.cached_property
     def chunks(self) -> list[_Chunk]:
         """The chunks, in order."""
-        index = torch.arange(max(greatest for _, greatest in self.spans) + 1, device=self.last.device)
-        first, last = self.first[:, None, :, None, :, None], self.last[:, None, :, None, None, None]
+        spans, chunk, last = self.text.spans, self.text.chunk, self.text.last
+        index = torch.arange(max(greatest for _, greatest in spans) + 1, device=last.device)
+        first, last = self.first[:, None, :, None, :, None], last[:, None, :, None, None, None]
         own_unseen, chunks = ~self.slots, []
-        for i, (least, greatest) in enumerate(self.spans):
-            at, text = slice(i * self.chunk, (i + 1) * self.chunk), slice(least, greatest + 1)
+        for i, (least, greatest) in enumerate(spans):
+            at, text = slice(i * chunk, (i + 1) * chunk), slice(least, greatest + 1)
             unseen = (index[text] < first[:, :, at]) | (index[text] > last[:, :, at])
             chunks.append(_Chunk(at, text, unseen, own_unseen[:, None, at, None]))
         return chunks

@@ -230,12 +230,17 @@ def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: f
             As in [`branches_that_fit`].
     """
     branches = size.rows * size.branches
-    if model.device.type != "cpu" and _layer_size(model) * branches < BUSY:
+    if not is_busy(model, branches):
         return False
     regrown = branches * size.slots**2 / 2 * cached_per_token(model)
     if regrown > branches * size.slots * per_token:
         return False
     return branches_that_fit(per_token, size, free - regrown / SHARE) == size.branches
+
+
+def is_busy(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a forward over so many tokens takes the device longer than its launches take the host; on a CPU always."""
+    return model.device.type == "cpu" or _layer_size(model) * tokens >= BUSY
 
 
 def _layer_size(model: PreTrainedModel) -> float:

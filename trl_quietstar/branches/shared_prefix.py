@@ -12,8 +12,9 @@ from ..model.routing import Routing, recorded_routing
 from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
 from . import attention
-from .attention import BranchReading, KeysValues, TextMemory, TextReading
+from .attention import BranchReading, KeysValues, SeenText, TextMemory, TextReading
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
+from .cuda_graph import TokenGraph, records
 from .masks import additive_masks, in_mask_form, local_layer_types, text_attention
 
 
@@ -86,6 +87,8 @@ class SharedPrefixCache:
         self.model, self.text, self.memory = model, text, TextMemory()
         self.own: Slots = {}
         self.length = 0  # slots that were kept
+        self.room: int | None = None  # slots that branches will come to have, where it is known
+        self.token: TokenGraph | None = None
         mask, position_ids = None, torch.arange(text.input_ids.shape[1], device=text.input_ids.device)[None]
         embeds = embed_tokens(model, text.input_ids) if embed is None else embed(text.input_ids)
         if not text.is_plain:  # else the family's own causal mask is right, and faster kernels take it
@@ -96,7 +99,7 @@ class SharedPrefixCache:
 
     def again(self, rows: torch.Tensor | None = None) -> "SharedPrefixCache":
         fresh = copy.copy(self)  # which shares the text's keys and values: nothing writes into them
-        fresh.own, fresh.length = {}, 0
+        fresh.own, fresh.length, fresh.room, fresh.token = {}, 0, None, None
         if rows is not None:
             index = to_device(rows, self.text_hidden.device)
             fresh.memory = self.memory.rows(index)
@@ -106,6 +109,7 @@ class SharedPrefixCache:
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "SharedPrefixCache":
         """As in [`~branches.base.BranchCache`]; a text may be in several rows."""
         fresh, places = copy.copy(self), branch_places(rows, columns, self.text_hidden.device)
+        fresh.token = None  # of other branches
         if not torch.equal(rows, torch.arange(len(self.text.input_ids))):
             fresh.text, fresh.memory = self.text.rows(rows), self.memory.rows(places[0][:, 0])
         used = slice(self.length)  # buffers may have room for more slots
@@ -137,6 +141,12 @@ class SharedPrefixCache:
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        if self.token is None and records(self):
+            self.token = TokenGraph(self, anchors, embeds)
+        if self.token is not None and self.length < self.token.room:
+            hidden = self.token(embeds)
+            self.length += 1
+            return hidden
         mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)
         return self.grow(anchors, embeds[:, :, None], mask, keep=True)[:, :, 0]
 
@@ -161,44 +171,46 @@ class SharedPrefixCache:
         """
         if embeds[..., 0].numel() == 0:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
-        positions = branch_position_ids(self.text, to_device(anchors, mask.device), mask)
-        reading = self._branch_reading(anchors, mask, positions, keep)
+        reading = self._branch_reading(anchors, mask, keep)
+        hidden = self.run(embeds, reading)
+        self.length += embeds.shape[2] if keep else 0
+        return hidden
+
+    def run(self, embeds: torch.Tensor, reading: BranchReading) -> torch.Tensor:
+        """The forward over new slots of every branch, from embeddings `(B, N, Q, E)` to hidden states `(B, N, Q, H)`."""
         # four dimensions, which families hand through; the mask of a forward that looks packed would be built otherwise
         nothing = embeds.new_zeros(len(embeds), 1, 1, 1)
         masks = in_mask_form(self.model.config, nothing, dict.fromkeys(local_layer_types(self.model.config), nothing))
-        hidden = self._forward(embeds.flatten(1, 2), reading, masks, positions[:, :, self.length :].flatten(1))
-        self.length += embeds.shape[2] if keep else 0
+        hidden = self._forward(embeds.flatten(1, 2), reading, masks, reading.now.flatten(1))
         return hidden.unflatten(1, embeds.shape[1:3])
 
-    def _branch_reading(
-        self, anchors: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: bool
-    ) -> BranchReading:
-        """How the new slots attend; mask and position ids, `(B, N, s + Q)`, are those of kept and new slots."""
-        slots, new = mask.shape[2], positions[:, :, self.length :]
-        Q = new.shape[2]
+    def _branch_reading(self, anchors: torch.Tensor, mask: torch.Tensor, keep: bool) -> BranchReading:
+        """How the new slots attend; the mask, `(B, N, s + Q)`, is that of kept and new slots."""
+        slots, Q = mask.shape[2], mask.shape[2] - self.length
         # a new slot sees the valid slots before it, and itself even if masked: a softmax over nothing would be NaN
         causal = torch.ones(Q, slots, dtype=torch.bool, device=mask.device).tril(slots - Q)
         itself = torch.arange(slots - Q, slots, device=mask.device)[:, None] == torch.arange(slots, device=mask.device)
-        heads = self.model.config.get_text_config().num_attention_heads
-        rows = len(anchors) * heads * min(Q, attention.CHUNK_SLOTS)
-        chunk = attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, mask.device)
-        # what chunks see is worked out in the host's memory, so that no device has to be waited for
-        anchors, host = anchors.cpu(), self.text.host
-        first = anchors - host.position_ids.gather(1, anchors)  # where the anchor's document begins
-        spans = _spans(first, anchors, chunk)
-        first, anchors = (to_device(x, mask.device) for x in (first, anchors))
+        text = self.seen_text(anchors, Q, slots)
+        positions = branch_position_ids(self.text, text.last, mask)
         return BranchReading(
             memory=self.memory,
             own=self.own,
-            first=first,
-            last=anchors,
-            spans=spans,
-            chunk=chunk,
+            text=text,
             slots=(causal & mask[:, :, None]) | itself,
             positions=positions,
-            ahead=new + first[..., None],
+            now=positions[:, :, self.length :],
             keep=keep,
         )
+
+    def seen_text(self, anchors: torch.Tensor, new: int, slots: int) -> SeenText:
+        """What branches see of the text, if `new` of their `slots` attend in a forward."""
+        heads, device = self.model.config.get_text_config().num_attention_heads, self.text_hidden.device
+        rows = len(anchors) * heads * min(new, attention.CHUNK_SLOTS)
+        chunk = attention.chunk_size(rows, self.text.input_ids.shape[1] + slots, device)
+        # what chunks see is worked out in the host's memory, so that no device has to be waited for
+        anchors, host = anchors.cpu(), self.text.host
+        first = anchors - host.position_ids.gather(1, anchors)  # where the anchor's document begins
+        return SeenText(to_device(first, device), to_device(anchors, device), _spans(first, anchors, chunk), chunk)
 
     def _forward(self, embeds: torch.Tensor, reading, mask, position_ids: torch.Tensor) -> torch.Tensor:
         return backbone(

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..branches.base import BranchCache
+from ..branches.memory import is_busy
 from ..branches.shared_prefix import SharedPrefixCache, Slots
 from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel
@@ -271,6 +272,8 @@ class Writer:
             [`Written`].
         """
         stop, L = self.settings.stop, self.settings.thought_length
+        if isinstance(branches, PackedBranches) and isinstance(branches.cache, SharedPrefixCache):
+            branches.cache.room = branches.cache.length + L
         now = Running(branches, draws, alive, self.finishes)
         for step in range(L):
             if step > 0:
@@ -303,7 +306,7 @@ def can_join(cache: BranchCache, shape: torch.Size) -> bool:
 def lay_out(running: Running, going_on: torch.Tensor) -> None:
     """Leaves out branches of ended thoughts, and those that say the same as another, if that halves what runs. `going_on`, of shape `(B,
     N)` and in the host's memory, says which thoughts go on."""
-    if not isinstance(running.branches, PackedBranches):
+    if not isinstance(running.branches, PackedBranches) or not fewer_are_faster(running.branches):
         return
     if running.is_joined or running.can_join:
         layout = joined(running, going_on)
@@ -321,6 +324,12 @@ def lay_out(running: Running, going_on: torch.Tensor) -> None:
         branch[left.flatten()] = torch.arange(left.numel())
         branch = branch.view(going_on.shape)
         running.go_on(Layout(rows, columns, Stood(branch, branch, left)), is_joined=False)
+
+
+def fewer_are_faster(branches: PackedBranches) -> bool:
+    """Whether a token of fewer branches takes less time: on a GPU only where its arithmetic takes longer than its launches."""
+    cache = branches.cache
+    return not isinstance(cache, SharedPrefixCache) or is_busy(cache.model, branches.anchors.numel())
 
 
 def joined(running: Running, going_on: torch.Tensor) -> Layout:

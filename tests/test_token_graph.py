@@ -1,0 +1,111 @@
+"""A token of all branches in one launch: the same thoughts, whatever replays the forward; on a GPU a CUDA graph does."""
+
+import contextlib
+import os
+
+import pytest
+import torch
+
+from trl_quietstar.branches import cuda_graph
+from trl_quietstar.branches.replay import Replay
+from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.thinking import writing
+
+from .conformance import tiny_model as family_model
+from .tiny import FAMILIES, exact_model, mixed_text, positions_of, sampling, think
+
+
+DEVICE = torch.device(os.environ.get("QUIETSTAR_TEST_DEVICE", "cpu"), 0)
+IS_GPU = DEVICE.type == "cuda"
+LENGTH = 12
+
+
+class Again:
+    """Stands in for a CUDA graph where there is none: it runs what was recorded."""
+
+    def __init__(self, function):
+        self.replay = function
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """The functions that are recorded."""
+    known: list = []
+    record = cuda_graph.record if IS_GPU else lambda function, device: Again(function)
+
+    def noted(function, device):
+        graph = record(function, device)
+        known.append(function)
+        return graph
+
+    monkeypatch.setattr(cuda_graph, "record", noted)
+    if not IS_GPU:
+        monkeypatch.setattr(cuda_graph, "can_record", lambda device: True)
+        monkeypatch.setattr(cuda_graph, "refused_waits", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(writing, "JOINED_TEXT", 0)  # branches of their own, as on a GPU
+    return known
+
+
+DRAWS: dict[str, dict] = {
+    "whole": {"stop": None},
+    "early ends": {"stop": lambda token_ids: token_ids[:, -1] % 4 == 0},
+    "greedy": {"stop": None, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_thoughts_are_those_of_replay(name, draw, recorded):
+    """Token for token, in float64."""
+    model, text = exact_model(name).to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(**{**dict(num_thoughts=3, thought_length=LENGTH), **DRAWS[draw]})
+    expected = think(model, text, Replay(), positions_of(text, 3), settings)
+    assert not recorded
+    found = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+    assert recorded
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.token_ids * found.mask, expected.token_ids * expected.mask)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma4_text", "gpt_oss", "deepseek_v3", "starcoder2"])
+def test_families_with_attention_of_their_own(name, recorded, monkeypatch):
+    """Soft-capped scores, sinks, windows by layer: the same tokens as without recording."""
+    model, text = family_model(name).to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=LENGTH, stop=None)
+    found = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+    assert recorded
+    monkeypatch.setattr(cuda_graph, "can_record", lambda device: False)
+    expected = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+    assert torch.equal(found.token_ids, expected.token_ids)
+
+
+def test_a_model_that_waits_is_run_as_it_is(recorded, monkeypatch, caplog):
+    """And says so once; its thoughts are the same."""
+    model, text = exact_model().to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=LENGTH, stop=None)
+    expected = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+    assert len(recorded) == 1
+
+    waiting, refused = exact_model().to(DEVICE), []
+
+    @contextlib.contextmanager
+    def refused_waits(device):
+        refused.append(device)
+        try:
+            yield
+        finally:
+            refused.clear()
+
+    def wait(module, args, output):
+        output.sum().item()
+        if refused:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    waiting.model.norm.register_forward_hook(wait)
+    if not IS_GPU:
+        monkeypatch.setattr(cuda_graph, "refused_waits", refused_waits)
+    for _ in range(2):
+        found = think(waiting, text, SharedPrefix(), positions_of(text, 3), settings)
+        assert torch.equal(found.token_ids, expected.token_ids)
+    assert len(recorded) == 1
+    assert caplog.text.count("cannot be launched as one CUDA graph") == 1
