@@ -172,6 +172,8 @@ class Device(TorchDispatchMode):
             large shapes are counted in seconds.
         random (`torch.Tensor`): the state of its random numbers.
         mixed (`list[str]`): what mixed devices.
+        refuses_waits (`bool`): as PyTorch's mode for debugging synchronisations does.
+        recording (`list`): operations of the [`Graph`] that is being recorded.
         waits (`Counter`): by line and operation.
         kernels (`Counter`): operations that are no views, by line.
     """
@@ -180,6 +182,8 @@ class Device(TorchDispatchMode):
     hollow = False
     random = torch.Generator().get_state()
     mixed: list[str] = []
+    refuses_waits = False
+    recording: list | None = None
     waits: collections.Counter = collections.Counter()
     kernels: collections.Counter = collections.Counter()
 
@@ -239,9 +243,15 @@ def count(func, args, kwargs, moves: bool) -> None:
         waits = sum(isinstance(x, torch.Tensor) and (x.dtype in kinds or on_host(x)) for x in args[1])
     if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         waits = 1
+    if waits and (Device.refuses_waits or Device.recording is not None):
+        raise RuntimeError(f"called a synchronizing CUDA operation, {name}, at {line()}")
     if waits:
         Device.waits[line(), name + (" to device" if moves == "in" else " to host" if moves else "")] += waits
-    if not func.is_view and packet not in (aten.detach, aten.alias, aten._local_scalar_dense):
+    if (
+        not func.is_view
+        and packet not in (aten.detach, aten.alias, aten._local_scalar_dense)
+        and Device.recording is None
+    ):
         Device.kernels[line()] += 1
 
 
@@ -296,6 +306,8 @@ def run(func, args, kwargs):
         args = (*args[:-2], *map(_rounded, args[-2:]))  # the two factors
     compute = hollow if Device.hollow and moves != "in" else _with_own_random if _draws(func, kwargs) else _call
     out = compute(func, args, kwargs)
+    if Device.recording is not None:
+        Device.recording.append((compute, func, args, kwargs, out))
     if leaves_device:
         return out
     if not has_device and tensors:  # a copy of its own, also where nothing needed to be converted
@@ -442,6 +454,41 @@ def _wrapped(x, known: dict):
     return DeviceTensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, DeviceTensor) else x
 
 
+class Graph:
+    """A CUDA graph: its operations, on the tensors that they had, with one launch. Here what is recorded runs as well."""
+
+    def capture_begin(self, pool=None, capture_error_mode: str = "global") -> None:
+        self.operations = Device.recording = []
+
+    def capture_end(self) -> None:
+        Device.recording = None
+
+    def pool(self):
+        return 0, 1
+
+    def replay(self) -> None:
+        Device.kernels[line()] += 1
+        for compute, func, args, kwargs, before in self.operations:
+            inputs = tensors_in((args, kwargs))
+            for old, new in zip(tensors_in(before), tensors_in(compute(func, args, kwargs)), strict=True):
+                if not func.is_view and not old.is_meta and all(old is not x for x in inputs):
+                    old.copy_(new)
+
+
+class _Stream:
+    """A stream of the device, on which all runs in turn."""
+
+    def __init__(self, *args):
+        pass
+
+    def wait_stream(self, other) -> None:
+        pass
+
+
+def _refuse_waits(mode) -> None:
+    Device.refuses_waits = mode == "error"
+
+
 @contextlib.contextmanager
 def _fork_rng(devices=(), **kwargs):
     """As `torch.random.fork_rng`, for the host's random state and the faked device's."""
@@ -487,6 +534,8 @@ def install() -> None:
         module.set_rng_state = module.set_rng_state_all = _set_random
         module.get_rng_state = lambda *args: Device.random.clone()
         module.get_rng_state_all = lambda: [Device.random.clone()]
+    cuda.CUDAGraph, cuda.Stream, cuda.current_stream, cuda.stream = Graph, _Stream, _Stream, contextlib.nullcontext
+    cuda.get_sync_debug_mode, cuda.set_sync_debug_mode = (lambda: 0), _refuse_waits
     torch.random.fork_rng = _fork_rng
     cuda._initialized, torch.version.cuda = True, "12.8"
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied, as on a GPU

@@ -144,6 +144,18 @@ FAULTS = (
         "stands = torch.arange(B * N) // G * G",
         "joined_branches",
     ),
+    Fault(
+        "a replayed token sees a slot that is to come",
+        "slots=(self.places <= self.slot)",
+        "slots=(self.places <= self.slot + 1)",
+        "token_graph",
+    ),
+    Fault(
+        "a replayed token does not say where the next one goes",
+        "        self.slot.add_(1)\n        return self.hidden.clone()",
+        "        return self.hidden.clone()",
+        "token_graph",
+    ),
     Fault("saved models forget `top_p`", "top_p=settings.top_p,", "top_p=1.0,", "as_trained settings generation"),
     # scoring
     Fault(

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trl_quietstar.branches import attention as branch_attention
-from trl_quietstar.branches.attention import _Attend, _Layout
+from trl_quietstar.branches import interface
+from trl_quietstar.branches.attention import SeenText, _Attend, _Layout
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.thinking.sampling import ThoughtSampler
@@ -67,7 +68,8 @@ def test_it_is_a_softmax_over_text_and_own_slots(kind, chunk):
     spans = [
         (int(a.min()), int(max(a.min(), b.max()))) for a, b in zip(lows.split(chunk), highs.split(chunk), strict=True)
     ]
-    layout = _Layout(first, last, slots, [(min(low, T - 1), high) for low, high in spans], chunk)
+    text = SeenText(first, last, [(min(low, T - 1), high) for low, high in spans], chunk)
+    layout = _Layout(first, slots, text)
     ours = _Attend.apply(*tensors, sinks, layout, options.get("softcap"))
     oracle = dense(*tensors, sinks, first, last, slots, options.get("softcap"))
     torch.testing.assert_close(ours, oracle)
@@ -87,21 +89,21 @@ def test_a_forward_without_branches_is_the_family_s_own(name):
     mask[1, 6:] = 0
     with torch.no_grad():
         own = [model(input_ids=ids, attention_mask=m).logits for m in (None, mask)]
-        assert branch_attention.enable(model) and model.config._attn_implementation != before
+        assert interface.enable(model) and model.config._attn_implementation != before
         assert all(
             torch.equal(x, model(input_ids=ids, attention_mask=m).logits)
             for x, m in zip(own, (None, mask), strict=True)
         )
-    branch_attention.disable(model)
+    interface.disable(model)
     assert model.config._attn_implementation == before
 
 
 def test_it_leaves_no_trace_on_disk(tmp_path):
     """A saved model loads with Transformers' own attention."""
     model = family_model("llama")
-    branch_attention.enable(model)
+    interface.enable(model)
     model.save_pretrained(tmp_path)
-    assert f"{branch_attention.PREFIX}sdpa" not in (tmp_path / "config.json").read_text()
+    assert f"{interface.PREFIX}sdpa" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
-from trl_quietstar.branches import attention as branch_attention
+from trl_quietstar.branches import interface
 from trl_quietstar.branches.attention import BranchReading
 from trl_quietstar.branches.cached_replay import CachedReplay
 from trl_quietstar.branches.masked_prefix import MaskedPrefix
@@ -182,9 +182,9 @@ class WholeDocument(SharedPrefix):
     """Branches see the token after their anchor."""
 
     class Cache(SharedPrefixCache):
-        def _branch_reading(self, anchors, *rest):
+        def seen_text(self, anchors, *rest):
             last = (anchors + 1).clamp(max=self.text.input_ids.shape[1] - 1)
-            return replace(super()._branch_reading(anchors, *rest), last=last)
+            return replace(super().seen_text(anchors, *rest), last=last)
 
     def read(self, model, text):
         return self.Cache(model, text)
@@ -301,8 +301,8 @@ def test_an_attention_without_masks_stays_where_nothing_branches(monkeypatch):
     masks = AttentionMaskInterface._global_mapping
     monkeypatch.setitem(masks, name, lambda *args, attention_mask=None, **kwargs: attention_mask)
     model = tiny_model("llama", attn_implementation=name)
-    assert branch_attention.enable(model) and model.config._attn_implementation == "quietstar_sdpa"
-    branch_attention.disable(model)
+    assert interface.enable(model) and model.config._attn_implementation == "quietstar_sdpa"
+    interface.disable(model)
     assert model.config._attn_implementation == name
     assert isinstance(choose_path(model, "replay"), (Replay, CachedReplay))
     assert model.config._attn_implementation == name

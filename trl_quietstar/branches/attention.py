@@ -3,29 +3,19 @@
 A branch sees a run of text indices, `first` to `last`, and its own earlier slots. So two small products with one softmax
 over both replace a `(T + N·S)²` mask: the cost grows with what is seen, the memory with what is kept.
 
-[`enable`] gives a model an attention that does what the family's own did, until a forward brings a [`TextReading`] or a
-[`BranchReading`]. That works in every family that dispatches its attention through Transformers' `AttentionInterface`.
+A forward that brings a [`TextReading`] or a [`BranchReading`] attends so, in a model that [`interface`] has prepared.
 """
 
 import functools
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .._compat import attention_of, can_set_attention, takes_sdpa
 from ..model.family import cap_, cap_slope, times_
 
 
-logger = logging.getLogger(__name__)
-
-PREFIX = "quietstar_"  # of the implementation's name, before the one it stands in for
-EAGER = "eager_attention_forward"  # which each family has of its own
-OWN_MASKS = ("flash", "flex", "paged")  # implementations named so take their masks in forms of their own
 CHUNK_ELEMENTS = 2**20  # attention scores held at once on a CPU, so that they stay in its cache
 CHUNK_BRANCHES = 64  # branches of a chunk there: a shorter one skips more text that none of its branches sees
 GPU_CHUNK_ELEMENTS = 2**26  # scores held at once on any other device, which needs that much to be busy (256 MB)
@@ -397,60 +387,3 @@ def chunk_size(rows: int, keys: int, device: torch.device) -> int:
     if device.type != "cpu":
         return max(GPU_CHUNK_ELEMENTS // (rows * keys), 1)
     return max(min(CHUNK_ELEMENTS // (rows * keys), CHUNK_BRANCHES), 1)
-
-
-def enable(model: PreTrainedModel) -> bool:
-    """
-    Lets the model's attention take branches; a forward without any computes what it did.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The causal LM, changed in place.
-
-    Returns:
-        `bool`: whether its family can.
-    """
-    current = before = attention_of(model)
-    if current is None:
-        return False
-    if current.startswith(PREFIX):
-        return True
-    if any(kind in current for kind in OWN_MASKS):
-        current = "sdpa" if takes_sdpa(model) else "eager"
-        logger.warning(
-            "The model attends by `%s` instead of `%s`, which takes no masks that let thoughts share a text. On a GPU, "
-            "`sdpa` has the same kernels for the text itself.",
-            *(current, before),
-        )
-    name = PREFIX + current
-    if name not in AttentionInterface():
-        AttentionInterface.register(name, _attention_in_place_of(current))
-        if current in AttentionMaskInterface():
-            AttentionMaskInterface.register(name, AttentionMaskInterface()[current])
-    if not can_set_attention(model):
-        return False
-    model.set_attn_implementation(name)
-    vars(model)["attention_before_branches"] = before
-    return attention_of(model) == name
-
-
-def disable(model: PreTrainedModel) -> None:
-    """Takes [`enable`] back."""
-    current = attention_of(model)
-    if current is not None and current.startswith(PREFIX):
-        # a model made from another's config has that one's attention
-        model.set_attn_implementation(vars(model).get("attention_before_branches", current.removeprefix(PREFIX)))
-
-
-def _attention_in_place_of(name: str) -> Callable:
-    """An attention function that attends as `name` does, unless a reading says otherwise."""
-
-    def attention(module, query, key, value, attention_mask, quietstar_reading=None, **kwargs):
-        files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-        eager = next((vars(file)[EAGER] for file in files if EAGER in vars(file)), None)
-        own = AttentionInterface().get_interface(name, eager)
-        if quietstar_reading is None:
-            return own(module, query, key, value, attention_mask, **kwargs)
-        return quietstar_reading(own, module, query, key, value, attention_mask, **kwargs)
-
-    return attention

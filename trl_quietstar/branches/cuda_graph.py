@@ -5,10 +5,11 @@ them. A graph launches all of them at once. It holds addresses and no Python: wh
 slot it goes to) is therefore read from the device's memory, and every branch has room for all its slots from the start.
 """
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -50,7 +51,9 @@ def can_record(device: torch.device) -> bool:
 
 class TokenGraph:
     """
-    The forward over one new slot of every branch of a cache.
+    The forward over one new slot of every branch of a cache: first run as it is, which loads its kernels, then by a CUDA graph.
+
+    Nothing here refers to the cache, or only a garbage collection would give back the memory of its branches.
 
     Args:
         cache ([`~branches.shared_prefix.SharedPrefixCache`]):
@@ -64,33 +67,53 @@ class TokenGraph:
     def __init__(self, cache: "SharedPrefixCache", anchors: torch.Tensor, embeds: torch.Tensor):
         device, room = embeds.device, cache.room
         assert room is not None
-        self.cache, self.room, self.embeds = cache, room, torch.empty_like(embeds)
+        self.room, self.embeds = room, torch.empty_like(embeds)
         self.slot = to_device(torch.tensor([cache.length]), device)  # where the next token goes
         self.places = torch.arange(room, device=device)
         self.seen = cache.seen_text(anchors, 1, room)
         everything = torch.ones(*anchors.shape, room, dtype=torch.bool, device=device)
         self.positions = branch_position_ids(cache.text, self.seen.last, everything)
-        cache.own = {module: pair.map(self._with_room) for module, pair in cache.own.items()}
-        self.run = Recorded(self._forward, cache.model)
+        cache.own = {
+            module: pair.map(lambda x: _with_room(x, cache.length, room)) for module, pair in cache.own.items()
+        }
+        self.has_run = False
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Adds a slot with embeddings `(B, N, E)` to every branch. Returns its hidden states, `(B, N, H)`."""
+    def extend(self, cache: "SharedPrefixCache", embeds: torch.Tensor) -> torch.Tensor:
+        """Adds a slot with embeddings `(B, N, E)` to every branch of the cache. Returns its hidden states, `(B, N, H)`."""
         self.embeds.copy_(embeds)
-        self.run()
+        if self.graph is None and cache.model not in _unfit:
+            try:
+                self._prepare(cache)
+            except RuntimeError as error:
+                _unfit.add(cache.model)
+                logger.warning(
+                    "A token of %s cannot be launched as one CUDA graph, so that its thoughts are sampled more slowly: %s",
+                    *(type(cache.model).__name__, error),
+                )
+        if self.graph is None:
+            self._forward(cache)
+        else:
+            self.graph.replay()
+        self.slot.add_(1)
         return self.hidden.clone()  # the next token is written to the same place
 
-    def _with_room(self, kept: torch.Tensor) -> torch.Tensor:
-        """Keys or values with as many slots as there is room for. Those to come are 0: a weight of 0 times NaN would be NaN."""
-        buffer = kept.new_zeros(*kept.shape[:3], len(self.places), kept.shape[4])
-        length = self.cache.length
-        buffer[:, :, :, :length] = kept[:, :, :, :length]
-        return buffer
+    def _prepare(self, cache: "SharedPrefixCache") -> None:
+        """The first time makes sure that the forward never waits, and the second time records it."""
+        if self.has_run:
+            self.graph = record(lambda: self._forward(cache), cache.text_hidden.device)
+        elif cache.model not in _fit:
+            with refused_waits(cache.text_hidden.device):
+                self._forward(cache)
+            _fit.add(cache.model)
+        self.has_run = True
 
-    def _forward(self) -> None:
+    def _forward(self, cache: "SharedPrefixCache") -> None:
+        """Of the embeddings that are there, into the slot that is next. Run again, it does the same again."""
         shape = self.positions.shape
         reading = BranchReading(
-            memory=self.cache.memory,
-            own=self.cache.own,
+            memory=cache.memory,
+            own=cache.own,
             text=self.seen,
             slots=(self.places <= self.slot).expand(*shape[:2], 1, -1),
             positions=self.positions,
@@ -98,60 +121,20 @@ class TokenGraph:
             keep=True,
             slot=self.slot,
         )
-        self.hidden = self.cache.run(self.embeds[:, :, None], reading)[:, :, 0]
-        self.slot.add_(1)
+        self.hidden = cache.run(self.embeds[:, :, None], reading)[:, :, 0]
 
 
-class Recorded:
-    """
-    Runs a function of tensors that stay where they are: the first time as it is, which loads its kernels; then by a CUDA graph.
-
-    Args:
-        function (`Callable`):
-            It may be run again if it was cut short.
-        model ([`~transformers.PreTrainedModel`]):
-            Which the function runs. If a forward of this model waits for the device, or cannot be recorded, none is from then on.
-    """
-
-    def __init__(self, function: Callable[[], None], model: PreTrainedModel):
-        self.function, self.model = function, model
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.has_run = False
-
-    def __call__(self) -> None:
-        if self.graph is None and self.model not in _unfit:
-            try:
-                self._try()
-            except RuntimeError as error:
-                _unfit.add(self.model)
-                logger.warning(
-                    "A token of %s cannot be launched as one CUDA graph, so that its thoughts are sampled more slowly: %s",
-                    *(type(self.model).__name__, error),
-                )
-            else:
-                if self.graph is None:
-                    return
-        if self.graph is None:
-            self.function()
-        else:
-            self.graph.replay()
-
-    def _try(self) -> None:
-        """The first time runs the function, and the second time records it."""
-        if self.has_run:
-            self.graph = record(self.function, self.model.device)
-        elif self.model in _fit:
-            self.function()
-        else:
-            with refused_waits(self.model.device):
-                self.function()
-            _fit.add(self.model)
-        self.has_run = True
+def _with_room(kept: torch.Tensor, length: int, room: int) -> torch.Tensor:
+    """Keys or values of `length` slots, `(B, heads, N, ..., D)`, with room for more. Those to come are 0: a weight of 0 times NaN would be
+    NaN."""
+    buffer = kept.new_zeros(*kept.shape[:3], room, kept.shape[4])
+    buffer[:, :, :, :length] = kept[:, :, :, :length]
+    return buffer
 
 
 @contextmanager
 def refused_waits(device: torch.device) -> Iterator[None]:
-    """Has PyTorch raise a `RuntimeError` where the host would wait for the device. A recording that is broken off by a wait leaves PyTorch
+    """Has PyTorch raise a `RuntimeError` where the host would wait for the device: a recording that is broken off by a wait leaves PyTorch
     unable to give memory back."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -176,12 +159,27 @@ def record(function: Callable[[], None], device: torch.device) -> torch.cuda.CUD
         streams[device] = torch.cuda.Stream(device)
     graph, before = torch.cuda.CUDAGraph(), graphs.get(device)
     streams[device].wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(streams[device]):
+    with torch.cuda.stream(streams[device]), without_collection():
         # other threads go on to allocate, such as one that pins batches
         graph.capture_begin(pool=None if before is None else before.pool(), capture_error_mode="thread_local")
         try:
             function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # which only says that there was an error before
+                graph.capture_end()
+            raise
+        graph.capture_end()
     graphs[device] = graph
     return graph
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Holds back Python's garbage collection: a tensor or graph of the device that it frees would break a recording off."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -11,7 +11,7 @@ from ..model.family import position_offset
 from ..model.routing import Routing, recorded_routing
 from ..text.batch import Branches, Text, branch_position_ids
 from ..text.transfer import to_device
-from . import attention
+from . import attention, interface
 from .attention import BranchReading, KeysValues, SeenText, TextMemory, TextReading
 from .base import BranchCache, Encoded, backbone, branch_places, run_group
 from .cuda_graph import TokenGraph, records
@@ -82,7 +82,7 @@ class SharedPrefixCache:
     """
 
     def __init__(self, model: PreTrainedModel, text: Text, embed: Callable | None = None):
-        if not attention.enable(model):
+        if not interface.enable(model):
             raise ValueError("The attention of this family cannot branch.")
         self.model, self.text, self.memory = model, text, TextMemory()
         self.own: Slots = {}
@@ -138,13 +138,14 @@ class SharedPrefixCache:
             for slots, branch in grown:
                 parts.append(slots[module].map(lambda x: x.transpose(1, 2).flatten(0, 1)[branch].transpose(1, 2)))  # noqa: B023  # called at once
             self.own[module] = KeysValues(*(torch.cat(x, dim=3) for x in zip(*parts, strict=True)))
+        self.token = None  # which writes elsewhere
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         if self.token is None and records(self):
             self.token = TokenGraph(self, anchors, embeds)
         if self.token is not None and self.length < self.token.room:
-            hidden = self.token(embeds)
+            hidden = self.token.extend(self, embeds)
             self.length += 1
             return hidden
         mask = torch.ones(*anchors.shape, self.length + 1, dtype=torch.bool, device=embeds.device)

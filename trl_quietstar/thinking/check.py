@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 
 from .._compat import full_float32, is_fault_of_device
-from ..branches import attention
+from ..branches import interface
 from ..branches.base import BranchCache, BranchPath
 from ..branches.cached_replay import CachedReplay
+from ..branches.cuda_graph import LEAST_TOKENS
 from ..branches.masked_prefix import MaskedPrefix
 from ..branches.replay import Replay
-from ..branches.shared_prefix import SharedPrefix
+from ..branches.shared_prefix import SharedPrefix, SharedPrefixCache
 from ..model.concurrency import eval_mode
 from ..model.embeddings import embed_tokens, weight_of
 from ..model.heads import ThinkingModel, suppressed_tokens
@@ -101,6 +102,8 @@ def _stepwise_logps(model: ThinkingModel, cache: BranchCache, thoughts: Thoughts
     B, J, G, L = thoughts.token_ids.shape
     embeds = embed_tokens(model, thoughts.token_ids.flatten(1, 2))
     slots = torch.cat([start_slots(model, B, J * G), embeds[:, :, :-1]], dim=2)
+    if isinstance(cache, SharedPrefixCache):
+        cache.room = slots.shape[2] + LEAST_TOKENS  # as of thoughts that are long enough for a CUDA graph
     hidden = torch.stack([cache.extend(thoughts.anchors, slot) for slot in slots.unbind(2)][-L:], dim=2)
     return token_statistics(
         *(model, hidden.unflatten(1, (J, G)), thoughts.token_ids, thoughts.host_mask),
@@ -195,7 +198,7 @@ def _first_exact(model: ThinkingModel, paths: Sequence[BranchPath]) -> tuple[Bra
         if problem is None:
             return path, problems
         problems.append(problem)
-        attention.disable(model)
+        interface.disable(model)
     return None, problems
 
 
