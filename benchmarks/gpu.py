@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -37,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+from trl_quietstar.branches import cuda_graph
 from trl_quietstar.learning.experience import StepPart
 from trl_quietstar.model.adapters import base_of
 from trl_quietstar.text.batch import Text
@@ -87,6 +89,7 @@ COLUMNS = {  # of the table: its title, the key of a row, and how a number is pr
     "TFLOP/s": ("TFLOP/s", "{:.1f}"),
     "peak GB": ("peak GB", "{:.2f}"),
     "sampled tokens/s": ("thought tokens per second", "{:,.0f}"),
+    "… by kernel": ("thought tokens per second, by kernel", "{:,.0f}"),
     "scored tokens/s": ("scored tokens per second", "{:,.0f}"),
     "units a generated token": ("generation units", "{:.1f}"),
     "launches a step": ("launches", "{:,.0f}"),
@@ -98,6 +101,7 @@ DEFINITIONS = {
     "TFLOP/s": "6 * parameters * (B * T + B * J * G * (L + M + 1)) / seconds of the step / 10^12",
     "peak GB": "largest memory in use during the step, gradients included, above that of the loaded model, in 10^9 bytes",
     "thought tokens per second": "of sampling alone, without gradient",
+    "thought tokens per second, by kernel": "the same without CUDA graphs",
     "scored tokens per second": "text tokens, by log_likelihoods with a thought before each",
     "generation units": "seconds of a token with a thought before it / of a plain cached one, after a context of 256 tokens",
     "launches, waits": "kernels that a step launches, and how often the host waits for the device in it; on the faked device where "
@@ -182,7 +186,12 @@ def sampling_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -
         with trainer.accelerator.autocast():
             return int(trainer.thinker.sample(text, part, plan).mask.sum())
 
-    return {"thought tokens per second": statistics.median([rate(sample) for _ in range(repeats + 1)][1:])}
+    def tokens_a_second() -> float:
+        return statistics.median([rate(sample) for _ in range(repeats + 1)][1:])
+
+    with patch.object(cuda_graph, "can_record", lambda device: False):
+        one_by_one = tokens_a_second()
+    return {"thought tokens per second": tokens_a_second(), "thought tokens per second, by kernel": one_by_one}
 
 
 def scoring_row(case: Case, trainer: QuietStarREINFORCETrainer, repeats: int) -> dict:

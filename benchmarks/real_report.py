@@ -136,7 +136,7 @@ def report(folder: Path, picture: Path | None = None) -> str:
         plot(results, picture)
     machine, minutes = runs[0]["machine"], runs[0]["minutes"]
     head = (
-        f"{runs[0]['task']}, {minutes:g} minutes of processor time for each arm and seed, {len(runs[0]['exact']['without'])} "
+        f"{runs[0]['task']}, {minutes:g} minutes of training for each arm and seed, {len(runs[0]['exact']['without'])} "
         f"held-out problems for each seed, 95% intervals over problems; {machine['device']}, {machine['cpu']}, "
         f"{machine['threads']} thread(s)"
     )
@@ -149,7 +149,7 @@ def report(folder: Path, picture: Path | None = None) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Exact match on the way, over minutes of processor time: a line for each arm, a band from the worst to the best seed, and a
+    """Exact match on the way, over minutes of training: a line for each arm, a band from the worst to the best seed, and a
     mark where the cold start ends."""
     import matplotlib
 
@@ -169,7 +169,7 @@ def plot(results: Results, path: Path) -> None:
         axes.fill_between(grid, 100 * values.min(0), 100 * values.max(0), color=colors[name], alpha=0.2, linewidth=0)
     for run in results["thinking"][:1]:
         axes.axvline(run["cold_seconds"] / 60, color="grey", linestyle=":", label="the cold start ends")
-    axes.set_xlabel("minutes of processor time in training")
+    axes.set_xlabel("minutes of training")
     axes.set_ylabel("held-out problems solved, %")
     axes.set_ylim(0, 100)
     axes.legend(fontsize=8)

@@ -182,7 +182,7 @@ def test_sabotage_changes_training(few):
 @pytest.mark.slow
 def test_ablations_write_table_and_plot(few, argv, tmp_path, monkeypatch):
     until = learning.Until90
-    monkeypatch.setattr(learning, "Until90", lambda task, every: until(task, every=1))
+    monkeypatch.setattr(learning, "Until90", lambda task, every, enough: until(task, 1, enough))
     monkeypatch.setattr(ablations, "GROUPS", {"a": dict(list(ablations.VARIANTS.items())[:2]), "b": {}})
     names = list(ablations.VARIANTS)[:2]
     argv("--seeds", "0", "--steps", "2", "--output", str(tmp_path / "table"), "--variants", *names)
