@@ -8,6 +8,7 @@ slot it goes to) is therefore read from the device's memory, and every branch ha
 import gc
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -137,11 +138,17 @@ def refused_waits(device: torch.device) -> Iterator[None]:
     """Has PyTorch raise a `RuntimeError` where the host would wait for the device: a recording that is broken off by a wait leaves PyTorch
     unable to give memory back."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():  # that it does not see all waits: recording sees the others
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def record(function: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
