@@ -83,6 +83,25 @@ def test_families_with_attention_of_their_own(name, recorded, monkeypatch):
     assert torch.equal(found.token_ids, expected.token_ids)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_room_is_made_as_it_is_needed(name, recorded, monkeypatch):
+    """Each token attends to all slots that there is room for, so a long thought begins with little."""
+    model, text = exact_model(name).to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=30, stop=None)
+    expected = think(model, text, Replay(), positions_of(text, 2), settings)
+    rooms, prepare = [], cuda_graph.TokenGraph.__init__
+
+    def noted(graph, *args):
+        prepare(graph, *args)
+        rooms.append(graph.room)
+
+    monkeypatch.setattr(cuda_graph, "FIRST_ROOM", 4)
+    monkeypatch.setattr(cuda_graph.TokenGraph, "__init__", noted)
+    found = think(model, text, SharedPrefix(), positions_of(text, 2), settings)
+    assert rooms == [4, 8, 16, 31] and len(recorded) == 4
+    assert torch.equal(found.token_ids, expected.token_ids)
+
+
 def test_a_model_that_waits_is_run_as_it_is(recorded, monkeypatch, caplog):
     """And says so once; its thoughts are the same."""
     model, text = exact_model().to(DEVICE), mixed_text().to(DEVICE)

@@ -2,7 +2,7 @@
 
 A forward of one token asks a GPU for thousands of short kernels, and Python takes longer to launch them than the device to run
 them. A graph launches all of them at once. It holds addresses and no Python: what changes from token to token (the input, and the
-slot it goes to) is therefore read from the device's memory, and every branch has room for all its slots from the start.
+slot it goes to) is therefore read from the device's memory, and every branch has room for slots that are to come.
 """
 
 import gc
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAST_TOKENS = 6  # that are still to come: recording takes as long as two
+FIRST_ROOM = 64  # slots that branches have room for at first; each token attends to all of them, there or not
 
 _fit: WeakSet[PreTrainedModel] = WeakSet()  # models whose forward has run without waiting for the device
 _unfit: WeakSet[PreTrainedModel] = WeakSet()  # those whose forward cannot be recorded
@@ -52,13 +53,14 @@ def can_record(device: torch.device) -> bool:
 
 class TokenGraph:
     """
-    The forward over one new slot of every branch of a cache: first run as it is, which loads its kernels, then by a CUDA graph.
+    The forward over one new slot of every branch of a cache: first run as it is, which loads its kernels, then by a CUDA graph; until
+    there is no room for more.
 
     Nothing here refers to the cache, or only a garbage collection would give back the memory of its branches.
 
     Args:
         cache ([`~branches.shared_prefix.SharedPrefixCache`]):
-            Whose branches grow. They have at least one slot; their keys and values get room for `cache.room` of them.
+            Whose branches grow. They have at least one slot; their keys and values get room for as many again.
         anchors (`torch.Tensor` of shape `(B, N)`):
             The text index each branch hangs off, in the host's memory.
         embeds (`torch.Tensor` of shape `(B, N, E)`):
@@ -66,8 +68,8 @@ class TokenGraph:
     """
 
     def __init__(self, cache: "SharedPrefixCache", anchors: torch.Tensor, embeds: torch.Tensor):
-        device, room = embeds.device, cache.room
-        assert room is not None
+        assert cache.room is not None
+        device, room = embeds.device, min(cache.room, max(FIRST_ROOM, 2 * cache.length))
         self.room, self.embeds = room, torch.empty_like(embeds)
         self.slot = to_device(torch.tensor([cache.length]), device)  # where the next token goes
         self.places = torch.arange(room, device=device)

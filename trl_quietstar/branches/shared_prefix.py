@@ -142,9 +142,9 @@ class SharedPrefixCache:
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        if self.token is None and records(self):
-            self.token = TokenGraph(self, anchors, embeds)
-        if self.token is not None and self.length < self.token.room:
+        if self.token is None or self.length == self.token.room:
+            self.token = TokenGraph(self, anchors, embeds) if records(self) else None
+        if self.token is not None:
             hidden = self.token.extend(self, embeds)
             self.length += 1
             return hidden
