@@ -111,7 +111,7 @@ gpu: demo-data
 gpu-test: $(VENV)/dev
 	mkdir -p out
 	$(OFFLINE) $(BIN)/python -m tests.device_check --real --kernels --output out/device_check.json
-	$(OFFLINE) QUIETSTAR_TEST_DEVICE=cuda $(BIN)/python -m pytest $(PARALLEL) tests/test_on_gpu.py
+	$(OFFLINE) QUIETSTAR_TEST_DEVICE=cuda $(BIN)/python -m pytest $(PARALLEL) tests/test_on_gpu.py tests/test_token_graph.py
 
 models: $(VENV)/dev
 	$(OFFLINE) $(BIN)/python -m tests.conformance --output docs/models.md

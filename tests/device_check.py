@@ -28,6 +28,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 
 REAL = "--real" in sys.argv
@@ -49,6 +50,7 @@ import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from trl_quietstar import QuietStarForCausalLM  # noqa: E402
+from trl_quietstar.branches import cuda_graph  # noqa: E402
 from trl_quietstar.branches.cached_replay import CachedReplay  # noqa: E402
 from trl_quietstar.branches.masked_prefix import MaskedPrefix  # noqa: E402
 from trl_quietstar.branches.shared_prefix import SharedPrefix  # noqa: E402
@@ -56,7 +58,7 @@ from trl_quietstar.cli import main as command  # noqa: E402
 from trl_quietstar.text.transfer import exact_dtype  # noqa: E402
 
 from .speaking import padded, prompts, thinking_model  # noqa: E402
-from .tiny import byte_tokenizer  # noqa: E402
+from .tiny import byte_tokenizer, mixed_text, sampling, think  # noqa: E402
 from .training import plain_model, saved_model, text_data, tiny_trainer  # noqa: E402
 
 
@@ -326,6 +328,24 @@ def score(**options):
     return act
 
 
+def replayed(folder: Path) -> Counts:
+    """
+    Thoughts that are sampled by a CUDA graph for each token.
+
+    Raises:
+        `ValueError`: if they are not those that are sampled kernel by kernel, or nothing is recorded.
+    """
+    model, text = thinking_model().to(DEVICE), mixed_text().to(DEVICE)
+    settings, found = sampling(num_thoughts=2, thought_length=16, stop=None), []
+    for can_record in (lambda device: False, cuda_graph.can_record):
+        with patch.object(cuda_graph, "can_record", can_record):
+            Device.reset()
+            found.append(think(model, text, SharedPrefix(), settings=settings).token_ids.cpu())
+    if not torch.equal(*found) or model in cuda_graph._unfit:
+        raise ValueError(f"Replayed thoughts are {found[1].tolist()}, and by kernel {found[0].tolist()}.")
+    return Counts.now()
+
+
 def inspect(folder: Path) -> Counts:
     """The command that writes a report."""
     (folder / "text.txt").write_text("3 plus 4 is 7 .")
@@ -380,6 +400,7 @@ SCENARIOS = {
     "generate/replay": generate("mamba"),
     "score": score(),
     "score/adaptive": score(think="adaptive", thinking_threshold=0.1),
+    "replayed": replayed,
     "inspect": inspect,
     "lm-eval": harness,
     "float32/train": without_float64(train()),
@@ -388,7 +409,7 @@ SCENARIOS = {
     "float32/score": without_float64(score()),
     "launches/llama-1b-two-passes": launches(**OF_1B, single_pass=False),
     "launches/llama-1b-groups": launches(**OF_1B, branch_batch_size=82),
-    # as the plan has it at the true width, where memory allows; at the width that is run here it would take two passes
+    # which the plan takes where a layer has more to do for each token
     "launches/llama-1b-full": launches(**OF_1B, single_pass=True),
     "launches/llama-1b-lora": launches(
         **OF_1B, single_pass=True, peft_config=peft.LoraConfig(target_modules="all-linear")

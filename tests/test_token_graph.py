@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import threading
 import types
 import weakref
 
@@ -14,9 +15,10 @@ from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
 from trl_quietstar.thinking import writing
 from trl_quietstar.thinking.check import TOLERANCES, path_difference
+from trl_quietstar.thinking.sampling import ThoughtSampler
 
 from .conformance import tiny_model as family_model
-from .tiny import FAMILIES, exact_model, mixed_text, positions_of, sampling, think, tiny_model
+from .tiny import FAMILIES, exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model
 
 
 DEVICE = torch.device(os.environ.get("QUIETSTAR_TEST_DEVICE", "cpu"), 0)
@@ -100,6 +102,52 @@ def test_room_is_made_as_it_is_needed(name, recorded, monkeypatch):
     found = think(model, text, SharedPrefix(), positions_of(text, 2), settings)
     assert rooms == [4, 8, 16, 31] and len(recorded) == 4
     assert torch.equal(found.token_ids, expected.token_ids)
+
+
+def test_groups_have_graphs_of_their_own(recorded):
+    """A group begins with the text alone."""
+    model, text = exact_model().to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=LENGTH, stop=None)
+    expected = ThoughtSampler(settings, generators(text, step=1), 4).sample(model, text, Replay())
+    found = ThoughtSampler(settings, generators(text, step=1), 4).sample(model, text, SharedPrefix(), batch_size=4)
+    assert len(recorded) == 2
+    assert torch.equal(found.token_ids, expected.token_ids)
+
+
+def test_other_threads_and_modes_are_left_alone(recorded):
+    """What is refused while a token is recorded is refused in the whole process."""
+    model, text = exact_model().to(DEVICE), mixed_text().to(DEVICE)
+    settings, found = sampling(num_thoughts=2, thought_length=LENGTH, stop=None), []
+
+    def sample():
+        found.append(think(model, text, SharedPrefix(), positions_of(text, 3), settings))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    thread.join()
+    with torch.inference_mode():
+        sample()
+    assert len(found) == 2 and not recorded
+
+
+def test_a_batch_without_memory_is_run_as_it_is(recorded, monkeypatch):
+    """And the next one is recorded."""
+    model, text = exact_model().to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=LENGTH, stop=None)
+    expected = think(model, text, Replay(), positions_of(text, 3), settings)
+
+    def full(function, device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "record", full)
+        assert torch.equal(
+            think(model, text, SharedPrefix(), positions_of(text, 3), settings).token_ids, expected.token_ids
+        )
+    assert torch.equal(
+        think(model, text, SharedPrefix(), positions_of(text, 3), settings).token_ids, expected.token_ids
+    )
+    assert len(recorded) == 1
 
 
 def test_a_model_that_waits_is_run_as_it_is(recorded, monkeypatch, caplog):

@@ -32,14 +32,20 @@ logger = logging.getLogger(__name__)
 LEAST_TOKENS = 6  # that are still to come: recording takes as long as two
 FIRST_ROOM = 64  # slots that branches have room for at first; each token attends to all of them, there or not
 
-_fit: WeakSet[PreTrainedModel] = WeakSet()  # models whose forward has run without waiting for the device
-_unfit: WeakSet[PreTrainedModel] = WeakSet()  # those whose forward cannot be recorded
-_own = threading.local()  # `streams`, `graphs`: of this thread's recordings, by device
+_unfit: WeakSet[PreTrainedModel] = WeakSet()  # models whose forward cannot be recorded
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # on which is recorded
+_graphs: dict[
+    torch.device, torch.cuda.CUDAGraph
+] = {}  # the last of each device, which holds the memory of its recordings
+_held: dict[torch.device, int] = {}  # bytes of that memory, which PyTorch has reserved and gives to nobody else
 
 
 def records(cache: "SharedPrefixCache") -> bool:
     """Whether the next tokens of a cache's branches are worth a recording, and can have one."""
     if not can_record(cache.text_hidden.device) or torch.is_grad_enabled() or cache.room is None:
+        return False
+    # other threads would be refused their waits, and their graphs would share memory with this one's
+    if threading.current_thread() is not threading.main_thread() or torch.is_inference_mode_enabled():
         return False
     if cache.length == 0 or cache.room - cache.length < LEAST_TOKENS:
         return False
@@ -79,16 +85,19 @@ class TokenGraph:
         cache.own = {
             module: pair.map(lambda x: _with_room(x, cache.length, room)) for module, pair in cache.own.items()
         }
-        self.has_run = False
+        self.has_run = self.has_failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def extend(self, cache: "SharedPrefixCache", embeds: torch.Tensor) -> torch.Tensor:
         """Adds a slot with embeddings `(B, N, E)` to every branch of the cache. Returns its hidden states, `(B, N, H)`."""
         self.embeds.copy_(embeds)
-        if self.graph is None and cache.model not in _unfit:
+        if self.graph is None and not self.has_failed:
             try:
                 self._prepare(cache)
+            except torch.OutOfMemoryError:
+                self.has_failed = True  # another batch may find enough
             except RuntimeError as error:
+                self.has_failed = True
                 _unfit.add(cache.model)
                 logger.warning(
                     "A token of %s cannot be launched as one CUDA graph, so that its thoughts are sampled more slowly: %s",
@@ -105,10 +114,9 @@ class TokenGraph:
         """The first time makes sure that the forward never waits, and the second time records it."""
         if self.has_run:
             self.graph = record(lambda: self._forward(cache), cache.text_hidden.device)
-        elif cache.model not in _fit:
-            with refused_waits(cache.text_hidden.device):
-                self._forward(cache)
-            _fit.add(cache.model)
+            return
+        with refused_waits(cache.text_hidden.device):
+            self._forward(cache)
         self.has_run = True
 
     def _forward(self, cache: "SharedPrefixCache") -> None:
@@ -124,7 +132,11 @@ class TokenGraph:
             keep=True,
             slot=self.slot,
         )
-        self.hidden = cache.run(self.embeds[:, :, None], reading)[:, :, 0]
+        kind = self.embeds.device.type
+        low, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        # autocast's copies of weights are the process's, and may be gone when a graph that has their addresses is replayed
+        with torch.autocast(kind, dtype=dtype, enabled=low, cache_enabled=False):
+            self.hidden = cache.run(self.embeds[:, :, None], reading)[:, :, 0]
 
 
 def _with_room(kept: torch.Tensor, length: int, room: int) -> torch.Tensor:
@@ -157,29 +169,37 @@ def record(function: Callable[[], None], device: torch.device) -> torch.cuda.CUD
     """
     Records what a function asks a device to do; nothing is run.
 
-    `torch.cuda.graph` would first give back all memory that PyTorch holds. Here a thread's recordings share one pool of memory, which the
-    graph before holds until the next is made: they never run at the same time.
+    `torch.cuda.graph` would first give back all memory that PyTorch holds. Here all recordings of a device share one pool of memory, which the
+    graph before holds until the next is made: no two run at the same time.
 
     Raises:
-        `RuntimeError`: if the function waits for the device, or does not find the memory that it needs.
+        `RuntimeError`: if the function waits for the device.
+        `torch.OutOfMemoryError`: if it does not find the memory that it needs.
     """
-    streams, graphs = (vars(_own).setdefault(name, {}) for name in ("streams", "graphs"))
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    graph, before = torch.cuda.CUDAGraph(), graphs.get(device)
-    streams[device].wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(streams[device]), without_collection():
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    graph, before, reserved = torch.cuda.CUDAGraph(), _graphs.get(device), torch.cuda.memory_reserved(device)
+    _streams[device].wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_streams[device]), without_collection():
         # other threads go on to allocate, such as one that pins batches
         graph.capture_begin(pool=None if before is None else before.pool(), capture_error_mode="thread_local")
         try:
             function()
         except BaseException:
+            _graphs.pop(device, None)  # the next recording gets a pool of its own
+            _held.pop(device, None)
             with suppress(RuntimeError):  # which only says that there was an error before
                 graph.capture_end()
             raise
         graph.capture_end()
-    graphs[device] = graph
+    _graphs[device] = graph
+    _held[device] = _held.get(device, 0) + torch.cuda.memory_reserved(device) - reserved
     return graph
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory of a device that recordings keep for themselves."""
+    return _held.get(device, 0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..model.family import max_positions
 from ..model.sharding import own_part
 from .base import BranchPath, backbone
 from .cached_replay import CachedReplay
+from .cuda_graph import held_bytes
 from .replay import Replay
 
 
@@ -28,6 +29,9 @@ CPU_TOKENS = 4096  # in a forward without graph on a CPU: more are no faster the
 # a layer's parameters times tokens: from here on arithmetic takes an accelerator longer than its launches take the host. Measured on an
 # H200, where a layer of a token took the host 1.7 ms, in which the device does that much at 650 TFLOP/s
 BUSY = 2**39
+BUSY_REPLAYED = (
+    2**36
+)  # the same of a CUDA graph, whose kernels follow each other in an eighth of that time; an estimate
 CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # a container's limit and use
 
 _layer_sizes: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # counted once for a model
@@ -144,7 +148,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         kind = torch.get_device_module(device)
         unused = kind.memory_reserved(device) - kind.memory_allocated(device)  # by PyTorch, which hands it out again
-        return kind.mem_get_info(device)[0] + unused
+        return kind.mem_get_info(device)[0] + max(unused - held_bytes(device), 0)
     free = psutil.virtual_memory().available
     if all(file.is_file() for file in CGROUP) and CGROUP[0].read_text().strip() != "max":
         free = min(free, int(CGROUP[0].read_text()) - int(CGROUP[1].read_text()))
@@ -221,7 +225,7 @@ def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: f
 
     That graph keeps at each slot of a branch the keys and values of all slots before it. They must take no more than everything
     else, and all of it must fit. Away from a CPU each forward must also be large enough to pay for its launches: sampling in the
-    graph makes about three times as many.
+    graph makes about twice as many, and is not replayed ([`cuda_graph`]).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -238,9 +242,9 @@ def suits_one_pass(model: PreTrainedModel, per_token: float, size: Size, free: f
     return branches_that_fit(per_token, size, free - regrown / SHARE) == size.branches
 
 
-def is_busy(model: PreTrainedModel, tokens: int) -> bool:
+def is_busy(model: PreTrainedModel, tokens: int, least: float = BUSY) -> bool:
     """Whether a forward over so many tokens takes the device longer than its launches take the host; on a CPU always."""
-    return model.device.type == "cpu" or _layer_size(model) * tokens >= BUSY
+    return model.device.type == "cpu" or _layer_size(model) * tokens >= least
 
 
 def _layer_size(model: PreTrainedModel) -> float:

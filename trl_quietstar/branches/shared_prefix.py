@@ -142,7 +142,7 @@ class SharedPrefixCache:
         self.length += sum(next(iter(slots.values())).keys.shape[3] for slots, _ in grown)
 
     def extend(self, anchors: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        if self.token is None or self.length == self.token.room:
+        if self.token is None or self.length == self.token.room or torch.is_grad_enabled():
             self.token = TokenGraph(self, anchors, embeds) if records(self) else None
         if self.token is not None:
             hidden = self.token.extend(self, embeds)
@@ -174,7 +174,9 @@ class SharedPrefixCache:
             return self.text_hidden.new_zeros(*embeds.shape[:3], self.text_hidden.shape[-1])
         reading = self._branch_reading(anchors, mask, keep)
         hidden = self.run(embeds, reading)
-        self.length += embeds.shape[2] if keep else 0
+        if keep:
+            self.length += embeds.shape[2]
+            self.token = None  # which counts its slots by itself
         return hidden
 
     def run(self, embeds: torch.Tensor, reading: BranchReading) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..branches.base import BranchCache
-from ..branches.memory import is_busy
+from ..branches.memory import BUSY_REPLAYED, is_busy
 from ..branches.shared_prefix import SharedPrefixCache, Slots
 from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel
@@ -327,9 +327,12 @@ def lay_out(running: Running, going_on: torch.Tensor) -> None:
 
 
 def fewer_are_faster(branches: PackedBranches) -> bool:
-    """Whether a token of fewer branches takes less time: on a GPU only where its arithmetic takes longer than its launches."""
+    """Whether a token of fewer branches takes less time; where it is replayed, only if its arithmetic takes longer than its launches, and
+    its graph need not be recorded again for nothing."""
     cache = branches.cache
-    return not isinstance(cache, SharedPrefixCache) or is_busy(cache.model, branches.anchors.numel())
+    if not isinstance(cache, SharedPrefixCache) or cache.token is None:
+        return True
+    return is_busy(cache.model, branches.anchors.numel(), BUSY_REPLAYED)
 
 
 def joined(running: Running, going_on: torch.Tensor) -> Layout:
