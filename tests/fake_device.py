@@ -302,9 +302,9 @@ def run(func, args, kwargs):
         args = (args[0].float(), *args[1:])
     if moves:
         kwargs.pop("non_blocking", None)
-    if func.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        args = (*args[:-2], *map(_rounded, args[-2:]))  # the two factors
     compute = hollow if Device.hollow and moves != "in" else _with_own_random if _draws(func, kwargs) else _call
+    if func.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        compute = functools.partial(_in_tf32, compute)
     out = compute(func, args, kwargs)
     if Device.recording is not None:
         Device.recording.append((compute, func, args, kwargs, out))
@@ -438,6 +438,11 @@ def _with_own_random(func, args: tuple, kwargs: dict):
     finally:
         Device.random = torch.get_rng_state()
         torch.set_rng_state(host)
+
+
+def _in_tf32(compute, func, args: tuple, kwargs: dict):
+    """A product, the last two of whose arguments are its factors."""
+    return compute(func, (*args[:-2], *map(_rounded, args[-2:])), kwargs)
 
 
 def _rounded(x):
