@@ -439,11 +439,11 @@ def main() -> None:
     disable_progress_bars()
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    on_device = ON_GPU if torch.accelerator.is_available() else ()
-    settings = SETTINGS[arguments.task].changed([*on_device, *arguments.set])
+    on_device = torch.accelerator.is_available()
+    settings = SETTINGS[arguments.task].changed([*(ON_GPU if on_device else ()), *arguments.set])
     chosen = {name: getattr(arguments, name) for name in ("task", "minutes", "model", "data")}
     claim(arguments.output, {**chosen, **asdict(settings)})
-    now = time.perf_counter if torch.accelerator.is_available() else time.process_time
+    now = time.perf_counter if on_device else time.process_time
     chosen["seconds"] = 60 * chosen.pop("minutes")
     for seed in arguments.seeds:
         runs = Runs(**chosen, seed=seed, settings=settings, output=arguments.output, now=now)

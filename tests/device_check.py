@@ -333,7 +333,7 @@ def replayed(folder: Path) -> Counts:
     Thoughts that are sampled by a CUDA graph for each token.
 
     Raises:
-        `ValueError`: if they are not those that are sampled kernel by kernel, or nothing is recorded.
+        `ValueError`: if they are not those that are sampled kernel by kernel, or the model could not be recorded.
     """
     model, text = thinking_model().to(DEVICE), mixed_text().to(DEVICE)
     settings, found = sampling(num_thoughts=2, thought_length=16, stop=None), []

@@ -91,9 +91,9 @@ class TokenGraph:
     def extend(self, cache: "SharedPrefixCache", embeds: torch.Tensor) -> torch.Tensor:
         """Adds a slot with embeddings `(B, N, E)` to every branch of the cache. Returns its hidden states, `(B, N, H)`."""
         self.embeds.copy_(embeds)
-        if self.graph is None and not self.has_failed:
+        if not self.has_failed:
             try:
-                self._prepare(cache)
+                self._run(cache)
             except torch.OutOfMemoryError:
                 self.has_failed = True  # another batch may find enough
             except RuntimeError as error:
@@ -103,19 +103,19 @@ class TokenGraph:
                     "A token of %s cannot be launched as one CUDA graph, so that its thoughts are sampled more slowly: %s",
                     *(type(cache.model).__name__, error),
                 )
-        if self.graph is None:
+        if self.has_failed:
             self._forward(cache)
-        else:
-            self.graph.replay()
         self.slot.add_(1)
         return self.hidden.clone()  # the next token is written to the same place
 
-    def _prepare(self, cache: "SharedPrefixCache") -> None:
-        """The first time makes sure that the forward never waits, and the second time records it."""
-        if self.has_run:
+    def _run(self, cache: "SharedPrefixCache") -> None:
+        """The first time runs the forward, and makes sure that it never waits; from the second time on by a graph."""
+        if self.graph is None and self.has_run:
             self.graph = record(lambda: self._forward(cache), cache.text_hidden.device)
+        if self.graph is not None:
+            self.graph.replay()
             return
-        with refused_waits(cache.text_hidden.device):
+        with refused_waits():
             self._forward(cache)
         self.has_run = True
 
@@ -148,7 +148,7 @@ def _with_room(kept: torch.Tensor, length: int, room: int) -> torch.Tensor:
 
 
 @contextmanager
-def refused_waits(device: torch.device) -> Iterator[None]:
+def refused_waits() -> Iterator[None]:
     """Has PyTorch raise a `RuntimeError` where the host would wait for the device: a recording that is broken off by a wait leaves PyTorch
     unable to give memory back."""
     before = torch.cuda.get_sync_debug_mode()
