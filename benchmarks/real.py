@@ -12,8 +12,8 @@ Arms that run at the same time share a GPU.
   problems alone, with a few written thoughts in each step. A cold start is trained once for both arms, and counted in both.
 - `no_cold_start`: that reinforcement from the untouched model, for the whole time. It never sees a written thought.
 
-All arms see the same problems in the same order, as far as they get. All weights are trained, by AdamW, with bfloat16 autocast. Learning rates
-follow the time used: a warm-up of `warmup` of an arm's time, then constant, then a line to 0 over the last fifth. An arm stops
+All arms see the same problems in the same order, as far as they get. All weights are trained, by AdamW, with bfloat16
+autocast where the machine has instructions for it. Learning rates follow the time used: a warm-up of `warmup` of an arm's time, then constant, then a line to 0 over the last fifth. An arm stops
 before the step that would pass its time.
 
 A run that is killed goes on by the same command; a finished arm is not run again. `--set FIELD=VALUE` changes a field of
@@ -48,6 +48,8 @@ from benchmarks.real_clock import Clock, Continued, last_checkpoint, last_used, 
 from benchmarks.real_report import report
 from benchmarks.real_tasks import TASKS, Row, draw
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
+from trl_quietstar._compat import is_slow_in_bf16
+from trl_quietstar.precision import has_bf16
 
 
 MODEL = ".demo/SmolLM2-135M-Instruct"
@@ -139,7 +141,7 @@ COMMON = {
     "reader_nll_coefficient": 0.0,  # the same as the other one, where the thought's prediction is the only one
     "preflight_thoughts": None,  # the first point of the curve tells more
     "per_device_eval_batch_size": 50,
-    "bf16": True,
+    "bf16": has_bf16() or not is_slow_in_bf16(torch.device("cpu")),
 }
 SETTINGS = {
     "chain_sum": Settings(

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.rules import has_bf16
+from trl_quietstar.precision import has_bf16
 from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
@@ -173,6 +173,16 @@ def test_bf16_is_for_an_accelerator_that_has_it(tmp_path, monkeypatch):
     assert not QuietStarConfig(str(tmp_path), use_cpu=True).bf16
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert not has_bf16()
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_on_a_processor_without_instructions_for_it_warns(tmp_path, monkeypatch, caplog, supported):
+    """A step takes ten times as long there."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    QuietStarConfig(str(tmp_path), use_cpu=True)
+    assert "bfloat16" not in caplog.text
+    QuietStarConfig(str(tmp_path), use_cpu=True, bf16=True, bf16_full_eval=True)
+    assert ("`bf16=True` and `bf16_full_eval=True`: this processor has no" in caplog.text) != supported
 
 
 def loaded(tmp_path, **options):

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from transformers.utils import logging
-
 from ._compat import DICT_FIELDS, BaseConfig
 from .curriculum import Curriculum
 from .derived import Derived
 from .learning.advantages import BASELINES, NORMALIZATIONS
 from .learning.rewards import REWARD_TYPES, WEIGHTINGS
 from .model.heads import MIXING_HEADS, VALUE_HEADS
+from .precision import has_bf16, warn_of_precision
 from .readers import READERS
 from .rules import (
     TRAINER_LIMITS,
@@ -20,14 +19,11 @@ from .rules import (
     check_processes_and_memory,
     check_types,
     check_values,
-    has_bf16,
     notes_of,
     option,
 )
 from .settings import QuietStarSettings
 
-
-logger = logging.get_logger(__name__)
 
 SAVED = QuietStarSettings()  # defaults of the options that a saved model remembers
 
@@ -478,10 +474,7 @@ class QuietStarConfig(Derived, BaseConfig):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, as PyTorch would warn
-        if self.fp16 and self.device.type == "cpu":
-            logger.warning(
-                "`fp16=True` does nothing on a CPU, where training is in float32; take `bf16=True`, or leave it out."
-            )
+        warn_of_precision(self)
         self._enter_each_stage()
         check_processes_and_memory(self)
 

@@ -12,9 +12,6 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-from transformers.utils import is_torch_bf16_gpu_available
-
 from .learning.advantages import BASELINES
 from .learning.rewards import GROUP_REWARDS
 from .model.plain import check_writing
@@ -430,12 +427,3 @@ def check_processes_and_memory(args: "QuietStarConfig") -> None:
             "`gradient_checkpointing_kwargs={'use_reentrant': True}` would lose the gradient from thoughts to the text "
             "they read; leave it out."
         )
-
-
-# What a machine can do
-
-
-def has_bf16() -> bool:
-    """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()
