@@ -1,15 +1,11 @@
 """Which precision a machine is fast in."""
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ._compat import is_slow_in_bf16
 
-
-if TYPE_CHECKING:
-    from .config import QuietStarConfig
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +16,7 @@ def has_bf16() -> bool:
     return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()
 
 
-def warn_of_precision(args: "QuietStarConfig") -> None:
+def warn_of_precision(args: TrainingArguments) -> None:
     """Says which options do nothing on the device of a run, or slow it down."""
     if args.fp16 and args.device.type == "cpu":
         logger.warning(
