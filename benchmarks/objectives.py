@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 STEPS = {"easy": 300, "rare": 300, "hard": 1_000, "short": 300}
 ENOUGH = 0.95
 
-# a setting is a recipe's method, or fields of QuietStarConfig
+# a setting is a recipe's method, fields of QuietStarConfig, or fields that change a recipe's method
 NO_NLL = {"reward_prediction": "thought", "nll_coefficient": 0.0, "reader_nll_coefficient": 0.0}
 ONE_THOUGHT = {"num_thoughts": 1, "per_device_train_batch_size": PROBLEMS * (THOUGHTS + 1)}
 GROUPS: dict[str, dict[str, str | dict]] = {
@@ -63,6 +63,14 @@ GROUPS: dict[str, dict[str, str | dict]] = {
         "no reader NLL": {"reader_nll_coefficient": 0.0},
         "leave-one-out, policy 10": {"advantage_baseline": "leave_one_out", "policy_coefficient": 10.0},
     },
+    # a policy that finds right thoughts, and its reader: with an NLL after thoughts, which nothing but it trains
+    "reader": {
+        "rlp": "rlp",
+        "rlp, NLL 0.1": {"recipe": "rlp", "nll_coefficient": 0.1},
+        "rlp, NLL": {"recipe": "rlp", "nll_coefficient": 1.0},
+        "rlp, NLL by share": {"recipe": "rlp", "nll_coefficient": 1.0, "nll_weighting": "share"},
+        "rlp, NLL by gain": {"recipe": "rlp", "nll_coefficient": 1.0, "nll_weighting": "gain"},
+    },
     # the same number of thoughts, and so of thought tokens, in a step; the defaults have eight with the value head
     "critic": {
         "defaults": {},
@@ -77,7 +85,9 @@ GROUPS: dict[str, dict[str, str | dict]] = {
 
 def options_of(setting: str | dict, task: Task, steps: int) -> dict:
     """The fields that a setting changes, on a task."""
-    return setting if isinstance(setting, dict) else recipe_options(RECIPES / f"{setting}.yaml", task, steps)
+    changes = {"recipe": setting} if isinstance(setting, str) else dict(setting)
+    recipe = changes.pop("recipe", None)
+    return changes if recipe is None else recipe_options(RECIPES / f"{recipe}.yaml", task, steps) | changes
 
 
 def pretrained(folder: Path, name: str, seed: int, steps: int) -> PreTrainedModel:
