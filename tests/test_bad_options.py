@@ -74,7 +74,7 @@ def test_switches_are_on_or_off(name, tmp_path):
         (dict(thought_suppress_tokens=[3, -1]), "`thought_suppress_tokens` is [3, -1]; give ids of tokens, from 0 on"),
         (
             dict(thought_suppress_tokens=[1.5]),
-            "`thought_suppress_tokens` is [1.5] (`list`); give a list of whole numbers",
+            "`thought_suppress_tokens` is [1.5] (`list`); give a list of whole numbers or None",
         ),
         (dict(thought_suppress_tokens=[True]), "`thought_suppress_tokens` is [True]"),
         (dict(thought_suppress_tokens=3), "`thought_suppress_tokens` is 3 (`int`)"),

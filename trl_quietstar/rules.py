@@ -136,6 +136,7 @@ TYPE_WORDS = {
     list[float]: "a list of numbers",
     list[int]: "a list of whole numbers",
     list[str]: "a list of strings",
+    NoneType: "None",
 }
 
 
@@ -175,9 +176,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         `ValueError`: for NaN, infinity, and half of a surrogate pair.
     """
     kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-    if value is None and NoneType in kinds:
-        return
-    kinds = [kind for kind in kinds if kind is not NoneType]
+    kinds.sort(key=lambda kind: kind is NoneType)  # None is named last
     if not any(_is_of(kind, value) for kind in kinds):
         wanted = " or ".join(TYPE_WORDS.get(kind, str(kind)) for kind in kinds)
         raise TypeError(f"`{name}` is {value!r} (`{type(value).__name__}`); give {wanted}.")
