@@ -10,7 +10,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, List, Value
 from datasets import Features as DataFeatures
+from transformers import AutoTokenizer
 
+from trl_quietstar import QuietStarForCausalLM
 from trl_quietstar.data.prepare import prepare_texts
 
 from .tiny import byte_tokenizer, sums
@@ -354,12 +356,18 @@ def test_a_tokenizer_of_another_model(tmp_path):
 
 
 def test_a_pad_token_that_the_model_has_not(tmp_path):
-    """Often added to a tokenizer alone; padding is masked, so another id stands in."""
+    """Often added to a tokenizer alone: EOS pads in its place, and what is saved loads and generates for a batch."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == 300
     trainer = tiny_trainer(tmp_path, tokenizer=tokenizer, max_steps=1)
     trainer.train()
-    assert tokenizer.pad_token_id == 300 and len(logged(trainer)) == 1
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved", padding_side="left")
+    model = QuietStarForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.pad_token_id == saved.eos_token_id == model.config.pad_token_id
+    inputs = saved(["3", "3 plus 4 is"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    assert model.generate(**inputs, max_new_tokens=1).shape[0] == 2
 
 
 def plain_model_of(vocabulary: int):

@@ -156,6 +156,7 @@ def build_model(
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = cast(PreTrainedTokenizerBase, tokenizer.tokenizer)
+    _pad_within(tokenizer, base.config.get_text_config().vocab_size)
     base.adopt_settings(settings, tokenizer)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:
@@ -376,6 +377,21 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
         ) from None
+
+
+def _pad_within(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Pads with the EOS token in place of one that the model does not have. The Trainer copies the id of padding into the model's
+    configuration, and no saved model could be loaded with an id beyond its embeddings."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
+        logger.warning(
+            "The pad token %r has the id %d, and the model's vocabulary %d: the EOS token pads in its place. To keep it, resize "
+            "the model's embeddings.",
+            tokenizer.pad_token,
+            tokenizer.pad_token_id,
+            vocab_size,
+        )
+        eos = tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.eos_token if eos is not None and eos < vocab_size else None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
