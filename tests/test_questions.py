@@ -10,7 +10,7 @@ from trl_quietstar.cli import DataArguments, load_data, main
 from trl_quietstar.data.questions import as_chat, as_prompts, give_template, split_off
 
 from .tiny import byte_tokenizer
-from .training import saved_model, tiny_trainer
+from .training import logged, saved_model, tiny_trainer
 
 
 ROWS = [{"question": f"{a} plus {b} is", "answer": f"{a + b}"} for a in range(6) for b in range(10)]
@@ -24,13 +24,25 @@ def lines(path: Path, rows: list[dict]) -> str:
 
 
 def test_columns_of_questions_and_answers():
-    """They are what `prompt` and `completion` are; where data say themselves what they are, nothing is renamed."""
-    assert set(as_prompts(Dataset.from_list(ROWS), "text").column_names) == {"prompt", "completion"}
+    """They are what `prompt` and `completion` are; where data say themselves what they are, nothing is added."""
+    first = {"prompt": "0 plus 0 is", "completion": "0", **ROWS[0]}
+    assert as_prompts(Dataset.from_list(ROWS), "text")[0] == first
     stream = as_prompts(IterableDataset.from_generator(lambda: iter(ROWS)), "text")
-    assert next(iter(stream)) == {"prompt": "0 plus 0 is", "completion": "0"}
+    assert next(iter(stream)) == first
     for names, text_field in ((("question", "answer", "text"), "text"), (("question", "answer"), "answer")):
         data = Dataset.from_list([dict.fromkeys(names, "a")])
         assert set(as_prompts(data, text_field).column_names) == set(names)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_rewards_find_the_columns_of_the_file(chat, tmp_path):
+    """`exact_match` takes `answer`, which is also what is read as the completion."""
+    train, _ = load_data(DataArguments(dataset_name=lines(tmp_path / "data.jsonl", ROWS), chat=chat))
+    options = dict(reward_functions=["exact_match"], thought_positions="prompt_end", talk_length="completion")
+    trainer = tiny_trainer(tmp_path / "out", data=train, max_steps=1, **options)
+    assert trainer.train_dataset[7]["answer"] == ROWS[7]["answer"]
+    trainer.train()
+    assert "rl/rewards/exact_match/mean" in logged(trainer)[0]
 
 
 @pytest.mark.parametrize("size, count", [(0.1, 6), (0.01, 2), (7, 7)])

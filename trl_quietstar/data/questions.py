@@ -30,7 +30,8 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 
 def as_prompts(dataset: Dataset | IterableDataset, text_field: str) -> Dataset | IterableDataset:
     """
-    A dataset whose columns `question` and `answer` are called `prompt` and `completion`; any other as it is.
+    A dataset whose columns `question` and `answer` stand as `prompt` and `completion` too; any other as it is. They stay for
+    reward functions, such as `exact_match`, which takes `answer`.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -40,8 +41,12 @@ def as_prompts(dataset: Dataset | IterableDataset, text_field: str) -> Dataset |
     """
     names = columns_of(dataset)
     if {"question", "answer"} <= set(names) and not {text_field, *OTHERS} & set(names):
-        return dataset.rename_columns({"question": "prompt", "answer": "completion"})
+        return dataset.map(_prompt, **({} if isinstance(dataset, IterableDataset) else {"desc": "Naming columns"}))
     return dataset
+
+
+def _prompt(row: dict) -> dict:
+    return {"prompt": row.get("question"), "completion": row.get("answer")}
 
 
 def as_chat(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
