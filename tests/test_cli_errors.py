@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 
 import pytest
 import yaml
 from transformers import pipeline
+from trl import ModelConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.cli import console
@@ -57,6 +59,19 @@ def test_a_recipe_that_is_not_there(said, monkeypatch, folder):
     (folder / "bad.yaml").write_text("a: [1\n")
     assert "'bad.yaml' is no valid YAML: " in said(config="bad.yaml")
     assert "`--config` names no recipe" in said(config="--max_steps")
+
+
+READ_ALWAYS = {"model_name_or_path", "model_revision", "dtype", "attn_implementation"}
+SWITCHES = {"use_peft", "load_in_4bit", "load_in_8bit"}
+OF_ADAPTERS = {field.name: field.default for field in fields(ModelConfig) if field.name not in READ_ALWAYS | SWITCHES}
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_options_of_an_adapter_that_nothing_asks_for(name, said):
+    """All weights would be trained instead. A new option of TRL's must be read, or be refused here."""
+    switch = "load_in_4bit" if "bnb" in name else "use_peft"
+    value = ["q_proj"] if OF_ADAPTERS[name] is None else OF_ADAPTERS[name]
+    assert f"`{name}` has no effect without `{switch}`; set `{switch}: true`" in said(**{name: value})
 
 
 def test_unknown_fields(said):

@@ -29,6 +29,7 @@ class Asked(NamedTuple):
         """Reads recipe and flags of a command that takes what training takes."""
         parser = CommandParser((DataArguments, QuietStarConfig, ModelConfig), name)
         data_args, args, model_args = parser.parse_args_and_config(argv)
+        _check_adapter_options(parser.given)
         sys.path.append(os.getcwd())  # `reward_functions` may name modules there; a console script does not look in it
         return cls(data_args, args, model_args, parser.given)
 
@@ -47,6 +48,16 @@ class Asked(NamedTuple):
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+
+
+def _check_adapter_options(given: list[str]) -> None:
+    """Refuses options that nothing would read, so that no run trains all weights, or none in 4 bits, where they ask for others."""
+    asks = {"lora_": "use_peft", "use_rslora": "use_peft", "use_dora": "use_peft"}
+    asks |= {"bnb_4bit_": "load_in_4bit", "use_bnb_": "load_in_4bit"}
+    for name in given:
+        for beginning, needed in asks.items():
+            if name.startswith(beginning) and needed not in given:
+                raise ValueError(f"`{name}` has no effect without `{needed}`; set `{needed}: true`, or leave it out.")
 
 
 def run(argv: list[str]) -> None:
