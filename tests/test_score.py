@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
@@ -363,6 +364,19 @@ def test_tokens_of_a_score(kind, tmp_path):
         if score_ not in ("lus 2", "6 and"):  # which end within a token
             after = tokenizer.decode(ids[end:], skip_special_tokens=True)
             assert bare(after) == bare(text[text.rindex(score_) + len(score_) :])
+
+
+def test_tokens_of_a_score_after_line_breaks(tmp_path):
+    """Two line breaks are one token at the end of a text, and two before a word, as in GPT-2: they are no part of the score."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["a\n\n"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert [len(tokenizer(text)["input_ids"]) for text in ("\n\n", "\n\n7")] == [1, 3]
+    for more, options in (({"score": "7"}, {}), ({}, dict(score_pattern="(7)"))):
+        (found,) = prepare([{"prompt": "3", "completion": " so\n\n7", **more}], tmp_path, tokenizer, **options)
+        assert sum(found["score_mask"]) == found["score_mask"][-1] == 1
 
 
 def test_the_last_match_counts():

@@ -154,13 +154,17 @@ class FindScore(Places):
 
     def _tokens(self, whole: str, first: int, end: int) -> list[int]:
         """
-        The tokens that characters of a text reach into: the index of the first, and that after the last. They end where the text
-        up to a character has the same tokens as there, so that none reaches over it.
+        The tokens that characters of a text reach into: the index of the first, and that after the last. They begin with the last
+        token from which on all of the characters are left: the text before them alone may have fewer tokens in common, as its line
+        breaks may join to one. They end where the text up to a character has the same tokens as there, so that none reaches over
+        it.
         """
         own = self._ids(whole)
         given = self._ids(whole, add_special_tokens=not self.is_conversation)
         before = next((at for at in range(len(given)) if given[at : at + len(own)] == own), 0)  # a BOS token, for one
-        start, stop = common_prefix_length(self._ids(whole[:first]), own), len(own)
+        start, stop, rest = common_prefix_length(self._ids(whole[:first]), own), len(own), whole[first:]
+        while str(self.tokenizer.decode(own[start + 1 :])).endswith(rest):
+            start += 1
         for place in range(end, len(whole)):
             ids = self._ids(whole[:place])
             if own[: len(ids)] == ids:
