@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from trl_quietstar.cli import main, preview
+from trl_quietstar.cli.check import judged
+from trl_quietstar.training.preflight import Found
 
 from .commands import recipe_in, run
 from .training import saved_model
@@ -99,3 +101,10 @@ def test_a_run_begins_with_what_it_is(tmp_path, capsys):
 def test_errors_are_those_of_training(flag, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         main(["check", "--model_name_or_path", saved_model(tmp_path / "model"), *flag])
+
+
+def test_what_is_said_where_no_thought_was_tried():
+    """Written thoughts stand in the first rows, or no position is difficult."""
+    none = Found(0, None, None, None, None, 0.1, written=True)
+    assert "bring their thoughts" in judged(none) and "difficult" not in judged(none)
+    assert "lower `difficulty_threshold`" in judged(none._replace(written=False))

@@ -96,6 +96,10 @@ def step_seconds(trainer: QuietStarREINFORCETrainer) -> float:
 def judged(found: Found) -> str:
     """Whether the model can think about its data at all, in words."""
     if found.useful is None:
+        if found.written:
+            return (
+                "The first rows bring their thoughts, which are imitated, so that none of the model's own was tried."
+            )
         return (
             "No position of the first rows is difficult, so that no thought was tried; lower `difficulty_threshold`."
         )
