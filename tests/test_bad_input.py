@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
+from trl_quietstar.learning.metrics import EVAL_METRICS, PENALIZED
+from trl_quietstar.training.checks import check_best_metric
 
 from .tiny import byte_tokenizer, sums, tiny_config
 from .training import logged, plain_model, text_data, tiny_args, tiny_trainer
@@ -329,6 +331,34 @@ def test_a_missing_model(tmp_path):
     """A path that holds nothing is an error of loading, not a new model."""
     with pytest.raises(OSError):
         tiny_trainer(tmp_path, model=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, dict(thought_positions="none"), dict(unfinished_thought_penalty=0.1)], ids=str
+)
+def test_the_best_model_goes_by_what_is_measured(options, named, tmp_path):
+    """Exactly what an evaluation gives is taken as `metric_for_best_model`; the Trainer would fail at the first one without."""
+    options = dict(min_thought_length=1, eval_strategy="steps", eval_steps=1, **options)
+    data = {"a": text_data(4), "b": text_data(4, 9)} if named else text_data(4)
+    measured = set(tiny_trainer(tmp_path, evaluation=data, **options).evaluate())
+    for metric in {*(f"eval_{name}" for name in (*EVAL_METRICS, *PENALIZED, "no_thought_drift", "right")), *measured}:
+        args = tiny_args(tmp_path, metric_for_best_model=metric, **options)
+        if metric in measured and not metric.endswith(("_second", "_time", "runtime", "epoch")):
+            check_best_metric(args, data, is_open=False)
+        else:
+            with pytest.raises(ValueError, match="`metric_for_best_model` is 'eval_.*choose among eval_"):
+                check_best_metric(args, data, is_open=False)
+    check_best_metric(tiny_args(tmp_path, metric_for_best_model="mine", **options), data, is_open=True)
+
+
+def test_the_best_model_of_a_run_that_ends_without_thoughts(tmp_path):
+    """Its last stage measures no reward, which is the default; said before the first step."""
+    options = dict(
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(ValueError, match="'eval_reward', which evaluations without thoughts do not measure"):
+        tiny_trainer(tmp_path, evaluation=text_data(4), curriculum={2: {"thought_positions": "none"}}, **options)
 
 
 # What looks wrong and is not

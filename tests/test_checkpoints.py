@@ -362,9 +362,16 @@ def test_saving_and_loading_gives_the_same_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "greater"), [("eval_reward", True), ("eval_nll_with", False), ("eval_loss", False)]
+    ("metric", "greater"),
+    [
+        ("eval_reward", True),
+        ("eval_nll_with", False),
+        ("eval_a_loss", False),
+        ("eval_no_thought_drift", False),
+        ("eval_penalty", False),
+    ],
 )
 def test_the_best_model_is_the_better_one(metric, greater, tmp_path):
-    """A likelihood loss is best when small, whatever the metric is called."""
+    """What counts losses is best when small, whatever the metric is called."""
     args = QuietStarConfig(str(tmp_path), metric_for_best_model=metric, use_cpu=True)
     assert args.greater_is_better is greater

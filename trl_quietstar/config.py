@@ -469,7 +469,8 @@ class QuietStarConfig(Derived, BaseConfig):
         check_values(self, LIMITS, CHOICES)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             self.metric_for_best_model = "eval_reward"
-        if self.greater_is_better is None and "nll" in (self.metric_for_best_model or ""):
+        metric = self.metric_for_best_model or ""
+        if self.greater_is_better is None and any(word in metric for word in ("nll", "drift", "penalty")):
             self.greater_is_better = False  # the Trainer knows this of names that end in "loss" only
         super().__post_init__()
         if self.device.type == "cpu":

@@ -28,7 +28,7 @@ from .config import QuietStarConfig
 from .learning.metrics import BatchResult
 from .learning.objective import Coefficients, LossInputs, WrittenInputs, quietstar_loss
 from .learning.reward_functions import RewardFunction, RewardFunctions
-from .loading import build_model, check_kinds, default_args, prepare_to_train
+from .loading import build_model, default_args, prepare_to_train
 from .model.routing import use_router_loss
 from .thinking.drawing import SamplingSettings
 from .training.callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback, LastWindowCallback
@@ -141,8 +141,8 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
     ):
         refuse_unknown(unknown)
         args = default_args(model) if args is None else args
-        check_inputs(model, args, train_dataset, eval_dataset, quantization_config, peft_config)
-        check_kinds(model, args, processing_class)
+        given = (processing_class, quantization_config, peft_config, callbacks or reward_functions)
+        check_inputs(model, args, train_dataset, eval_dataset, *given)
         self.reward_functions = functions = RewardFunctions.of(reward_functions, args)
         set_seed(args.seed)  # adapters and heads start at random
         thinking, tokenizer = build_model(model, args, processing_class, quantization_config, peft_config)

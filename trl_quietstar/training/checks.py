@@ -10,8 +10,9 @@ from trl.import_utils import is_vllm_available
 
 from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
+from ..learning.metrics import EVAL_METRICS, PENALIZED
 from ..learning.reward_functions import RewardFunctions
-from ..loading import check_adapter, check_quantization
+from ..loading import check_adapter, check_kinds, check_quantization
 from .distributed import check_engine, is_sharded
 from .folders import check_output_dir
 from .optimizers import check_optimizers
@@ -62,13 +63,22 @@ def refuse_unknown(arguments: dict) -> None:
         raise TypeError(f"`QuietStarREINFORCETrainer` takes no argument `{name}`" + (f": {advice}" if advice else "."))
 
 
-def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quantization_config, peft_config) -> None:
+def check_inputs(
+    model,
+    args: QuietStarConfig,
+    train_dataset,
+    eval_dataset,
+    processing_class,
+    quantization_config,
+    peft_config,
+    own,
+) -> None:
     """
-    Refuses arguments of the trainer that do not go together, before anything is loaded.
+    Refuses arguments of the trainer that do not go together, before anything is loaded; `own` are callbacks or reward functions.
 
     Raises:
         `OSError`: if nothing can be written to `args.output_dir`.
-        `TypeError`: if `args` is no `QuietStarConfig`.
+        `TypeError`: if `args` is no `QuietStarConfig`, or the tokenizer is none.
         `ImportError`: if a logger, or vLLM, is not installed.
         `ValueError`: if data is missing or of a kind that an option cannot use, a logger is unknown, or the model cannot be
             quantized or adapted as asked.
@@ -97,10 +107,13 @@ def check_inputs(model, args: QuietStarConfig, train_dataset, eval_dataset, quan
     strategy = IntervalStrategy(args.eval_strategy)
     if strategy != IntervalStrategy.NO and not eval_dataset:
         raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`{GIVE}.")
+    if strategy != IntervalStrategy.NO:
+        check_best_metric(args, eval_dataset, is_open=bool(own or args.reward_functions))
     if quantization_config is not None:
         check_quantization(model, args, peft_config, training=train_dataset is not None)
     if peft_config is not None:
         check_adapter(model, peft_config)
+    check_kinds(model, args, processing_class)
 
 
 def _check_loggers(args: QuietStarConfig) -> None:
@@ -115,6 +128,36 @@ def _check_loggers(args: QuietStarConfig) -> None:
             raise ImportError(
                 f"`report_to` names {name!r}, which is not installed: `pip install {name}`, or give 'none'."
             )
+
+
+def check_best_metric(args: QuietStarConfig, eval_dataset, is_open: bool) -> None:
+    """
+    Refuses to look for the best model by a metric that some evaluation would lack, where the Trainer would fail.
+
+    Args:
+        args ([`QuietStarConfig`]):
+            The options.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            What is evaluated on.
+        is_open (`bool`):
+            Whether callbacks or reward functions may bring metrics of their own.
+
+    Raises:
+        `ValueError`: if it is such a metric.
+    """
+    if args.metric_for_best_model is None:
+        return
+    thinks = all(args.stages.at(step)["thought_positions"] != "none" for step in args.stages.starts)
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    measured = (*EVAL_METRICS, "no_thought_drift") if thinks else ("nll_without", "accuracy_without")
+    penalized = PENALIZED if thinks and args.unfinished_thought_penalty else ()
+    names = [prefix + metric for prefix in prefixes for metric in ("loss", *measured, *penalized)]
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if name not in names and not (is_open and name not in EVAL_METRICS):
+        raise ValueError(
+            f"`metric_for_best_model` is 'eval_{name}', which evaluations{'' if thinks else ' without thoughts'} do not measure; "
+            f"choose among {', '.join(f'eval_{name}' for name in names)}."
+        )
 
 
 def _check_repeats(args: QuietStarConfig, train_dataset) -> None:
