@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset, IterableDataset, List, Value
 from datasets import Features as DataFeatures
 from transformers import AutoTokenizer
@@ -347,6 +348,22 @@ def test_a_chat_template_that_refuses(tmp_path):
         tiny_trainer(tmp_path, data=data, tokenizer=byte_tokenizer(chat_template=template))
     with pytest.raises(ValueError, match="no chat template"):
         tiny_trainer(tmp_path, data=data, tokenizer=byte_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma3"])
+def test_a_chat_template_that_trl_marks(family, tmp_path):
+    """`assistant_only_loss` takes what `SFTTrainer` takes: the turns are those of TRL's template, and the saved one stays."""
+    template = (Path(trl.__file__).parent / f"chat_templates/{family}.jinja").read_text()
+    tokenizer = byte_tokenizer(chat_template=template, bos_token="<eos>", model_max_length=320)
+    says = [("user", "3 plus 4 is"), ("assistant", "7 ."), ("user", "2 plus 2 is"), ("assistant", "4 .")]
+    data = Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in says]}])
+    options = dict(assistant_only_loss=True, thought_positions="prompt_end")
+    model = plain_model(max_position_embeddings=320)
+    trainer = tiny_trainer(tmp_path, model=model, data=data, tokenizer=tokenizer, max_length=300, **options)
+    row = trainer.train_dataset[0]
+    own = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert "7 ." in own and "4 ." in own and "plus" not in own and "plus" in tokenizer.decode(row["input_ids"])
+    assert trainer.processing_class.chat_template == template
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.chat_template_utils import get_training_chat_template
 
 from .._compat import prepare_dataset
 from ..config import QuietStarConfig
@@ -70,6 +71,8 @@ def prepare_texts(
             position. A bad row of a stream is refused when it comes.
     """
     dataset, source = _opened(dataset, name, args)
+    if args.assistant_only_loss and source.is_conversation:
+        tokenizer = _marking_turns(tokenizer)
     completion_only = _is_confined(source, args)
     _check_options(source, completion_only, tokenizer, args, packing)
     is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
@@ -179,12 +182,29 @@ def _check_options(
             f"`assistant_only_loss=True` needs messages, or `assistant_masks` or `labels` beside `input_ids`; the {name} "
             f"dataset has {columns}."
         )
-    marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
-    if args.assistant_only_loss and source.is_conversation and not marks_turns:
+    if args.assistant_only_loss and source.is_conversation and not _marks_turns(tokenizer):
         raise ValueError(
-            "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with "
-            "`{% generation %}` and `{% endgeneration %}`; change the template, or set it to False."
+            "`assistant_only_loss=True` needs a chat template that marks the assistant's turns, with `{% generation %}` and "
+            "`{% endgeneration %}`, or one that TRL has such a template for; change the template, or set it to False."
         )
+
+
+def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)))
+
+
+def _marking_turns(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy of it with the template that TRL trains its family by, where its own does not mark the assistant's
+    turns; the tokenizer that is saved keeps its own. As `SFTTrainer` does."""
+    if tokenizer.chat_template is None or _marks_turns(tokenizer):
+        return tokenizer
+    try:
+        template = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL has none for it
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def _rows_of_our_own(
