@@ -345,11 +345,11 @@ def test_the_best_model_goes_by_what_is_measured(options, named, tmp_path):
     for metric in {*(f"eval_{name}" for name in (*EVAL_METRICS, *PENALIZED, "no_thought_drift", "right")), *measured}:
         args = tiny_args(tmp_path, metric_for_best_model=metric, **options)
         if metric in measured and not metric.endswith(("_second", "_time", "runtime", "epoch")):
-            check_best_metric(args, data, is_open=False)
+            check_best_metric(args, data, brings_metrics=False)
         else:
             with pytest.raises(ValueError, match="`metric_for_best_model` is 'eval_.*choose among eval_"):
-                check_best_metric(args, data, is_open=False)
-    check_best_metric(tiny_args(tmp_path, metric_for_best_model="mine", **options), data, is_open=True)
+                check_best_metric(args, data, brings_metrics=False)
+    check_best_metric(tiny_args(tmp_path, metric_for_best_model="mine", **options), data, brings_metrics=True)
 
 
 def test_the_best_model_of_a_run_that_ends_without_thoughts(tmp_path):

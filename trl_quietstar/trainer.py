@@ -141,8 +141,8 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
     ):
         refuse_unknown(unknown)
         args = default_args(model) if args is None else args
-        given = (processing_class, quantization_config, peft_config, callbacks or reward_functions)
-        check_inputs(model, args, train_dataset, eval_dataset, *given)
+        given = (model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config)
+        check_inputs(*given, brings_metrics=bool(callbacks or reward_functions))
         self.reward_functions = functions = RewardFunctions.of(reward_functions, args)
         set_seed(args.seed)  # adapters and heads start at random
         thinking, tokenizer = build_model(model, args, processing_class, quantization_config, peft_config)

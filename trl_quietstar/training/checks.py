@@ -71,10 +71,11 @@ def check_inputs(
     processing_class,
     quantization_config,
     peft_config,
-    own,
+    brings_metrics: bool,
 ) -> None:
     """
-    Refuses arguments of the trainer that do not go together, before anything is loaded; `own` are callbacks or reward functions.
+    Refuses arguments of the trainer that do not go together, before anything is loaded. Callbacks or reward functions of the
+    user's own may bring metrics (`brings_metrics`).
 
     Raises:
         `OSError`: if nothing can be written to `args.output_dir`.
@@ -108,7 +109,7 @@ def check_inputs(
     if strategy != IntervalStrategy.NO and not eval_dataset:
         raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`{GIVE}.")
     if strategy != IntervalStrategy.NO:
-        check_best_metric(args, eval_dataset, is_open=bool(own or args.reward_functions))
+        check_best_metric(args, eval_dataset, brings_metrics or bool(args.reward_functions))
     if quantization_config is not None:
         check_quantization(model, args, peft_config, training=train_dataset is not None)
     if peft_config is not None:
@@ -130,7 +131,7 @@ def _check_loggers(args: QuietStarConfig) -> None:
             )
 
 
-def check_best_metric(args: QuietStarConfig, eval_dataset, is_open: bool) -> None:
+def check_best_metric(args: QuietStarConfig, eval_dataset, brings_metrics: bool) -> None:
     """
     Refuses to look for the best model by a metric that some evaluation would lack, where the Trainer would fail.
 
@@ -139,8 +140,8 @@ def check_best_metric(args: QuietStarConfig, eval_dataset, is_open: bool) -> Non
             The options.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             What is evaluated on.
-        is_open (`bool`):
-            Whether callbacks or reward functions may bring metrics of their own.
+        brings_metrics (`bool`):
+            Whether callbacks or reward functions may measure more.
 
     Raises:
         `ValueError`: if it is such a metric.
@@ -153,7 +154,7 @@ def check_best_metric(args: QuietStarConfig, eval_dataset, is_open: bool) -> Non
     penalized = PENALIZED if thinks and args.unfinished_thought_penalty else ()
     names = [prefix + metric for prefix in prefixes for metric in ("loss", *measured, *penalized)]
     name = args.metric_for_best_model.removeprefix("eval_")
-    if name not in names and not (is_open and name not in EVAL_METRICS):
+    if name not in names and not (brings_metrics and name not in EVAL_METRICS):
         raise ValueError(
             f"`metric_for_best_model` is 'eval_{name}', which evaluations{'' if thinks else ' without thoughts'} do not measure; "
             f"choose among {', '.join(f'eval_{name}' for name in names)}."
