@@ -69,6 +69,8 @@ GROUPS: dict[str, dict[str, str | dict]] = {
         "rlp, NLL 0.1": {"recipe": "rlp", "nll_coefficient": 0.1},
         "rlp, NLL": {"recipe": "rlp", "nll_coefficient": 1.0},
         "rlp, NLL, temperature 1": {"recipe": "rlp", "nll_coefficient": 1.0, "temperature": 1.0},
+        "rlp, NLL 0.1, temperature 0.5": {"recipe": "rlp", "nll_coefficient": 0.1, "temperature": 0.5},
+        "verifree, temperature 0.7": {"recipe": "verifree", "temperature": 0.7},
         "rlp, NLL by share": {"recipe": "rlp", "nll_coefficient": 1.0, "nll_weighting": "share"},
         "rlp, NLL by gain": {"recipe": "rlp", "nll_coefficient": 1.0, "nll_weighting": "gain"},
     },
