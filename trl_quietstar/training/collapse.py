@@ -43,7 +43,8 @@ def advice(useful: float) -> str:
     if useful < 0.1:
         return (
             "the model finds hardly any here. Give it written thoughts first (a column `thought` in the data), easier problems, "
-            "more thoughts at each position (`num_thoughts`), or a higher `temperature`."
+            "more thoughts at each position (`num_thoughts`), or another `temperature`: a lower one if its likeliest thoughts are "
+            "the useful ones, else a higher one."
         )
     return (
         "each problem is either settled or out of reach. Raise `temperature` or `num_thoughts`, or take problems in between; "
