@@ -156,7 +156,8 @@ def build_model(
         tokenizer = _own_tokenizer(base, source, hub, args.trust_remote_code)
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = cast(PreTrainedTokenizerBase, tokenizer.tokenizer)
-    _pad_within(tokenizer, base.config.get_text_config().vocab_size)
+    text_config = base.config.get_text_config()
+    _pad_within(tokenizer, text_config.vocab_size)
     base.adopt_settings(settings, tokenizer)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:
@@ -164,9 +165,8 @@ def build_model(
             model = get_peft_model(base, peft_config, revision=base._loaded_by.get("revision"))
     if is_peft_model(model):
         _train_beside_heads(model, args, is_given=source is None)
-    text_config = base.config.get_text_config()
     if text_config.pad_token_id is None:
-        text_config.pad_token_id = pad_token_id(tokenizer)
+        text_config.pad_token_id = pad_token_id(tokenizer, text_config.vocab_size)
     return model, tokenizer
 
 
@@ -394,9 +394,9 @@ def _pad_within(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         tokenizer.pad_token = tokenizer.eos_token if eos is not None and eos < vocab_size else None
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Chooses an id to pad with. Any valid one will do: padding is masked everywhere."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Chooses an id to pad with. Any that the model has will do: padding is masked everywhere."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
+        if token_id is not None and token_id < vocab_size:
             return token_id
     return 0

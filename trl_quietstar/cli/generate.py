@@ -55,7 +55,7 @@ def run(argv: list[str]) -> None:
         attention_mask=inputs["attention_mask"],
         max_new_tokens=args.max_new_tokens,
         do_sample=args.do_sample,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer, base.config.get_text_config().vocab_size),
         think=thinking,
         tokenizer=tokenizer,
         streamer=TerminalStreamer(tokenizer, console),

@@ -68,8 +68,8 @@ def collator(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, reward_functions: RewardFunctions | None
 ) -> TextCollator:
     """The collator of a run; the columns of the data are kept where reward functions may want them."""
-    pad_id = pad_token_id(tokenizer)  # which may have been added to the tokenizer alone
-    return TextCollator(pad_id if pad_id < config.get_text_config().vocab_size else 0, reward_functions is not None)
+    pad_id = pad_token_id(tokenizer, config.get_text_config().vocab_size)
+    return TextCollator(pad_id, reward_functions is not None)
 
 
 class DataTrainer(CheckpointTrainer):
