@@ -13,8 +13,8 @@ Arms that run at the same time share a GPU.
 - `no_cold_start`: that reinforcement from the untouched model, for the whole time. It never sees a written thought.
 
 All arms see the same problems in the same order, as far as they get. All weights are trained, by AdamW, with bfloat16
-autocast where the machine has instructions for it. Learning rates follow the time used: a warm-up of `warmup` of an arm's time, then constant, then a line to 0 over the last fifth. An arm stops
-before the step that would pass its time.
+autocast where the machine has instructions for it. Learning rates follow the time used: a warm-up of `warmup` of an arm's time,
+then constant, then a line to 0 over the last fifth. An arm stops before the step that would pass its time.
 
 A run that is killed goes on by the same command; a finished arm is not run again. `--set FIELD=VALUE` changes a field of
 [`Settings`], and `--set STAGE.FIELD=VALUE` one of the [`QuietStarConfig`] of a stage: `written`, `reinforcement` or `plain`; or

@@ -34,9 +34,8 @@ FIRST_ROOM = 64  # slots that branches have room for at first; each token attend
 
 _unfit: WeakSet[PreTrainedModel] = WeakSet()  # models whose forward cannot be recorded
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # on which is recorded
-_graphs: dict[
-    torch.device, torch.cuda.CUDAGraph
-] = {}  # the last of each device, which holds the memory of its recordings
+# the last of each device, which holds the memory of its recordings
+_graphs: dict[torch.device, torch.cuda.CUDAGraph] = {}
 _held: dict[torch.device, int] = {}  # bytes of that memory, which PyTorch has reserved and gives to nobody else
 
 

@@ -29,9 +29,8 @@ CPU_TOKENS = 4096  # in a forward without graph on a CPU: more are no faster the
 # a layer's parameters times tokens: from here on arithmetic takes an accelerator longer than its launches take the host. Measured on an
 # H200, where a layer of a token took the host 1.7 ms, in which the device does that much at 650 TFLOP/s
 BUSY = 2**39
-BUSY_REPLAYED = (
-    2**36
-)  # the same of a CUDA graph, whose kernels follow each other in an eighth of that time; an estimate
+# the same of a CUDA graph, whose kernels follow each other in an eighth of that time; an estimate
+BUSY_REPLAYED = 2**36
 CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # a container's limit and use
 
 _layer_sizes: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()  # counted once for a model

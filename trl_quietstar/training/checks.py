@@ -106,9 +106,9 @@ def check_inputs(
         if isinstance(eval_dataset, Dataset):
             check_texts(len(eval_dataset))
     strategy = IntervalStrategy(args.eval_strategy)
-    if strategy != IntervalStrategy.NO and not eval_dataset:
-        raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`{GIVE}.")
     if strategy != IntervalStrategy.NO:
+        if not eval_dataset:
+            raise ValueError(f"`eval_strategy={strategy.value!r}` needs an `eval_dataset`{GIVE}.")
         check_best_metric(args, eval_dataset, brings_metrics or bool(args.reward_functions))
     if quantization_config is not None:
         check_quantization(model, args, peft_config, training=train_dataset is not None)
