@@ -141,7 +141,7 @@ COMMON = {
     "reader_nll_coefficient": 0.0,  # the same as the other one, where the thought's prediction is the only one
     "preflight_thoughts": None,  # the first point of the curve tells more
     "per_device_eval_batch_size": 50,
-    "bf16": has_bf16() or not is_slow_in_bf16(torch.device("cpu")),
+    "bf16": has_bf16() if torch.accelerator.is_available() else not is_slow_in_bf16(torch.device("cpu")),
 }
 SETTINGS = {
     "chain_sum": Settings(
