@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trl_quietstar.branches.replay import Replay
-from trl_quietstar.branches.shared_prefix import SharedPrefix
+from trl_quietstar.branches.shared_prefix import SharedPrefix, SharedPrefixCache
+from trl_quietstar.text.batch import talk_after
 from trl_quietstar.thinking import writing
 from trl_quietstar.thinking.sampling import ThoughtSampler
 from trl_quietstar.thinking.scoring import ScoreRequest, Scores, score
@@ -111,3 +112,28 @@ def test_the_talk_after_thoughts_that_say_the_same_is_run_once(monkeypatch):
     # the start, 12 tokens, the end and two of the talk
     assert runs[1] == text.input_ids.numel() + 5 * 2 * 8 * (1 + 12 + 1 + 2)
     assert runs[0] < 0.4 * runs[1]
+
+
+def test_slots_that_hold_nothing_are_not_run_after_thoughts(monkeypatch):
+    """A thought that ended early has run its last token already, one that closed itself has no end, and talk ends with the text."""
+    model, text = exact_model(), mixed_text()
+    settings = sampling(**{**CONFIDENT, "stop": ends}, temperature=0.02)
+    ran, grow = [], SharedPrefixCache.grow
+
+    def watched(self, anchors, embeds, mask, keep=False):
+        ran.append((anchors.numel(), embeds.shape[2]))
+        return grow(self, anchors, embeds, mask, keep)
+
+    monkeypatch.setattr(SharedPrefixCache, "grow", watched)
+    sampler = ThoughtSampler(settings, generators(text, step=1), 2)
+    with torch.no_grad():
+        thoughts = score(model, ScoreRequest(text, sampler, 6, SharedPrefix(), 0.02)).thoughts
+    shape = thoughts.mask.shape
+    ids = thoughts.token_ids.masked_fill(~thoughts.mask, -1)
+    said = {(row, place, *ids[row, place, g].tolist()) for row, place, g in torch.ones(shape[:3]).nonzero().tolist()}
+    talk = talk_after(text, thoughts.positions, 6).input_mask[..., 1:].sum(-1)
+    longest = (
+        talk[..., None] + 1 + thoughts.mask[..., -1].long()
+    )  # the end; and the last token where there was no time to run it
+    assert int(longest.max()) < 1 + 1 + 5  # slots for all of them
+    assert ran[-1] == (len(said), int(longest.max()))
