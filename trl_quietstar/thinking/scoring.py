@@ -19,9 +19,8 @@ from ..model.marks import Marks, after_thought, closing_mask, end_slots, filler_
 from ..model.routing import Routing, router_loss
 from ..text.batch import Branches, Talk, Text, Thoughts, gather, gather_hidden, talk_after
 from ..text.transfer import to_device
-from .lengths import encode_by_length
+from .lengths import encode_by_length, grow_once
 from .sampling import ThoughtSampler
-from .writing import grow_once
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _encoded(model: ThinkingModel, request: ScoreRequest) -> _Encoding:
     branches = _full_branches(model, thoughts, closed, talk, embed)
     lengths, slots = thoughts.host_mask.sum(-1).flatten(1), slice(marks.before, marks.before + L)
     encoded = encode_by_length(
-        *(model, text, request.path, branches, lengths, slots, request.branch_batch_size, request.cache)
+        *(model, text, request.path, branches, thoughts, lengths, slots, request.branch_batch_size, request.cache)
     )
     hidden = encoded.branches.unflatten(1, thoughts.mask.shape[1:3])[..., marks.before - 1 :, :]
     return _Encoding(thoughts, encoded.text, hidden, closed, encoded.routings)
@@ -316,7 +315,7 @@ def score_thoughts(
     branches = Branches(anchors, embeds.flatten(1, 2), mask.flatten(1, 2))
     lengths = (thoughts.host_mask.sum(-1).flatten(1) - 1).clamp(min=0)  # the last token is not read
     slots = slice(before, before + L - 1)
-    encoded = encode_by_length(model, text, path, branches, lengths, slots, branch_batch_size, cache)
+    encoded = encode_by_length(model, text, path, branches, thoughts, lengths, slots, branch_batch_size, cache)
     text_hidden, hidden = encoded.text, encoded.branches.unflatten(1, (J, G))[..., max(before - 1, 0) :, :]
     if not start:  # the first token is predicted by the text itself
         first = gather_hidden(text_hidden, thoughts.positions.index)[:, :, None, None].expand(-1, -1, G, -1, -1)

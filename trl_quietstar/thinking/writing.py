@@ -20,7 +20,7 @@ from ..branches.shared_prefix import SharedPrefixCache, Slots
 from ..model.embeddings import embed_tokens
 from ..model.heads import ThinkingModel
 from ..model.marks import start_slots
-from ..text.batch import Branches, Thoughts
+from ..text.batch import Text
 from ..text.transfer import to_device, to_host
 from .drawing import SamplingSettings, draw_tokens
 
@@ -296,11 +296,16 @@ class Writer:
 
 
 def can_join(cache: BranchCache, shape: torch.Size) -> bool:
-    """Whether branches of a shape `(B, N)` may be run once for several thoughts: on a CPU, without a graph, where no long texts would be
-    copied. On another device the host would have to wait for every token."""
-    if not isinstance(cache, SharedPrefixCache) or cache.text_hidden.device.type != "cpu" or torch.is_grad_enabled():
+    """Whether branches of a shape `(B, N)` may be run once for several thoughts, which only the shared prefix can."""
+    return isinstance(cache, SharedPrefixCache) and joins(cache.text, shape)
+
+
+def joins(text: Text, shape: torch.Size) -> bool:
+    """Whether thoughts may share branches: on a CPU, without a graph, where no long texts would be copied. On another device the host
+    would have to wait for every token."""
+    if text.input_ids.device.type != "cpu" or torch.is_grad_enabled():
         return False
-    return shape[1] > 1 and shape.numel() * cache.text.input_ids.shape[1] <= JOINED_TEXT
+    return shape[1] > 1 and shape.numel() * text.input_ids.shape[1] <= JOINED_TEXT
 
 
 def lay_out(running: Running, going_on: torch.Tensor) -> None:
@@ -359,35 +364,6 @@ def joined(running: Running, going_on: torch.Tensor) -> Layout:
     draws[places[order]] = own[order] * thoughts.shape[1] + rank
     stood = Stood(branches.view(B, N), draws.view(B, N), thoughts[:, None])
     return Layout(before // W, (before % W)[:, None], stood)
-
-
-def grow_once(cache: SharedPrefixCache, branches: Branches, thoughts: Thoughts) -> torch.Tensor:
-    """
-    Adds the slots after thoughts, `(B, N, Q, E)`, to their branches; once for thoughts that say the same, and without the slots that hold
-    nothing, if that saves a quarter of what runs.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, Q, H)`: hidden states of the new slots; anything where a slot holds nothing.
-    """
-    (B, N), Q, G = branches.anchors.shape, branches.embeds.shape[2], thoughts.mask.shape[2]
-    if not can_join(cache, branches.anchors.shape):
-        return cache.grow(branches.anchors, branches.embeds, branches.mask)
-    first = thoughts.alike().long().argmax(3)  # of those of its position that say the same
-    runs = (first == torch.arange(G)).flatten(1)
-    rows, columns = runs.nonzero().unbind(1)
-    exists = branches.mask[rows, columns, -Q:]
-    width = max(int(exists.sum(1).max()), 1)
-    if 4 * len(rows) * width > 3 * B * N * Q:
-        return cache.grow(branches.anchors, branches.embeds, branches.mask)
-    slots = torch.argsort((~exists).int(), dim=1, stable=True)[:, :width]  # those that hold something first, in order
-    embeds = branches.embeds[rows[:, None], columns[:, None], slots]
-    mask = torch.cat([branches.mask[rows, columns, :-Q], exists.gather(1, slots)], dim=1)
-    at = rows[:, None], columns[:, None]
-    some = cache.select(rows, at[1]).grow(branches.anchors[at], embeds[:, None], mask[:, None])[:, 0]
-    slot = (exists.cumsum(1) - 1).clamp(min=0)  # where each slot was run
-    stands = first.flatten() + torch.arange(B * N) // G * G  # which thought runs for each
-    branch = (runs.flatten().cumsum(0) - 1)[stands]
-    return some[branch[:, None], slot[branch]].unflatten(0, (B, N))
 
 
 def fewer_branches(going_on: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
