@@ -4,6 +4,7 @@ import html
 import io
 import math
 import re
+import time
 import sys
 from pathlib import Path
 
@@ -396,8 +397,11 @@ def test_wandb_receives_the_thoughts_of_an_evaluation(tmp_path, monkeypatch):
     finally:
         wandb.finish()
     assert summary["eval_thoughts"]["_type"] == "table-file" and summary["eval_thoughts"]["nrows"] == 5
-    # what `wandb sync` would upload names the page
-    assert any(b"step-0.html" in records(file.read_bytes()) for file in folder.glob("*.wandb"))
+    # what `wandb sync` would upload names the page; W&B's own process may still be writing it
+    deadline = time.monotonic() + 60
+    while not any(b"step-0.html" in records(file.read_bytes()) for file in folder.glob("*.wandb")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def records(log: bytes) -> bytes:
