@@ -122,6 +122,17 @@ def assert_trains_as_it_says(folder, base: str, config: PeftConfig) -> None:
     torch.testing.assert_close(logps(again), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_a_name_that_no_module_has(option, base, tmp_path, caplog):
+    """PEFT passes over it where another fits, so that less is trained than was meant."""
+    misspelt = (
+        {option: ["q_proj", "k_porj", "mlp.up_proj"]} if option == "target_modules" else {option: ["embed_token"]}
+    )
+    tiny_trainer(tmp_path, model=base, peft_config=LoraConfig(**{**LORA, **misspelt}, task_type="CAUSAL_LM"))
+    absent = "'k_porj'" if option == "target_modules" else "'embed_token'"
+    assert f"`{option}` names {absent}, and no module" in caplog.text
+
+
 def marked(names, quick):
     """Those that few others are like at every run, the rest with the slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -372,6 +372,13 @@ def test_a_tokenizer_of_another_model(tmp_path):
         tiny_trainer(tmp_path, model=plain_model_of(40), data=Dataset.from_list(GOOD))
 
 
+@pytest.mark.parametrize("vocabulary", [601, 600])
+def test_a_tokenizer_with_half_of_the_models_tokens(tmp_path, caplog, vocabulary):
+    """Below, it is likely another model's, whose every id the model has; above, the table may be filled up to a round size."""
+    tiny_trainer(tmp_path, model=plain_model_of(vocabulary), data=Dataset.from_list(GOOD))
+    assert ("The tokenizer has 300 tokens and the model's vocabulary 601" in caplog.text) == (vocabulary > 600)
+
+
 def test_a_pad_token_that_the_model_has_not(tmp_path):
     """Often added to a tokenizer alone: EOS pads in its place, and what is saved loads and generates for a batch."""
     tokenizer = byte_tokenizer()

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_the_model_alone_resumes(tmp_path):
     assert resumed.state.global_step == 3
 
 
-def test_a_run_that_had_ended_ends_again(tmp_path):
+def test_a_run_that_had_ended_ends_again(tmp_path, caplog):
     """Resumed from the checkpoint of its last step, in the middle of an epoch, a run takes no step beyond it; with more
     steps it goes on."""
     path = saved_model(tmp_path / "model")
@@ -135,9 +135,11 @@ def test_a_run_that_had_ended_ends_again(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
     assert_same_state(resumed.model, whole.model)
+    assert "No step is taken" in caplog.text and "at step 3 of 3" in caplog.text
+    caplog.clear()
     longer = tiny_trainer(tmp_path / "run", path, **{**options, "max_steps": 4})
     longer.train(resume_from_checkpoint=True)
-    assert longer.state.global_step == 4
+    assert longer.state.global_step == 4 and "No step is taken" not in caplog.text
 
 
 def test_early_stopping_counts_on(tmp_path):

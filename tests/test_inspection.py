@@ -4,8 +4,8 @@ import html
 import io
 import math
 import re
-import time
 import sys
+import time
 from pathlib import Path
 
 import pytest

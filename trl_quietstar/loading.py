@@ -20,6 +20,7 @@ from .model.adapters import (
     check_trainable,
     heads_aside,
     trains_added_weights_only,
+    warn_of_absent,
 )
 from .model.heads import ThinkingModel
 from .model.saved import HUB_KWARGS, has_file, saved_settings, settings_in, warn_of_lost_heads
@@ -157,10 +158,12 @@ def build_model(
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = cast(PreTrainedTokenizerBase, tokenizer.tokenizer)
     text_config = base.config.get_text_config()
+    _warn_of_other_vocabulary(tokenizer, text_config.vocab_size)
     _pad_within(tokenizer, text_config.vocab_size)
     base.adopt_settings(settings, tokenizer)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:
+        warn_of_absent(base, peft_config)
         with heads_aside(base):
             model = get_peft_model(base, peft_config, revision=base._loaded_by.get("revision"))
     if is_peft_model(model):
@@ -377,6 +380,18 @@ def load_tokenizer(source: str, **kwargs) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"There is no tokenizer in {source!r}; save the model's own there, with `tokenizer.save_pretrained({source!r})`."
         ) from None
+
+
+def _warn_of_other_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Says that a tokenizer with far fewer tokens than the model has embeddings is likely that of another model. Some embeddings
+    without a token are common: tables are filled up to round sizes."""
+    if len(tokenizer) < vocab_size / 2:
+        logger.warning(
+            "The tokenizer has %d tokens and the model's vocabulary %d: it is likely that of another model, to which the ids mean "
+            "other words. Give the model's own as `processing_class`.",
+            len(tokenizer),
+            vocab_size,
+        )
 
 
 def _pad_within(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

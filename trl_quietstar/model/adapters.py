@@ -2,6 +2,7 @@
 ones are put on."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from .saved import HEADS_NAME, file_of, saved_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 # Methods of PEFT that a thinking step would not train as they are meant to be trained
 REFUSED = {
@@ -74,6 +77,30 @@ def check_method(config) -> None:
     if config.task_type not in TASK_TYPES:
         task = getattr(config.task_type, "value", config.task_type)
         raise ValueError(f"`task_type` of the {type(config).__name__} is {task!r}; set `task_type='CAUSAL_LM'`.")
+
+
+def warn_of_absent(base: nn.Module, config) -> None:
+    """
+    Warns of names in an adapter's lists that no module has: PEFT passes over them, as long as one other name fits.
+
+    Args:
+        base (`nn.Module`):
+            The causal LM.
+        config ([`~peft.PeftConfig`]):
+            Of the adapter. A regular expression in place of a list is not looked at.
+    """
+    known = [f".{name}" for name, _ in base.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        names = getattr(config, option, None)
+        absent = [] if names is None or isinstance(names, str) else sorted(names)
+        absent = [name for name in absent if not any(module.endswith(f".{name}") for module in known)]
+        if absent:
+            logger.warning(
+                "`%s` names %s, and no module of %s is called so: nothing is trained there.",
+                option,
+                ", ".join(map(repr, absent)),
+                type(base).__name__,
+            )
 
 
 def trains_added_weights_only(config) -> bool:

@@ -5,6 +5,7 @@ How a folder is written and checked stands in `folders`, and whether it fits a r
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from .folders import (
 )
 from .resuming import check_fits, check_groups, check_optimizer_fields, load_weights
 
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_NAME = "reference"
 
@@ -293,6 +296,12 @@ class CheckpointTrainer(BaseTrainer):
             for callback, used in zip(self._early_stopping(), state["patience_used"], strict=False):
                 callback.early_stopping_patience_counter = used
             if self._has_ended():  # the Trainer would take one step more
+                logger.warning(
+                    "No step is taken: the run had ended where the checkpoint was written, at step %d of %d. To go on, raise "
+                    "`max_steps` or `num_train_epochs`, or the patience of early stopping.",
+                    self.state.global_step,
+                    self.state.max_steps,
+                )
                 self.control.should_training_stop = True
                 return
         super()._run_epoch(*args, **kwargs)
