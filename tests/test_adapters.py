@@ -126,7 +126,9 @@ def assert_trains_as_it_says(folder, base: str, config: PeftConfig) -> None:
 def test_a_name_that_no_module_has(option, base, tmp_path, caplog):
     """PEFT passes over it where another fits, so that less is trained than was meant."""
     misspelt = (
-        {option: ["q_proj", "k_porj", "mlp.up_proj"]} if option == "target_modules" else {option: ["embed_token"]}
+        {option: ["q_proj", "k_porj", "mlp.up_proj"]}
+        if option == "target_modules"
+        else {option: ["embed_token", "head"]}
     )
     tiny_trainer(tmp_path, model=base, peft_config=LoraConfig(**{**LORA, **misspelt}, task_type="CAUSAL_LM"))
     absent = "'k_porj'" if option == "target_modules" else "'embed_token'"

@@ -93,7 +93,8 @@ def warn_of_absent(base: nn.Module, config) -> None:
     for option in ("target_modules", "modules_to_save"):
         names = getattr(config, option, None)
         absent = [] if names is None or isinstance(names, str) else sorted(names)
-        absent = [name for name in absent if not any(module.endswith(f".{name}") for module in known)]
+        dot = "." if option == "target_modules" else ""  # PEFT saves modules by any end of their names
+        absent = [name for name in absent if not any(module.endswith(dot + name) for module in known)]
         if absent:
             logger.warning(
                 "`%s` names %s, and no module of %s is called so: nothing is trained there.",

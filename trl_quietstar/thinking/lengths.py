@@ -46,15 +46,15 @@ def encode_by_length(
         [`~branches.base.Encoded`], with zeros in the slots that were left out.
     """
     (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
-    in_one_piece = has_router_loss(model.config) or model_is_sharded(model)
-    if type(path) is SharedPrefix and batch_size is None and not in_one_piece and joins(text, branches.anchors.shape):
+    may_join = type(path) is SharedPrefix and batch_size is None and joins(text, branches.anchors.shape)
+    if may_join and not _runs_as_one(model):
         read = cache.again() if isinstance(cache, SharedPrefixCache) else SharedPrefixCache(model, text)
         return Encoded(read.text_hidden, grow_once(read, branches, thoughts), [])
     order = lengths.argsort(dim=1, descending=True, stable=True)
     blocks = _by_length(lengths.gather(1, order).amax(0).tolist())
     saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
     worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
-    if 2 * saved < N * S + T or not worthwhile or in_one_piece:
+    if 2 * saved < N * S + T or not worthwhile or _runs_as_one(model):
         return path.encode(model, text, branches, batch_size, cache)
     rows, parts, texts = torch.arange(B)[:, None], [], []
     for start, stop, longest in blocks:
@@ -70,6 +70,12 @@ def encode_by_length(
         parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
     back = tuple(to_device(x, branches.mask.device) for x in (rows, order.argsort(dim=1)))
     return Encoded(texts[0], torch.cat(parts, dim=1)[back], [])
+
+
+def _runs_as_one(model: ThinkingModel) -> bool:
+    """Whether all branches must run in the forward that was asked for: each process runs layers as often as the others, or a router's
+    loss watches each forward."""
+    return has_router_loss(model.config) or model_is_sharded(model)
 
 
 def grow_once(cache: SharedPrefixCache, branches: Branches, thoughts: Thoughts) -> torch.Tensor:
@@ -116,14 +122,14 @@ def _grown(
 
 def _by_length(longest: list[int]) -> list[tuple[int, int, int]]:
     """
-    Cuts columns into blocks; the longest thought of a block has at least twice the length of the next block's.
+    Cuts columns of branches, or single ones, into blocks; the longest of a block has at least twice the length of the next block's.
 
     Args:
         longest (`list[int]`):
-            Length of each column's longest thought, in descending order.
+            Length of each, that of a column's longest, in descending order.
 
     Returns:
-        `list` of `tuple`: of each block the first column, the last one plus one, and the length of its longest thought.
+        `list` of `tuple`: of each block the first one, the last one plus one, and the greatest length.
     """
     blocks, start = [], 0
     for column in range(1, len(longest) + 1):
