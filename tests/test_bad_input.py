@@ -1,6 +1,7 @@
 """What cannot work is refused before any compute, with the value, the limit and the fix."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,7 +253,7 @@ def test_an_audio_decoder(tmp_path):
 @pytest.mark.parametrize("compiled", [torch.compile, lambda model: model.compile() or model])
 def test_a_compiled_model(compiled, tmp_path):
     """Nothing has been compiled yet when it is refused; so is the option that asks for it."""
-    with pytest.raises(ValueError, match=r"compiled.*`layer.compile\(\)`"):
+    with pytest.raises((TypeError, ValueError), match=r"compiled.*`layer.compile\(\)`"):
         tiny_trainer(tmp_path, model=compiled(plain_model()))
     with pytest.raises(ValueError, match=r"`torch_compile=True` is not supported"):
         tiny_trainer(tmp_path, torch_compile=True)
@@ -305,6 +306,16 @@ def test_a_peft_config_of_the_wrong_type(tmp_path):
     """A dictionary is a type error that names the class."""
     with pytest.raises(TypeError, match=r"`dict`.*PeftConfig"):
         tiny_trainer(tmp_path, peft_config=dict(LORA))
+
+
+@pytest.mark.parametrize(
+    "wrong", [Path, lambda folder: torch.nn.DataParallel(plain_model()), lambda folder: torch.nn.Linear(2, 2)]
+)
+def test_a_model_of_the_wrong_type(wrong, tmp_path):
+    """A `Path`, a model in a wrapper, or another module is a type error that says what to give."""
+    model = wrong(tmp_path)
+    with pytest.raises(TypeError, match=rf"`model` is a `{type(model).__name__}`; give an id or a path as a string"):
+        tiny_trainer(tmp_path, model=model)
 
 
 def test_arguments_of_another_trainer(tmp_path):

@@ -100,6 +100,18 @@ def test_an_adapter_comes_back_on_the_revision_it_was_trained_on(cache, tmp_path
     assert torch.equal(logits(by_peft), logits(ways["named"].model))
 
 
+@pytest.mark.parametrize("is_given", [False, True], ids=["config", "model"])
+def test_an_adapter_without_a_task_is_loaded_by_peft(is_given, tmp_path):
+    """The README's configuration names none. PEFT then saves the class of the base, and imports none from this package."""
+    config, path = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), saved_model(tmp_path / "m")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config) if is_given else path
+    trainer = tiny_trainer(tmp_path / "out", model, peft_config=None if is_given else config)
+    trainer.save_model()
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(by_peft), logits(trainer.model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(trainer.model))
+
+
 @pytest.mark.parametrize(
     "hub", [{}, {"revision": "v2"}, {"subfolder": "sub"}, {"revision": "v2", "subfolder": "sub"}], ids=str
 )

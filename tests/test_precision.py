@@ -15,7 +15,7 @@ from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import mixed_text, think, tiny_model
-from .training import logged, saved_model, text_data, tiny_trainer
+from .training import logged, plain_model, saved_model, text_data, tiny_trainer
 
 
 # largest difference of a log-probability in nats from float32 with the same weights, on the tiny random model, whose
@@ -91,6 +91,65 @@ def test_a_half_precision_model_trains_with_its_heads_in_float32(dtype, tmp_path
     assert_learns(trainer)
     base = trainer.model.get_base_model()
     assert base.dtype == getattr(torch, dtype) and base.quietstar.start_embedding.dtype == torch.float32
+
+
+def warnings_of_rounding(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "rounded away" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "is_told"),
+    [
+        (torch.bfloat16, dict(learning_rate=1e-6), True),
+        (torch.bfloat16, dict(learning_rate=1e-6, muon_learning_rate=0.3), True),  # embeddings and norms are left
+        (torch.bfloat16, dict(learning_rate=0.3), False),
+        (torch.bfloat16, dict(learning_rate=0.0), False),  # the heads alone, on purpose
+        (torch.bfloat16, dict(learning_rate=1e-6, peft_config=lora()), False),
+        (torch.float32, dict(learning_rate=1e-6), False),
+    ],
+)
+def test_weights_that_updates_do_not_change_are_told(dtype, options, is_told, tmp_path, caplog):
+    """A model that a user has loaded may be in bfloat16, whose weights AdamW at the default rate leaves as they were."""
+    model = plain_model().to(dtype)
+    trainer = tiny_trainer(tmp_path, model, max_steps=1, **options)
+    weights = [p for p in model.parameters() if p.requires_grad and p.dtype == dtype != torch.float32]
+    before = [p.detach().clone() for p in weights]
+    trainer.train()
+    told = warnings_of_rounding(caplog)
+    assert len(told) == is_told
+    if is_told and "muon_learning_rate" not in options:
+        changed = sum((p != b).sum().item() for p, b in zip(weights, before, strict=True))
+        assert 0 < changed / sum(p.numel() for p in weights) < 0.02
+        assert "are bfloat16" in told[0] and "learning rate (1e-06)" in told[0] and "`dtype=torch.float32`" in told[0]
+
+
+def test_float16_weights_are_refused_where_gradients_are_scaled(tmp_path, monkeypatch):
+    """PyTorch says of them in the middle of the first step that it does not unscale them."""
+    trainer = tiny_trainer(tmp_path, plain_model().half())
+    monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu"))  # as on a GPU
+    with pytest.raises(ValueError, match=r"`fp16=True` scales gradients.*`dtype=torch.float32`"):
+        trainer.train()
+
+
+def test_a_base_that_stays_frozen_is_loaded_in_bfloat16(tmp_path):
+    """Under `bf16` and LoRA, also where training goes on with a saved adapter: in float32 it would take twice the memory."""
+    whole = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
+    path = saved_model(tmp_path / "m")
+    for name, config, bf16, expected in [
+        ("frozen", lora(), True, torch.bfloat16),
+        ("head", whole, True, torch.float32),
+        ("full", lora(), False, torch.float32),
+    ]:
+        first = tiny_trainer(tmp_path / name, path, peft_config=config, bf16=bf16)
+        first.save_model()
+        again = tiny_trainer(tmp_path / "again", str(tmp_path / name), bf16=bf16)
+        for trainer in (first, again):
+            base = trainer.model.get_base_model()
+            assert base.dtype == expected, name
+            assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}, name
+    (tmp_path / "head/adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged: it is no valid JSON"):
+        tiny_trainer(tmp_path / "again", str(tmp_path / "head"), bf16=True)
 
 
 @pytest.mark.parametrize("name", ["8 bits", "NF4", pytest.param("4 bits", marks=pytest.mark.slow)])

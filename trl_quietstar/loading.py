@@ -2,13 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
-from transformers.utils import is_peft_available
+from transformers.utils import ADAPTER_CONFIG_NAME, is_peft_available
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from ._compat import checkpoint_exactly, noted_commit
@@ -23,17 +23,14 @@ from .model.adapters import (
     warn_of_absent,
 )
 from .model.heads import ThinkingModel
-from .model.saved import HUB_KWARGS, has_file, saved_settings, settings_in, warn_of_lost_heads
+from .model.saved import HUB_KWARGS, file_of, has_file, read_json, saved_settings, settings_in, warn_of_lost_heads
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, attach_saved_heads
 from .settings import QuietStarSettings
 
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 if is_peft_available():
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -48,8 +45,13 @@ def check_kinds(model, args: QuietStarConfig, tokenizer) -> None:
     Refuses arguments of another kind than the trainer takes, and warns of one that has no effect.
 
     Raises:
-        `TypeError`: for a tokenizer that is none.
+        `TypeError`: for a model or a tokenizer that is none.
     """
+    if not isinstance(model, (str, PreTrainedModel, *((PeftModel,) if is_peft_available() else ()))):
+        raise TypeError(
+            f"`model` is a `{type(model).__name__}`; give an id or a path as a string, or a model as `AutoModelForCausalLM` loads it, "
+            "neither wrapped nor compiled. Its layers may be compiled one by one, with `layer.compile()`."
+        )
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -142,7 +144,10 @@ def build_model(
         args.thought_suppress_tokens = _saved_suppression(model, hub)
     settings, source = args.settings(), model if isinstance(model, str) else None
     if source is not None:
-        kwargs = {"dtype": _dtype(args, quantization_config, peft_config), **_init_kwargs(args)}
+        kwargs = {
+            "dtype": _dtype(args, quantization_config, peft_config or _adapter_at(source, hub)),
+            **_init_kwargs(args),
+        }
         source, model = _load(source, args, settings, quantization_config, hub, kwargs)
     check_unpartitioned(model)
     base = base_of(model)
@@ -202,10 +207,14 @@ def _keep_gradients(base: PreTrainedModel) -> None:
 def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: bool) -> None:
     """Readies an adapter, new or loaded, and the heads for training. The adapter of a model that was given as an object gets the
     revision of its base noted; where the model was loaded here, PEFT has noted it."""
-    base = base_of(model)
+    base, config = base_of(model), model.peft_config["default"]
     _check_places(base)
-    if is_given and model.peft_config["default"].revision is None:
-        model.peft_config["default"].revision = base._loaded_by.get("revision")
+    if is_given and config.revision is None:
+        config.revision = base._loaded_by.get("revision")
+    if (
+        config.task_type is None
+    ):  # PEFT would save the name of the thinking class in its place, and then refuse to import it
+        config.task_type = "CAUSAL_LM"
     base.quietstar.requires_grad_(True)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -237,6 +246,15 @@ def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dty
     return (
         torch.bfloat16 if args.bf16 and stays_frozen and quantization_config is None and not sharded else torch.float32
     )
+
+
+def _adapter_at(source: str, hub: dict[str, Any]) -> "PeftConfig | None":
+    """The configuration of the adapter that a folder or repository holds; None if it holds none."""
+    file = file_of(source, ADAPTER_CONFIG_NAME, hub) if is_peft_available() else None
+    if file is None:
+        return None
+    read_json(file)  # which says of a damaged one what is wrong
+    return PeftConfig.from_pretrained(source, **hub)
 
 
 def _load(

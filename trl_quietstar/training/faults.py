@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..config import QuietStarConfig
 from ..learning.experience import StepPart
 from ..learning.metrics import BatchResult
+from ..precision import check_weights
 from ..thinking.scoring import Scores
 from .distributed import summed
 
@@ -82,6 +83,9 @@ class FaultGuard(TrainerCallback):
         self._faults["train"], self._unread = [], []
 
     # Checks
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        check_weights(optimizer, self.accelerator)
 
     def check(self, batch: BatchResult, part: StepPart) -> torch.Tensor | None:
         """
