@@ -314,6 +314,17 @@ def test_a_field_is_refused(name, tmp_path):
     tiny_args(tmp_path, **{name: getattr(tiny_args(tmp_path), name)})
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
+def test_arguments_that_an_optimizer_does_not_read_are_refused(optim, tmp_path):
+    """Transformers makes these optimizers without `optim_args`, whatever stands there. The others read theirs, as SGD does."""
+    with pytest.raises(ValueError, match=f"`optim_args='amsgrad=True'` would be ignored by `optim='{optim}'`"):
+        tiny_args(tmp_path, optim=optim, optim_args="amsgrad=True")
+    args = tiny_args(tmp_path, optim=optim)
+    made = Trainer.get_optimizer_cls_and_kwargs(args)
+    args.optim_args = "amsgrad=True"
+    assert Trainer.get_optimizer_cls_and_kwargs(args) == made
+
+
 def test_several_processes_are_told_apart(tmp_path, monkeypatch):
     """A mean over each process's own tokens is no option; texts and layers are not split over processes."""
     monkeypatch.setattr(TrainingArguments, "world_size", 2)

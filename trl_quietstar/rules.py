@@ -375,6 +375,12 @@ def check_training(args: "QuietStarConfig") -> None:
             f"`optim_target_modules={args.optim_target_modules!r}` would be ignored by `optim={str(args.optim)!r}`; it goes "
             f"with {', '.join(LAYERED)}. Leave it out."
         )
+    if args.optim_args and args.optim in (*ADAMW, "adafactor"):
+        raise ValueError(
+            f"`optim_args={args.optim_args!r}` would be ignored by `optim={str(args.optim)!r}`, which is made from `learning_rate` and "
+            "`weight_decay`, and AdamW from `adam_beta1`, `adam_beta2` and `adam_epsilon` too. Leave it out, or give an optimizer "
+            "of your own as `optimizers`."
+        )
 
 
 def check_patterns(args: "QuietStarConfig") -> None:
