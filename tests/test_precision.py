@@ -1,6 +1,7 @@
 """Low precision: how far scores in half precision and of quantized models lie from float32, and that they train."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import BitsAndBytesConfig
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.branches.shared_prefix import SharedPrefix
-from trl_quietstar.precision import has_bf16
+from trl_quietstar.precision import has_bf16, warn_of_precision
 from trl_quietstar.thinking.check import QUANTIZED_TOLERANCE, path_difference
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
@@ -226,12 +227,24 @@ def test_bf16_is_for_an_accelerator_that_has_it(tmp_path, monkeypatch):
         (torch.cuda, "is_available"),
         (torch.cuda, "is_bf16_supported"),
     ):
-        monkeypatch.setattr(module, name, lambda: True)
+        monkeypatch.setattr(module, name, lambda **_: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert has_bf16()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)  # a T4
+    assert not has_bf16()
     assert not QuietStarConfig(str(tmp_path), use_cpu=True).bf16
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert not has_bf16()
+
+
+def test_bf16_on_a_gpu_without_instructions_for_it_warns(monkeypatch, caplog):
+    """Such as a T4, where PyTorch emulates it; Transformers takes it for supported."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    args = dict(device=torch.device("cuda"), fp16=False, bf16=True, bf16_full_eval=False)
+    warn_of_precision(SimpleNamespace(**args | {"bf16": False}))
+    assert not caplog.records
+    warn_of_precision(SimpleNamespace(**args))
+    assert "this GPU has no instructions for bfloat16. Take `fp16=True`, or leave it out." in caplog.text
 
 
 @pytest.mark.parametrize("supported", [True, False])

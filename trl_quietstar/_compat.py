@@ -283,8 +283,13 @@ def _merged_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether a device is a processor for which PyTorch has no kernels that multiply matrices in bfloat16: a forward and
-    backward of SmolLM2-135M under autocast took ten times as long as in float32 on one with AVX2 alone."""
+    """
+    Whether a device has no instructions for products in bfloat16, so that PyTorch emulates them: GPUs before Ampere, such as a T4,
+    whose `torch.cuda.is_bf16_supported()` is true all the same; and processors for which oneDNN has no kernels. On one with AVX2
+    alone a forward and backward of SmolLM2-135M under autocast took ten times as long as in float32.
+    """
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
     supports = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return device.type == "cpu" and supports is not None and not supports()
 

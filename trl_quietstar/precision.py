@@ -15,9 +15,11 @@ SAMPLED = 4096  # weights of each parameter that a small update is tried on
 
 
 def has_bf16() -> bool:
-    """Whether an accelerator computes in bfloat16; MPS does so in software on some machines."""
+    """Whether an accelerator computes in bfloat16; older GPUs and some machines with MPS do so in software."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is not None and device.type != "mps" and is_torch_bf16_gpu_available()
+    if device is None or device.type == "mps" or not is_torch_bf16_gpu_available():
+        return False
+    return not is_slow_in_bf16(device)
 
 
 def warn_of_precision(args: TrainingArguments) -> None:
@@ -28,9 +30,14 @@ def warn_of_precision(args: TrainingArguments) -> None:
         )
     slow = [name for name in ("bf16", "bf16_full_eval") if getattr(args, name)]
     if slow and is_slow_in_bf16(args.device):
+        is_cpu = args.device.type == "cpu"
         logger.warning(
-            f"`{'=True` and `'.join(slow)}=True`: this processor has no instructions for bfloat16, and a step takes about ten "
-            "times as long as in float32. Leave it out."
+            f"`{'=True` and `'.join(slow)}=True`: this {'processor' if is_cpu else 'GPU'} has no instructions for bfloat16. "
+            + (
+                "A step takes about ten times as long as in float32. Leave it out."
+                if is_cpu
+                else "Take `fp16=True`, or leave it out."
+            )
         )
 
 
