@@ -147,7 +147,11 @@ SETTINGS = {
     "chain_sum": Settings(
         stages={
             "all": COMMON,
-            "written": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
+            "written": {
+                "per_device_train_batch_size": 16,
+                "learning_rate": 3e-4,
+                "base_nll_coefficient": 0.1,  # what to say without a thought; else the steps are said aloud, and divergence fails
+            },
             "reinforcement": {
                 "per_device_train_batch_size": 32,
                 "num_thoughts": 8,
