@@ -15,7 +15,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, TrainerCallback
 
-from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.model.adapters import AdapterReference, base_of
 from trl_quietstar.modeling import attach_heads
 from trl_quietstar.text.batch import Text
@@ -343,3 +343,23 @@ def test_an_optimizer_without_all_that_is_trained_is_refused(tmp_path):
         optimizer = torch.optim.AdamW(model.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         tiny_trainer(tmp_path, model=model, optimizers=(optimizer, scheduler))
+
+
+@pytest.mark.parametrize(
+    ("rates", "is_told"),
+    [
+        ({}, True),  # the default is for all weights
+        (dict(learning_rate=1e-4), False),
+        (dict(learning_rate=0.0), False),  # the heads alone, on purpose
+        (dict(muon_learning_rate=1e-3), False),
+    ],
+)
+def test_a_rate_at_which_lora_hardly_learns_is_told(rates, is_told, tmp_path, caplog):
+    """Whether the adapter is made here or given. All weights learn at such a rate."""
+    default = dict(learning_rate=QuietStarConfig(str(tmp_path)).learning_rate)
+    config = LoraConfig(target_modules="all-linear")
+    given = dict(model=get_peft_model(plain_model(), config))
+    for options in (dict(peft_config=config), given, {}):
+        caplog.clear()
+        tiny_trainer(tmp_path, **{**default, **rates, **options})
+        assert ("LoRA hardly learns" in caplog.text) == (is_told and options != {})

@@ -30,11 +30,13 @@ from .settings import QuietStarSettings
 
 
 if is_peft_available():
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 logger = logging.getLogger(__name__)
+
+SLOW_RATE = 1e-5  # LoRA hardly learns below it; the papers' rates are for all weights
 
 
 # What can be refused before anything is loaded
@@ -211,10 +213,13 @@ def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: boo
     _check_places(base)
     if is_given and config.revision is None:
         config.revision = base._loaded_by.get("revision")
-    if (
-        config.task_type is None
-    ):  # PEFT would save the name of the thinking class in its place, and then refuse to import it
-        config.task_type = "CAUSAL_LM"
+    if config.task_type is None:
+        config.task_type = "CAUSAL_LM"  # PEFT would save the name of the thinking class, and then refuse to import it
+    if 0 < args.learning_rate < SLOW_RATE and args.muon_learning_rate is None and isinstance(config, LoraConfig):
+        logger.warning(
+            "`learning_rate` is %g, at which LoRA hardly learns: its matrices begin at zero. Take 1e-4 to 4e-4, or train all weights.",
+            args.learning_rate,
+        )
     base.quietstar.requires_grad_(True)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
