@@ -6,15 +6,20 @@ import subprocess
 import sys
 import warnings
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from datasets import load_dataset
 from transformers import pipeline
 from trl import ModelConfig
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM
 from trl_quietstar.cli import console
 from trl_quietstar.cli.errors import words_of
+from trl_quietstar.cli.evaluate import TaskArguments
+from trl_quietstar.cli.generate import GenerateArguments
+from trl_quietstar.rules import Limits, notes_of
 
 from .commands import recipe_in, run
 from .tiny import byte_tokenizer
@@ -149,6 +154,53 @@ def test_a_bare_flag_resumes_from_the_last_checkpoint(recipe, folder, said):
     assert (folder / "resumed/checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("kind", [GenerateArguments, TaskArguments])
+def test_numbers_of_commands_have_limits(kind):
+    """Where no class of options checks them: below, each is refused by name before anything is loaded."""
+    limits = notes_of(kind, Limits)
+    numbers = {name for name, hint in get_type_hints(kind).items() if {int, float} & {hint, *get_args(hint)}}
+    assert numbers - set(limits) == {"think_every", "thinking_threshold"}  # which depend on the model
+    for name, own in limits.items():
+        with pytest.raises(ValueError, match=f"`{name}` is .*, below its limit"):
+            kind(**{name: own.least - 1})
+
+
+def test_options_of_sampling_without_it():
+    """Are refused; greedy text would not follow them."""
+    for name in ("temperature", "top_p"):
+        with pytest.raises(ValueError, match=f"`{name}` has no effect without `do_sample`"):
+            GenerateArguments(**{name: 0.5})
+        GenerateArguments(**{name: 0.5}, do_sample=True)
+
+
+OUTPUTS = {
+    "inspect": ("--text", "x.txt", "--output"),
+    "eval": ("--dataset_name", "x.jsonl", "--output_file"),
+    "eval on tasks": ("--tasks", "sums", "--output_file"),
+    "compare": ("--output",),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_file_that_cannot_be_written(command, recipe, folder, monkeypatch, capfd):
+    """Is known before anything is computed; a folder that is not there is made."""
+    (folder / "file").touch()
+    start = [command.split()[0], *(["run"] if command == "compare" else ["--model", recipe["model_name_or_path"]])]
+    for target, words in (
+        (folder, "is a folder"),
+        (folder / "file/x", "cannot be written"),
+        (folder / command / "x", ""),
+    ):
+        monkeypatch.setattr("sys.argv", ["trl-quietstar", *start, *OUTPUTS[command], str(target)])
+        if words:
+            assert console() == 1
+            line = capfd.readouterr().err.splitlines()[-1]
+            assert line.startswith("trl-quietstar: `output") and words in line
+        else:
+            console()  # and ends, since there is nothing to read
+            assert target.parent.is_dir()
+
+
 def raised(error: Exception, inside) -> Exception:
     try:
         inside()
@@ -161,14 +213,18 @@ def test_an_error_that_nobody_worded_keeps_its_traceback():
     """A fault of the program is no line."""
     assert words_of(raised(ValueError(), lambda: int("x"))) is None
     assert words_of(raised(ZeroDivisionError(), lambda: 1 / 0)) is None
+    offline = ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+    assert words_of(raised(offline, lambda: load_dataset("no/where"))) is not None  # by a task of lm-eval
     assert "`gamma` is 2" in words_of(raised(ValueError(), lambda: QuietStarConfig("out", gamma=2)))
 
 
 # What is not said
 
 CALM = """
-from trl_quietstar.cli import main
-main({argv!r})
+import sys
+from trl_quietstar.cli import console
+sys.argv = ["trl-quietstar", *{argv!r}]
+sys.exit(console())
 """
 
 

@@ -18,6 +18,7 @@ from ..data.questions import as_chat, as_prompts, columns_of, give_template, spl
 from ..data.sources import load_splits
 from ..loading import hub_kwargs, load_tokenizer
 from ..model.saved import has_file, saved_settings
+from ..rules import Limits, check_limits, notes_of
 from ..settings import OPTIONS
 
 
@@ -100,6 +101,24 @@ class ThinkerArguments:
     )
     revision: str | None = argument(None, "Revision of the model on the Hub.")
     trust_remote_code: bool = argument(False, "Whether to run code that comes with a model on the Hub.")
+
+
+def check_numbers(arguments) -> None:
+    """Refuses numbers outside the limits that annotate a command's own arguments."""
+    for name, limits in notes_of(type(arguments), Limits).items():
+        check_limits(name, getattr(arguments, name), limits)
+
+
+def check_output(name: str, file: str | None) -> None:
+    """Makes the folder of a file that a command will write, before it works for hours; an `OSError` if it cannot be written there."""
+    if file is None:
+        return
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"`{name}` {file!r} cannot be written ({error.strerror}); give another file.") from error
+    if Path(file).is_dir():
+        raise IsADirectoryError(f"`{name}` {file!r} is a folder; give a file.")
 
 
 def required(arguments, *names: str) -> list[str]:

@@ -19,7 +19,7 @@ from ..evaluation.plots import panels_of, write_plot
 from ..evaluation.report import printable
 from ..learning.rewards import UNITS
 from ..training.history import HISTORY, read_history
-from .arguments import argument
+from .arguments import argument, check_output
 from .parser import CommandParser
 
 
@@ -64,6 +64,7 @@ def run(argv: list[str]) -> None:
     (args,) = CommandParser((CompareArguments,), "compare").parse_args_and_config(argv[count:])
     if count == 0:
         raise ValueError("No run is given; give the output directories of runs: `trl-quietstar compare RUN RUN ...`.")
+    check_output("output", args.output)
     runs = [Run(folder, *read_history(Path(folder))) for folder in dict.fromkeys(argv[:count])]
     for one in runs:
         if not one.log:

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1]
 OTHERS = {
     "/huggingface_hub/": OSError,
     "/transformers/utils/hub.py": OSError,
+    "/datasets/": OSError,
     "/peft/tuners/tuners_utils.py": ValueError,
 }
 

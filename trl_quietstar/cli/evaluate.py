@@ -4,12 +4,14 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from trl import ModelConfig, get_quantization_config
 
 from ..config import QuietStarConfig
 from ..evaluation.report import print_anti_theater, print_evaluation, print_outcomes, print_thoughts
 from ..loading import hub_kwargs, warn_of_untrained_heads
+from ..rules import Limits
 from ..thinking.when import Thinking
 from ..trainer import QuietStarREINFORCETrainer
 from .arguments import (
@@ -18,6 +20,8 @@ from .arguments import (
     argument,
     chat_tokenizer,
     check_model,
+    check_numbers,
+    check_output,
     cut,
     load_data,
     model_kwargs,
@@ -48,10 +52,15 @@ class TaskArguments(ThinkerArguments):
     tasks: str | None = argument(None, "Names of lm-eval's tasks, separated by commas.")
     compare: bool = argument(False, "Whether to run without thoughts too, and compare the two document by document.")
     include_path: str | None = argument(None, "Folder with task files of your own.")
-    limit: int | None = argument(None, "Number of documents of each task. None: all.")
-    num_fewshot: int | None = argument(None, "Number of examples in the prompt. None: the task's own.")
-    batch_size: int = argument(1, "Number of texts at once.")
+    limit: Annotated[int | None, Limits(1)] = argument(None, "Number of documents of each task. None: all.")
+    num_fewshot: Annotated[int | None, Limits(0)] = argument(
+        None, "Number of examples in the prompt. None: the task's own."
+    )
+    batch_size: Annotated[int, Limits(1)] = argument(1, "Number of texts at once.")
     output_file: str | None = argument(None, "JSON file to write the outcomes to.")
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 def run(argv: list[str]) -> None:
@@ -68,6 +77,7 @@ def evaluate_on_tasks(argv: list[str]) -> None:
     argv = renamed(argv, "--model_name_or_path", "--model")
     (args,) = CommandParser((TaskArguments,), "eval", TASKS).parse_args_and_config(argv)
     source, names = required(args, "model", "tasks")
+    check_output("output_file", args.output_file)
     hub = revision_of(args)
     check_model(source, **hub)
     model = QuietStarLM(
@@ -97,7 +107,8 @@ def evaluate_on_text(argv: list[str]) -> None:
     """Evaluates a model on held-out text, by the settings that it was trained with unless others are given."""
     argv = renamed(argv, "--model", "--model_name_or_path")
     parser = CommandParser((EvalArguments, DataArguments, QuietStarConfig, ModelConfig), "eval")
-    *_, args, model_args = parser.parse_args_and_config(argv)
+    eval_args, *_, args, model_args = parser.parse_args_and_config(argv)
+    check_output("output_file", eval_args.output_file)
     with tempfile.TemporaryDirectory() as scratch:
         source = named_model(model_args, args)
         fields = saved_fields(source, **{"revision": model_args.model_revision, **hub_kwargs(args)})

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 from rich.console import Console
 from transformers import BatchEncoding, PreTrainedTokenizerBase, set_seed
@@ -12,8 +12,9 @@ from ..loading import load_tokenizer, pad_token_id, warn_of_untrained_heads
 from ..model.adapters import base_of
 from ..model.heads import ThinkingModel
 from ..modeling import QuietStarForCausalLM
+from ..rules import Limits
 from ..thinking.when import Thinking
-from .arguments import ThinkerArguments, argument, check_model, required
+from .arguments import ThinkerArguments, argument, check_model, check_numbers, required
 from .parser import CommandParser
 
 
@@ -24,11 +25,21 @@ class GenerateArguments(ThinkerArguments):
     prompt: str | None = argument(None, "The text to go on from; `-` reads it from the standard input.")
     show_thoughts: bool = argument(False, "Whether to print each thought before the text that it served.")
     chat: bool = argument(False, "Whether the prompt is a user's message, to be put into the model's chat template.")
-    max_new_tokens: int = argument(64, "Largest number of visible tokens to write.")
+    max_new_tokens: Annotated[int, Limits(1)] = argument(64, "Largest number of visible tokens to write.")
     do_sample: bool = argument(False, "Whether to sample the visible text; otherwise it is the most likely tokens.")
-    temperature: float = argument(1.0, "Temperature of the visible text, if it is sampled.")
-    top_p: float = argument(1.0, "Probability that nucleus sampling of the visible text keeps; 1.0 is off.")
-    seed: int = argument(0, "Seed of sampling.")
+    temperature: Annotated[float, Limits(1e-3)] = argument(1.0, "Temperature of the visible text, if it is sampled.")
+    top_p: Annotated[float, Limits(1e-6, 1)] = argument(
+        1.0, "Probability that nucleus sampling of the visible text keeps; 1.0 is off."
+    )
+    seed: Annotated[int, Limits(0, 2**32 - 1)] = argument(0, "Seed of sampling.")
+
+    def __post_init__(self):
+        check_numbers(self)
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) != 1 and not self.do_sample:
+                raise ValueError(
+                    f"`{name}` has no effect without `do_sample`; give `--do_sample`, or leave `{name}` out."
+                )
 
 
 def run(argv: list[str]) -> None:

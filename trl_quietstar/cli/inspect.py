@@ -24,7 +24,7 @@ from ..text.positions import choose_positions, seeded_generators, talk_span
 from ..thinking.check import choose_path
 from ..thinking.drawing import fixed_draws, thought_sampling
 from ..thinking.likelihood import think_in_chunks
-from .arguments import argument, check_model, required, saved_fields, thinking_line
+from .arguments import argument, check_model, check_output, required, saved_fields, thinking_line
 from .parser import CommandParser
 
 
@@ -48,6 +48,7 @@ def run(argv: list[str]) -> None:
     """Writes a page of what a model thinks after each token of a text, by its saved settings unless others are given."""
     inspect_args, args, is_trained = _parsed(argv)
     source, file = required(inspect_args, "model", "text")
+    check_output("output", inspect_args.output)
     words, said = read_text(file), ""
     if args.thought_pattern is not None:  # a text is read as in training
         words, written = without_thoughts(words, args.thought_pattern)
