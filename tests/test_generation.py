@@ -112,6 +112,17 @@ def test_streaming_equals_not_streaming():
     assert chunks == out[0].tolist()
 
 
+def test_thoughts_stream_to_their_end():
+    """To a reader in a thread of its own, who would wait for ever without it; to the end of the last word where they are printed."""
+    model, tokenizer, (prompt,) = thinking_model(), byte_tokenizer(), prompts(5)
+    options = dict(do_sample=False, max_new_tokens=3, eos_token_id=None)
+    thoughts = model.generate(prompt[None], return_thoughts=True, **options).thoughts[0]
+    expected = tokenizer.decode([i for thought in thoughts for i in thought.token_ids])
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    model.generate(prompt[None], thought_streamer=streamer, **options)
+    assert "".join(streamer) == expected
+
+
 def test_usual_arguments_work():
     """EOS and padding, logits processors, stopping criteria, several sequences a prompt, scores."""
     model, inputs = thinking_model(), padded(prompts(5, 3))

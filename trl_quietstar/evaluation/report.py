@@ -141,7 +141,8 @@ class TerminalStreamer(BaseStreamer):
             self.shown = len(text)
 
     def end(self) -> None:
-        self.console.print()
+        if not self.thoughts:  # which stand in the line of their text
+            self.console.print()
 
     def _print(self, text: RichText) -> None:
         self.console.print(text, end="", soft_wrap=True)

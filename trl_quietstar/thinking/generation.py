@@ -255,7 +255,7 @@ def think_and_speak(
         return_thoughts (`bool`):
             Whether to return the thoughts.
         thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-            Gets the tokens of each thought, before the text that it served.
+            Gets the tokens of each thought, before the text that it served, and ends with that text.
 
     Returns:
         `torch.Tensor` of shape `(B, T + new)`, or [`GenerateThoughtfulOutput`].
@@ -294,8 +294,8 @@ def think_and_speak(
         if not bool(going_on.any()):
             break
         logits = predictor.read_tokens(tokens, going_on)
-    if streamer is not None:
-        streamer.end()
+    for listener in (x for x in (thought_streamer, streamer) if x is not None):
+        listener.end()
     if not (return_thoughts or config.return_dict_in_generate):
         return input_ids
     thoughts = predictor.written() if return_thoughts else None
@@ -321,6 +321,8 @@ def _check_request(
         layers = cache.layers if isinstance(cache, Cache) else ()
         if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in layers):
             raise ValueError(f"Thinking cannot go on from `{name}`; pass the whole text, or `think='never'`.")
+    if not bool(mask.any(1).all()):
+        raise ValueError("`attention_mask` leaves a prompt without a token; give each one token at least.")
     if not bool(mask[:, -1].all()):
         raise ValueError("Prompts are padded on the right; set `padding_side='left'` in the tokenizer.")
 
