@@ -1,5 +1,6 @@
 """What is uploaded, and the ways in which others load it: plainly, trusting remote code, as a thinking model, with PEFT."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from trl_quietstar import QuietStarForCausalLM
-from trl_quietstar.model.adapters import base_of
+from trl_quietstar.model.adapters import base_of, heads_aside
 from trl_quietstar.model.saved import save_config
 
 from .loaders import loaded_by_pattern
@@ -208,6 +209,55 @@ def test_a_model_uploads_itself_with_its_heads(way, hub, tmp_path):
     assert torch.equal(again.generate(prompt(), **GREEDY), model.generate(prompt(), **GREEDY))
     plain = AutoModelForCausalLM.from_pretrained(hub.folder / "me/other")
     assert "QuietStar" not in type(plain).__name__
+
+
+@pytest.mark.parametrize("source", ["trained", "loaded"])
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_an_adapter_saves_itself_with_its_heads(way, source, hub, tmp_path):
+    """By either of PEFT's own methods, from the trainer and loaded again; and whatever its task is called, PEFT finds the plain base."""
+    options = LORA | ({} if way == "push_to_hub" else {"task_type": None})
+    trainer = trained(tmp_path, peft_config=LoraConfig(**options), learning_rate=1e-2)
+    model, folder = trainer.model.eval(), hub.folder / "me/other"
+    expected, plain_text = (model.generate(input_ids=prompt(), think=t, **GREEDY) for t in ("always", "never"))
+    if source == "loaded":
+        trainer.save_model()
+        model = copy.deepcopy(QuietStarForCausalLM.from_pretrained(tmp_path / "out"))
+    if way == "push_to_hub":
+        model.push_to_hub("me/other")
+    else:
+        model.save_pretrained(folder)
+        auto = AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(auto.generate(input_ids=prompt(), **GREEDY), plain_text)
+    again = QuietStarForCausalLM.from_pretrained(folder)
+    assert torch.equal(again.generate(input_ids=prompt(), **GREEDY), expected)
+
+
+def test_another_adapter_has_its_heads_too(tmp_path):
+    """In the folder that PEFT makes for it; a process that is not the main one writes none."""
+    trainer = trained(tmp_path, peft_config=LoraConfig(**LORA))
+    with heads_aside(base_of(trainer.model)):
+        trainer.model.add_adapter("other", LoraConfig(**LORA))
+    trainer.model.save_pretrained(tmp_path / "two", selected_adapters=["other"])
+    assert QuietStarForCausalLM.from_pretrained(tmp_path / "two/other").get_base_model().quietstar is not None
+    trainer.model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not list((tmp_path / "none").glob("*quietstar*"))
+
+
+def test_an_adapter_is_kept_out_of_its_bases_folder(tmp_path):
+    """Before training, in saving, and in loading what PEFT has put there; the base is left as it was."""
+    base = saved_model(tmp_path / "base")
+    for model in (base, AutoModelForCausalLM.from_pretrained(base)):
+        with pytest.raises(ValueError, match="is the folder of the adapter's base model; give the adapter one of its"):
+            tiny_trainer(tmp_path / "base", model=model, peft_config=LoraConfig(**LORA))
+    model = trained(tmp_path, peft_config=LoraConfig(**LORA)).model
+    with pytest.raises(ValueError, match="is the folder of the adapter's base model"):
+        model.save_pretrained(base)
+    before = AutoConfig.from_pretrained(base)
+    type(model).save_pretrained(model, base)
+    shutil.copy(tmp_path / "base/adapter_config.json", tmp_path / "base/quietstar.safetensors")
+    with pytest.raises(ValueError, match="is the folder of the adapter's base model"):
+        QuietStarForCausalLM.from_pretrained(base)
+    assert before.to_dict() == AutoConfig.from_pretrained(base).to_dict()
 
 
 def test_pipelines_generate(tmp_path):

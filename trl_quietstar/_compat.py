@@ -54,7 +54,6 @@ TRAINER_HOOKS = {
     "_prepare_inputs": ("4", "a batch stays in the host's memory"),
     "_push_from_checkpoint": ("4", "a checkpoint is uploaded under its final name"),
     "_run_epoch": ("5.3", "loss and patience of the run that is resumed are set, after the Trainer has reset them"),
-    "_save": ("4", "heads and settings are saved beside an adapter"),
     "_save_checkpoint": ("4", "a checkpoint is whole or not there"),
     "_save_optimizer_and_scheduler": ("4", "one process writes what FSDP2 has sharded; the reference is saved"),
     "_save_rng_state": ("4", "experience of a step that updates again is saved, by each process"),

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import ADAPTER_CONFIG_NAME, is_peft_available
@@ -19,6 +20,7 @@ from .model.adapters import (
     check_method,
     check_trainable,
     heads_aside,
+    save_heads_too,
     trains_added_weights_only,
     warn_of_absent,
 )
@@ -40,6 +42,14 @@ SLOW_RATE = 1e-5  # LoRA hardly learns below it; the papers' rates are for all w
 
 
 # What can be refused before anything is loaded
+
+
+def check_model_kind(model) -> None:
+    """Refuses, with a `TypeError`, what is neither a model nor the name of one."""
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(
+            f"`model` is a `{type(model).__name__}`; give a Hub id or a folder as a string, or a loaded model."
+        )
 
 
 def check_kinds(model, args: QuietStarConfig, tokenizer) -> None:
@@ -221,6 +231,7 @@ def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: boo
             args.learning_rate,
         )
     base.quietstar.requires_grad_(True)
+    save_heads_too(model)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
 
@@ -318,6 +329,7 @@ def warn_of_untrained_heads(source: str) -> None:
 
 def default_args(model) -> QuietStarConfig:
     """The default configuration, with an output directory named after the model that a user passes."""
+    check_model_kind(model)
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     return QuietStarConfig(f"{name.split('/')[-1]}-QuietStar")
 

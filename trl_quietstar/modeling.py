@@ -26,6 +26,7 @@ from .model.published import check_published
 from .model.saved import (
     HEADS_NAME,
     HUB_KWARGS,
+    check_apart,
     commit_of,
     file_of,
     load_trl_value_head,
@@ -443,6 +444,7 @@ def _load_adapter(
     heads = file_of(source, HEADS_NAME, hub)
     if heads is None:
         raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+    check_apart(source, config["base_model_name_or_path"])
     check_saved_adapter(source, hub)
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()
     if kwargs.pop("output_loading_info", False):

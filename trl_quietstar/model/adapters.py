@@ -2,9 +2,12 @@
 ones are put on."""
 
 import copy
+import functools
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
@@ -17,7 +20,7 @@ from .._compat import holds_adapter
 from ..settings import QuietStarSettings
 from .embeddings import weight_of
 from .heads import ThinkingModel, give_heads
-from .saved import HEADS_NAME, file_of, saved_settings
+from .saved import HEADS_NAME, check_apart, file_of, save_beside_adapter, saved_settings
 
 
 if TYPE_CHECKING:
@@ -230,6 +233,28 @@ class AdapterReference:
                 setattr(module, name, parameter)
 
 
+# Adapters that are saved
+
+
+def save_heads_too(model: "PeftModel") -> None:
+    """Has the `save_pretrained` of a `PeftModel`, which `push_to_hub` calls, save the heads of its base: PEFT would leave them out,
+    and nothing could load what it saves with its thoughts."""
+    model.save_pretrained = functools.partial(_save_adapter, model)  # type: ignore[method-assign]  # of this object alone
+
+
+def _save_adapter(model: "PeftModel", save_directory: str, *args, **kwargs) -> None:
+    check_apart(save_directory, base_of(model).config.name_or_path)
+    save = type(model).save_pretrained
+    save(model, save_directory, *args, **kwargs)
+    given = inspect.signature(save).bind(model, save_directory, *args, **kwargs)
+    given.apply_defaults()
+    if not given.arguments["is_main_process"]:
+        return
+    for name in given.arguments["selected_adapters"] or model.peft_config:
+        folder = Path(save_directory, "" if name == "default" else name)  # as PEFT names it
+        save_beside_adapter(base_of(model), folder, kwargs.get("state_dict"))
+
+
 # Adapters that were saved
 
 
@@ -321,4 +346,5 @@ def put_adapter(
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True, **hub)  # as any model is that was loaded
     if heads is not None:
         model.load_heads(heads)  # type: ignore[operator]  # an attribute of a module
+    save_heads_too(adapted)
     return adapted

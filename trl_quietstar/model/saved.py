@@ -11,6 +11,7 @@ An adapter repository (PEFT) holds the adapter's files, `quietstar.safetensors` 
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._compat import find_file, noted_commit
 from ..settings import OF_HEADS, QuietStarSettings
@@ -38,6 +39,13 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "su
 # Finding files
 
 
+def as_path(name: str, value: Any) -> str:
+    """The value of an argument that names a model, a folder or a file, as a string; a `TypeError` if it names none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"`{name}` is a `{type(value).__name__}`; give a string or a path.")
+    return str(value)
+
+
 def check_source(source: str) -> None:
     """
     Refuses a path of no folder, which would be looked for on the Hub.
@@ -47,6 +55,19 @@ def check_source(source: str) -> None:
     """
     if not Path(source).is_dir() and (source[:1] in "./~" or source.count("/") > 1):
         raise FileNotFoundError(f"There is no model folder {source!r}; give a local folder or a Hub id.")
+
+
+def check_apart(folder: str, base: str | None) -> None:
+    """
+    Refuses the folder of a base model for its adapter: each is loaded by the files that it finds there, and would find the other's.
+
+    Raises:
+        `ValueError`: if the folders are one.
+    """
+    if base and Path(base).is_dir() and Path(base).resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"{str(folder)!r} is the folder of the adapter's base model; give the adapter one of its own."
+        )
 
 
 def file_of(source: str, filename: str, hub: dict[str, Any]) -> str | None:
@@ -145,12 +166,6 @@ def save_config(model: ThinkingModel, save_directory: str) -> None:
     model.config.save_pretrained(save_directory)
 
 
-def save_settings(model: PreTrainedModel, save_directory: str) -> None:
-    """Writes `quietstar.json`, the settings beside an adapter."""
-    Path(save_directory, CONFIG_NAME).unlink(missing_ok=True)  # of an older save
-    Path(save_directory, SETTINGS_NAME).write_text(json.dumps(model.config.quietstar, indent=2) + "\n")
-
-
 # Heads
 
 
@@ -169,7 +184,7 @@ def write_heads(heads: QuietStarHeads, save_directory: str, state_dict: dict[str
     Raises:
         `ValueError`: if the state has some of the heads' tensors and not all.
     """
-    given = state_dict or {}
+    folder, given = Path(as_path("save_directory", save_directory)), state_dict or {}
     state = {name.split("quietstar.")[1]: tensor for name, tensor in given.items() if "quietstar." in name}
     state = state or heads.state_dict()
     missing = sorted(set(heads.state_dict()) - set(state))
@@ -179,7 +194,8 @@ def write_heads(heads: QuietStarHeads, save_directory: str, state_dict: dict[str
             "model's own."
         )
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-    save_file(tensors, Path(save_directory, HEADS_NAME), metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / HEADS_NAME, metadata={"format": "pt"})
 
 
 def read_heads(heads: QuietStarHeads, source: str | Path) -> dict[str, torch.Tensor]:
@@ -199,7 +215,7 @@ def read_heads(heads: QuietStarHeads, source: str | Path) -> dict[str, torch.Ten
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if it is damaged, or the heads were saved for another model or with other head settings.
     """
-    path = Path(source)
+    path = Path(as_path("path", source))
     path = path / HEADS_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"There is no {str(path)!r}: the heads are not there.")
@@ -251,6 +267,19 @@ def save_beside_weights(
     save_index(save_directory)
     write_heads(model.quietstar, save_directory, state_dict)
     save_custom_generate(save_directory)
+
+
+def save_beside_adapter(base: ThinkingModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes what a thinking model has beside the files of an adapter: settings and heads. `state_dict` is as for [`write_heads`].
+    Where PEFT names the base's class, it is made the plain one, which PEFT finds."""
+    Path(folder, CONFIG_NAME).unlink(missing_ok=True)  # of an older save
+    Path(folder, SETTINGS_NAME).write_text(json.dumps(base.config.quietstar, indent=2) + "\n")
+    base.save_heads(str(folder), state_dict)
+    path = Path(folder, ADAPTER_CONFIG_NAME)
+    config, plain = read_json(str(path)), base._plain_class
+    if config.get("auto_mapping") is not None:
+        config["auto_mapping"] = {"base_model_class": plain.__name__, "parent_library": plain.__module__}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def save_index(save_directory: str) -> None:

@@ -23,7 +23,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from .._compat import BaseTrainer
 from ..config import QuietStarConfig
 from ..model.adapters import base_of
-from ..model.saved import save_settings
 from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
 from ..rules import ADAMW
 from .distributed import check_optimizer_file, is_sharded, load_optimizer, save_optimizer
@@ -230,13 +229,6 @@ class CheckpointTrainer(BaseTrainer):
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if is_peft_model(self.model) and self.args.should_save:  # which saves the adapter alone
-            base, directory = base_of(self.model), output_dir or str(self.args.output_dir)
-            save_settings(base, directory)
-            base.save_heads(directory, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if (

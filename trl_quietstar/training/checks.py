@@ -12,7 +12,9 @@ from ..config import QuietStarConfig
 from ..evaluation.anti_theater import check_texts
 from ..learning.metrics import EVAL_METRICS, PENALIZED
 from ..learning.reward_functions import RewardFunctions
-from ..loading import check_adapter, check_kinds, check_quantization
+from ..loading import check_adapter, check_kinds, check_model_kind, check_quantization
+from ..model.adapters import base_of
+from ..model.saved import check_apart
 from .distributed import check_engine, is_sharded
 from .folders import check_output_dir
 from .optimizers import check_optimizers
@@ -79,13 +81,14 @@ def check_inputs(
 
     Raises:
         `OSError`: if nothing can be written to `args.output_dir`.
-        `TypeError`: if `args` is no `QuietStarConfig`, or the tokenizer is none.
+        `TypeError`: if `args` is no `QuietStarConfig`, or model or tokenizer are none.
         `ImportError`: if a logger, or vLLM, is not installed.
         `ValueError`: if data is missing or of a kind that an option cannot use, a logger is unknown, or the model cannot be
             quantized or adapted as asked.
     """
     if not isinstance(args, QuietStarConfig):
         raise TypeError(f"`args` is a `{type(args).__name__}`; give a `QuietStarConfig`.")
+    check_model_kind(model)
     if train_dataset is None and not eval_dataset:
         raise ValueError("There is no data: give a `train_dataset`, or an `eval_dataset` to evaluate only.")
     _check_loggers(args)
@@ -96,6 +99,9 @@ def check_inputs(
         )
     if train_dataset is not None and args.should_save:
         check_output_dir(str(args.output_dir))
+        if peft_config is not None:
+            named = getattr(base_of(model), "config", None) if isinstance(model, nn.Module) else None
+            check_apart(str(args.output_dir), model if named is None else named.name_or_path)
     if args.num_iterations > 1:
         _check_repeats(args, train_dataset)
     if args.anti_theater_steps is not None:
