@@ -26,6 +26,7 @@ from .model.published import check_published
 from .model.saved import (
     HEADS_NAME,
     HUB_KWARGS,
+    as_path,
     check_apart,
     commit_of,
     file_of,
@@ -41,8 +42,8 @@ from .model.saved import (
 )
 from .model.sharding import load_full
 from .model.supported import check_causal_lm, check_config
-from .settings import OF_HEADS, QuietStarSettings
-from .thinking.arguments import check_options, take_stop_strings
+from .settings import OF_HEADS, QuietStarSettings, check_settings
+from .thinking.arguments import check_ids, check_masks, check_options, check_tokenizer, take_stop_strings
 from .thinking.generation import think_and_speak
 from .thinking.known import Known
 from .thinking.likelihood import log_likelihoods
@@ -68,6 +69,10 @@ class QuietStarMixin(Known, FamilyModel):
         settings = settings_in(config)
         if settings is not None:  # made by its class, as TRL's `BEMACallback` copies a model
             attach_heads(self, settings)
+
+    def __reduce__(self):
+        """Pickles name the family's class, since this one is made at run time."""
+        return _empty, (self._plain_class,), vars(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args, **kwargs):  # type: ignore[override]  # typed by its parent for any of its arguments
@@ -104,12 +109,13 @@ class QuietStarMixin(Known, FamilyModel):
             return_thoughts (`bool`):
                 Whether to return [`~thinking.generation.GenerateThoughtfulOutput`], with the thoughts.
             thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-                Gets the tokens of each thought, before `streamer` gets the text that it served.
+                Gets the tokens of each thought, before `streamer` gets the text that it served. It ends once, with the text.
 
         Returns:
             `torch.Tensor` of shape `(B, T + new)`, or an output class as with `return_dict_in_generate`.
 
         Raises:
+            `TypeError`: if an argument is of another kind.
             `ValueError`: if a value is outside its limits, or the decoding method cannot think.
         """
         thinking = Thinking.of(self.quietstar_settings, think, think_every, thinking_threshold)
@@ -121,7 +127,7 @@ class QuietStarMixin(Known, FamilyModel):
             return super().generate(*args, **kwargs)
         bound = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
         options = {**bound.pop("kwargs", {}), **bound}
-        check_options(options)
+        check_options(options, thought_streamer)
         tokenizer = options.pop("tokenizer", None)
         take_stop_strings(options, self.generation_config, tokenizer)
         loop = functools.partial(
@@ -134,6 +140,15 @@ class QuietStarMixin(Known, FamilyModel):
         )
         with eval_mode(self):
             return super().generate(custom_generate=loop, **options)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Transformers' continuous batching, of a model that never thinks; its loop would leave out all thoughts without a word."""
+        if self.quietstar_thinking.mode != "never":
+            raise ValueError(
+                f"Continuous batching (`generate_batch`) writes without thoughts, and this model thinks {self.quietstar_thinking}; "
+                "call `generate` with a padded batch, or load the plain model by `AutoModelForCausalLM.from_pretrained`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def log_likelihoods(
         self,
@@ -166,8 +181,11 @@ class QuietStarMixin(Known, FamilyModel):
             for all tokens but the first, and 0 and False where nothing is scored.
 
         Raises:
-            `ValueError`: if a value is outside its limits.
+            `TypeError`: if an argument is of another kind.
+            `ValueError`: if a value is outside its limits, or a shape is another one.
         """
+        check_ids(input_ids, self.config.get_text_config().vocab_size, tokenizer)
+        check_masks(input_ids, attention_mask=attention_mask, score_mask=score_mask)
         thinking = Thinking.of(self.quietstar_settings, think, think_every, thinking_threshold)
         with eval_mode(self):
             return log_likelihoods(self, input_ids, attention_mask, score_mask, thinking, tokenizer)
@@ -188,8 +206,10 @@ class QuietStarMixin(Known, FamilyModel):
                 Whether to keep an embedding that was read from a file or set before, by hand too.
 
         Raises:
+            `TypeError`: if the tokenizer is none.
             `ValueError`: if a string has no tokens, or one that the model does not know.
         """
+        check_tokenizer(tokenizer, is_needed=True)
         for string, embedding in ((start, self.quietstar.start_embedding), (end, self.quietstar.end_embedding)):
             if not only_fresh or self.quietstar.is_fresh(embedding):
                 with torch.no_grad():
@@ -212,8 +232,11 @@ class QuietStarMixin(Known, FamilyModel):
                 Says which tokens the strings around a thought are. Defaults to the one beside the model, when it is needed.
 
         Raises:
+            `TypeError`: if they are of another class, or the tokenizer is none.
             `ValueError`: if they ask for other heads than the model has, or suppress a token that it does not have.
         """
+        check_settings(settings)
+        check_tokenizer(tokenizer)
         for name in OF_HEADS:
             own, wanted = getattr(self.quietstar_settings, name), getattr(settings, name)
             if own != wanted:
@@ -242,7 +265,7 @@ class QuietStarMixin(Known, FamilyModel):
         **kwargs,
     ) -> None:
         """Saves the base model in its family's own format, and the heads and what generates with them beside it."""
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        repo_id = kwargs.pop("repo_id", Path(as_path("save_directory", save_directory)).name)
         set_unsaved_keys(self, [name for name in self.state_dict() if name.startswith("quietstar.")])
         own = None if state_dict is None else dict(state_dict)  # Transformers takes out what is not to be saved
         super().save_pretrained(save_directory, is_main_process, own, **kwargs)
@@ -258,6 +281,12 @@ def quietstar_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The family's class with the mixin, made once for each family."""
     members = {"forward": _thinking_forward(base.forward), "_plain_class": base}
     return type(f"QuietStar{base.__name__}", (QuietStarMixin, base), members)
+
+
+def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model of the family's thinking class, which a pickle or a copy fills."""
+    kind = quietstar_class(base)  # type: ignore[arg-type]  # classes hash
+    return kind.__new__(kind)
 
 
 def _thinking_forward(plain: Callable) -> Callable:
@@ -377,11 +406,12 @@ class QuietStarForCausalLM:
             what Transformers says of the base model's weights with `output_loading_info=True`.
 
         Raises:
-            `TypeError`: for `custom_generate`, which is an argument of `generate`.
+            `TypeError`: for `custom_generate`, which is an argument of `generate`, and for settings of another class.
             `ValueError`: if it is not a causal LM, its settings cannot be read, saved heads do not fit, or heads of the published
                 Quiet-STaR code are among its weights.
         """
-        source = str(pretrained_model_name_or_path)
+        check_settings(settings)
+        source = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if "custom_generate" in kwargs:
             raise TypeError(
                 "`custom_generate` is an argument of `generate`, not of `from_pretrained`; leave it out here."
@@ -429,7 +459,11 @@ class QuietStarForCausalLM:
                 Defaults to those in the config, or to the defaults.
             kwargs:
                 As for [`~transformers.AutoModelForCausalLM.from_config`].
+
+        Raises:
+            `TypeError`: for a configuration or settings of another class.
         """
+        check_settings(settings)
         check_config(config, type(config).__name__)
         kwargs.setdefault("trust_remote_code", False)
         model = AutoModelForCausalLM.from_config(config, **kwargs)

@@ -1,6 +1,8 @@
 """What a saved model remembers of its training: how long, how and where it thinks."""
 
+import functools
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import get_args, get_origin, get_type_hints
 
 
@@ -68,6 +70,11 @@ class QuietStarSettings:
     thought_prompt_role: str | None = None
 
     def __post_init__(self):
+        for name, kinds in _kinds().items():
+            if not _is_of(kinds, getattr(self, name)):
+                raise TypeError(
+                    f"`{name}` of the settings is {getattr(self, name)!r}; give what `QuietStarSettings` says."
+                )
         if self.thought_format == "text":  # what follows from that; the dataclass is frozen
             object.__setattr__(self, "thought_stop_string", self.thought_end_text)
             object.__setattr__(self, "min_thought_length", self.min_thought_length or 1)
@@ -93,25 +100,39 @@ class QuietStarSettings:
         where = f"What {source!r} saves as its `quietstar` settings"
         if not isinstance(saved, dict):
             raise ValueError(f"{where} is damaged: {saved!r} is no JSON object. Copy the file again.")
-        hints = get_type_hints(cls)
-        unknown = sorted(saved.keys() - hints.keys())
+        kinds = _kinds()
+        unknown = sorted(saved.keys() - kinds.keys())
         if unknown:
             raise ValueError(
                 f"{where} has {', '.join(unknown)}, which this version does not know: a newer version of trl-quietstar wrote it. "
                 "Upgrade trl-quietstar."
             )
         for name, value in saved.items():
-            if not _is_of(get_args(hints[name]) or (hints[name],), value):
+            if not _is_of(kinds[name], value):
                 raise ValueError(f"{where} is damaged: `{name}` is {value!r}. Copy the file again.")
         return cls(**saved)
 
 
+def check_settings(settings) -> None:
+    """Refuses, with a `TypeError`, what is neither [`QuietStarSettings`] nor None."""
+    if settings is not None and not isinstance(settings, QuietStarSettings):
+        advice = "; of a `QuietStarConfig` they are `args.settings()`" if hasattr(settings, "settings") else ""
+        raise TypeError(f"`settings` is a `{type(settings).__name__}`; give `QuietStarSettings(...)`{advice}.")
+
+
+@functools.cache
+def _kinds() -> dict[str, tuple]:
+    """The types that each setting may be of."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(QuietStarSettings).items()}
+
+
 def _is_of(kinds: tuple, value) -> bool:
-    """Whether a value from JSON is of one of the kinds. JSON may write 1.0 as 1; Python takes a switch for a number."""
-    if isinstance(value, list):
+    """Whether a value is of one of the kinds. JSON may write 1.0 as 1, and NumPy has numbers too; Python takes a switch for one."""
+    if isinstance(value, (list, tuple)):
         return any(get_origin(kind) is list and all(_is_of(get_args(kind), x) for x in value) for kind in kinds)
-    kinds = tuple(kind for kind in kinds if get_origin(kind) is None)
-    return not isinstance(value, bool) and isinstance(value, (*kinds, int) if float in kinds else kinds)
+    numbers = {int: Integral, float: Real}
+    kinds = tuple(numbers.get(kind, kind) for kind in kinds if get_origin(kind) is None)
+    return not isinstance(value, bool) and isinstance(value, kinds)
 
 
 # The settings that heads are made by, which a model cannot change.

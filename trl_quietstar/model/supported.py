@@ -17,8 +17,11 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
             What errors call it.
 
     Raises:
+        `TypeError`: if it is no configuration.
         `ValueError`: for an encoder-decoder, or a model that reads more than text.
     """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"`config` is a `{name}`; give a configuration, such as `AutoConfig.from_pretrained(...)`.")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} is an encoder-decoder model (model_type {config.model_type!r}); thoughts need a causal "

@@ -1,34 +1,109 @@
-"""Arguments of `generate` that Transformers would take in another way than a thinking loop."""
+"""Arguments of `generate` and of scoring: of which kind they are, and which Transformers would take in another way than a thinking
+loop."""
 
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import StoppingCriteriaList
 
 
+FROM_TEXTS = "such as `tokenizer(texts, padding=True, return_tensors='pt')` gives"
 NOT_WITH_THOUGHTS = (
     *("custom_generate", "assistant_model", "assistant_tokenizer", "synced_gpus", "token_healing"),
     *("output_attentions", "output_hidden_states"),
 )
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any], thought_streamer: Any = None) -> None:
     """
     Refuses what Transformers' `generate` would do in place of thinking, or keep from a custom loop without a word.
 
     Args:
         options (`dict`):
             Arguments of `generate`.
+        thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+            Another one.
 
     Raises:
-        `ValueError`: naming the argument.
+        `TypeError`, `ValueError`: naming the argument.
     """
+    _check_prompts(options)
+    check_tokenizer(options.get("tokenizer"))
+    is_streamer = callable(getattr(thought_streamer, "put", None)) and not isinstance(thought_streamer, type)
+    if thought_streamer is not None and not is_streamer:
+        raise TypeError(
+            f"`thought_streamer` is {thought_streamer!r}; give a streamer, such as `TextStreamer(tokenizer)`."
+        )
     config = options.get("generation_config")
     for name in (*NOT_WITH_THOUGHTS, "cache_implementation"):
         value = options.get(name, getattr(config, name, None))
         if value if name in NOT_WITH_THOUGHTS else value in ("paged", "quantized"):
             shown = repr(value) if isinstance(value, (str, bool)) else f"a `{type(value).__name__}`"
             raise ValueError(f"`{name}` ({shown}) does not go with thoughts; leave it out, or use `think='never'`.")
+
+
+def check_ids(input_ids: Any, vocab_size: int | None = None, tokenizer: Any = None) -> None:
+    """
+    Refuses what are no token ids of texts, and no tokenizer.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, T)`):
+            The texts.
+        vocab_size (`int`, *optional*):
+            V, to which all ids must belong.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The texts'.
+
+    Raises:
+        `TypeError`: if they are no tensor of whole numbers, or the tokenizer is none.
+        `ValueError`: if they have another shape, or there are none, or one that the model does not know.
+    """
+    check_tokenizer(tokenizer)
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"`input_ids` is a `{type(input_ids).__name__}`; give a tensor of shape (B, T), {FROM_TEXTS}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"`input_ids` is a tensor of {input_ids.dtype}; give token ids as whole numbers (`torch.int64`)."
+        )
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"`input_ids` has the shape {tuple(input_ids.shape)}; give (B, T), with a row for each text and a token at least."
+        )
+    if vocab_size is not None:
+        least, greatest = (int(x) for x in input_ids.aminmax())
+        if least < 0 or greatest >= vocab_size:
+            raise ValueError(
+                f"`input_ids` has the id {least if least < 0 else greatest}, and the model's tokens are 0 to {vocab_size - 1}; take "
+                "the model's own tokenizer."
+            )
+
+
+def check_masks(input_ids: torch.Tensor, **masks: Any) -> None:
+    """Refuses masks, by their names, that are no tensors of the shape of `input_ids`: with a `TypeError` or a `ValueError`."""
+    for name, mask in masks.items():
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise TypeError(f"`{name}` is a `{type(mask).__name__}`; give a tensor of the shape of `input_ids`.")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` has the shape {tuple(mask.shape)}, and `input_ids` {tuple(input_ids.shape)}; give one of the same shape."
+            )
+
+
+def _check_prompts(options: dict[str, Any]) -> None:
+    """Refuses prompts that are no token ids, and masks that are not theirs. Without any, `generate` says so itself."""
+    prompts = next((options[name] for name in ("inputs", "input_ids") if options.get(name) is not None), None)
+    if prompts is not None and getattr(prompts, "shape", (1, 1))[-1:] != (0,):
+        check_ids(prompts)
+        check_masks(prompts, attention_mask=options.get("attention_mask"))
+
+
+def check_tokenizer(tokenizer: Any, is_needed: bool = False) -> None:
+    """Refuses, with a `TypeError`, what is no tokenizer; None too, where one is needed."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) and (is_needed or tokenizer is not None):
+        raise TypeError(
+            f"`tokenizer` is a `{type(tokenizer).__name__}`; give a tokenizer, such as `AutoTokenizer.from_pretrained(...)`."
+        )
 
 
 def take_stop_strings(

@@ -1,6 +1,7 @@
 """When a model thinks in generation and scoring, and for how long a thought is read."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from ..settings import QuietStarSettings
 
@@ -74,8 +75,13 @@ class Thinking:
                 What the user asks for. Without a mode, the model keeps that of its training.
 
         Raises:
+            `TypeError`: if a value is of another kind.
             `ValueError`: if a value is outside its limits, or does not go with the mode.
         """
+        for name, number, kind in (("think_every", every, Integral), ("thinking_threshold", threshold, Real)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, kind)):
+                wanted = "a whole number" if kind is Integral else "a number"
+                raise TypeError(f"`{name}` is {number!r} (`{type(number).__name__}`); give {wanted}.")
         if isinstance(mode, Thinking):
             if every is not None or threshold is not None:
                 raise ValueError("`think` says all; leave out `think_every` and `thinking_threshold`.")
