@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import ADAPTER_CONFIG_NAME, is_peft_available
@@ -46,9 +45,10 @@ SLOW_RATE = 1e-5  # LoRA hardly learns below it; the papers' rates are for all w
 
 def check_model_kind(model) -> None:
     """Refuses, with a `TypeError`, what is neither a model nor the name of one."""
-    if not isinstance(model, (str, nn.Module)):
+    if not isinstance(model, (str, PreTrainedModel, *((PeftModel,) if is_peft_available() else ()))):
         raise TypeError(
-            f"`model` is a `{type(model).__name__}`; give a Hub id or a folder as a string, or a loaded model."
+            f"`model` is a `{type(model).__name__}`; give an id or a path as a string, or a model as `AutoModelForCausalLM` loads it, "
+            "neither wrapped nor compiled. Its layers may be compiled one by one, with `layer.compile()`."
         )
 
 
@@ -57,13 +57,8 @@ def check_kinds(model, args: QuietStarConfig, tokenizer) -> None:
     Refuses arguments of another kind than the trainer takes, and warns of one that has no effect.
 
     Raises:
-        `TypeError`: for a model or a tokenizer that is none.
+        `TypeError`: for a tokenizer that is none.
     """
-    if not isinstance(model, (str, PreTrainedModel, *((PeftModel,) if is_peft_available() else ()))):
-        raise TypeError(
-            f"`model` is a `{type(model).__name__}`; give an id or a path as a string, or a model as `AutoModelForCausalLM` loads it, "
-            "neither wrapped nor compiled. Its layers may be compiled one by one, with `layer.compile()`."
-        )
     if isinstance(tokenizer, ProcessorMixin):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
