@@ -151,10 +151,7 @@ def build_model(
         args.thought_suppress_tokens = _saved_suppression(model, hub)
     settings, source = args.settings(), model if isinstance(model, str) else None
     if source is not None:
-        kwargs = {
-            "dtype": _dtype(args, quantization_config, peft_config or _adapter_at(source, hub)),
-            **_init_kwargs(args),
-        }
+        kwargs = {"dtype": _dtype(source, args, quantization_config, peft_config, hub), **_init_kwargs(args)}
         source, model = _load(source, args, settings, quantization_config, hub, kwargs)
     check_unpartitioned(model)
     base = base_of(model)
@@ -218,8 +215,6 @@ def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: boo
     _check_places(base)
     if is_given and config.revision is None:
         config.revision = base._loaded_by.get("revision")
-    if config.task_type is None:
-        config.task_type = "CAUSAL_LM"  # PEFT would save the name of the thinking class, and then refuse to import it
     if 0 < args.learning_rate < SLOW_RATE and args.muon_learning_rate is None and isinstance(config, LoraConfig):
         logger.warning(
             "`learning_rate` is %g, at which LoRA hardly learns: its matrices begin at zero. Take 1e-4 to 4e-4, or train all weights.",
@@ -244,7 +239,7 @@ def _attach(base: ThinkingModel, settings: QuietStarSettings) -> None:
     base._loaded_by = {"revision": noted_commit(base.config)}
 
 
-def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dtype:
+def _dtype(source: str, args: QuietStarConfig, quantization_config, peft_config, hub: dict[str, Any]) -> torch.dtype:
     """
     The dtype that a model is loaded in unless the user names one.
 
@@ -252,11 +247,12 @@ def _dtype(args: QuietStarConfig, quantization_config, peft_config) -> torch.dty
     keeps its copy of a weight that needs a gradient for the whole step, but copies a frozen one anew at each forward, and a step
     has a forward for each token of a thought.
     """
-    stays_frozen = peft_config is not None and trains_added_weights_only(peft_config)
     sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()  # which keep weights of one dtype together
-    return (
-        torch.bfloat16 if args.bf16 and stays_frozen and quantization_config is None and not sharded else torch.float32
-    )
+    if not args.bf16 or quantization_config is not None or sharded:
+        return torch.float32
+    adapter = peft_config or _adapter_at(source, hub)
+    stays_frozen = adapter is not None and trains_added_weights_only(adapter)
+    return torch.bfloat16 if stays_frozen else torch.float32
 
 
 def _adapter_at(source: str, hub: dict[str, Any]) -> "PeftConfig | None":

@@ -184,7 +184,8 @@ class QuietStarMixin(Known, FamilyModel):
             `TypeError`: if an argument is of another kind.
             `ValueError`: if a value is outside its limits, or a shape is another one.
         """
-        check_ids(input_ids, self.config.get_text_config().vocab_size, tokenizer)
+        check_tokenizer(tokenizer)
+        check_ids(input_ids, self.config.get_text_config().vocab_size)
         check_masks(input_ids, attention_mask=attention_mask, score_mask=score_mask)
         thinking = Thinking.of(self.quietstar_settings, think, think_every, thinking_threshold)
         with eval_mode(self):

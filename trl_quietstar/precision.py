@@ -30,15 +30,10 @@ def warn_of_precision(args: TrainingArguments) -> None:
         )
     slow = [name for name in ("bf16", "bf16_full_eval") if getattr(args, name)]
     if slow and is_slow_in_bf16(args.device):
-        is_cpu = args.device.type == "cpu"
-        logger.warning(
-            f"`{'=True` and `'.join(slow)}=True`: this {'processor' if is_cpu else 'GPU'} has no instructions for bfloat16. "
-            + (
-                "A step takes about ten times as long as in float32. Leave it out."
-                if is_cpu
-                else "Take `fp16=True`, or leave it out."
-            )
-        )
+        what, advice = "GPU", "Take `fp16=True`, or leave it out."
+        if args.device.type == "cpu":
+            what, advice = "processor", "A step takes about ten times as long as in float32. Leave it out."
+        logger.warning(f"`{'=True` and `'.join(slow)}=True`: this {what} has no instructions for bfloat16. {advice}")
 
 
 def check_weights(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._compat import find_file, noted_commit
 from ..settings import OF_HEADS, QuietStarSettings
@@ -270,16 +270,10 @@ def save_beside_weights(
 
 
 def save_beside_adapter(base: ThinkingModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes what a thinking model has beside the files of an adapter: settings and heads. `state_dict` is as for [`write_heads`].
-    Where PEFT names the base's class, it is made the plain one, which PEFT finds."""
+    """Writes what a thinking model has beside the files of an adapter: settings and heads. `state_dict` is as for [`write_heads`]."""
     Path(folder, CONFIG_NAME).unlink(missing_ok=True)  # of an older save
     Path(folder, SETTINGS_NAME).write_text(json.dumps(base.config.quietstar, indent=2) + "\n")
     base.save_heads(str(folder), state_dict)
-    path = Path(folder, ADAPTER_CONFIG_NAME)
-    config, plain = read_json(str(path)), base._plain_class
-    if config.get("auto_mapping") is not None:
-        config["auto_mapping"] = {"base_model_class": plain.__name__, "parent_library": plain.__module__}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def save_index(save_directory: str) -> None:

@@ -43,23 +43,20 @@ def check_options(options: dict[str, Any], thought_streamer: Any = None) -> None
             raise ValueError(f"`{name}` ({shown}) does not go with thoughts; leave it out, or use `think='never'`.")
 
 
-def check_ids(input_ids: Any, vocab_size: int | None = None, tokenizer: Any = None) -> None:
+def check_ids(input_ids: Any, vocab_size: int | None = None) -> None:
     """
-    Refuses what are no token ids of texts, and no tokenizer.
+    Refuses what are no token ids of texts.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, T)`):
             The texts.
         vocab_size (`int`, *optional*):
             V, to which all ids must belong.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The texts'.
 
     Raises:
-        `TypeError`: if they are no tensor of whole numbers, or the tokenizer is none.
+        `TypeError`: if they are no tensor of whole numbers.
         `ValueError`: if they have another shape, or there are none, or one that the model does not know.
     """
-    check_tokenizer(tokenizer)
     if not isinstance(input_ids, torch.Tensor):
         raise TypeError(f"`input_ids` is a `{type(input_ids).__name__}`; give a tensor of shape (B, T), {FROM_TEXTS}.")
     if input_ids.dtype not in (torch.int64, torch.int32):

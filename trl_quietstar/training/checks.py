@@ -100,8 +100,7 @@ def check_inputs(
     if train_dataset is not None and args.should_save:
         check_output_dir(str(args.output_dir))
         if peft_config is not None:
-            named = getattr(base_of(model), "config", None) if isinstance(model, nn.Module) else None
-            check_apart(str(args.output_dir), model if named is None else named.name_or_path)
+            check_apart(str(args.output_dir), model if isinstance(model, str) else base_of(model).config.name_or_path)
     if args.num_iterations > 1:
         _check_repeats(args, train_dataset)
     if args.anti_theater_steps is not None:
