@@ -1,6 +1,7 @@
 """What mkdocs and mkdocstrings need to know of this repository; `mkdocs.yml` names both.
 
-`on_files` is a hook of mkdocs, and [`Docstrings`] an extension of Griffe, which reads the package for mkdocstrings.
+`on_files` and `on_page_markdown` are hooks of mkdocs, and [`Docstrings`] is an extension of Griffe, which reads the package for
+mkdocstrings.
 """
 
 import ast

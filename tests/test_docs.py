@@ -1,4 +1,4 @@
-"""What the documentation names is there: linked files and headings, modules, metrics, fields, and the recipes' values."""
+"""What the documentation names is there: linked files and headings, modules, metrics, fields and their values; and its tables are whole."""
 
 import importlib
 import json
@@ -11,6 +11,8 @@ import yaml
 from transformers import TrainingArguments
 
 from trl_quietstar import QuietStarConfig
+from trl_quietstar.config import CHOICES, LIMITS
+from trl_quietstar.rules import check_choice, check_limits
 
 from .layout import ORDER
 
@@ -47,10 +49,10 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page: Path, level: str = "#+") -> list[str]:
     """The anchors that GitHub gives to a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    headings = re.findall(rf"^{level} (.+)$", prose(page), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -63,6 +65,55 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists() and file.is_relative_to(ROOT), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_list_of_contents_has_every_section(page):
+    """Where there is a list before the first section."""
+    before = prose(page).split("\n## ")[0]
+    listed = re.findall(r"\]\(#([\w-]+)\)", "".join(re.findall(r"^ *- .*$", before, flags=re.MULTILINE)))
+    assert not listed or set(anchors(page, "##")) <= set(listed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole(page):
+    """A row is one line, with as many cells as the row above it; a line break within would end the table."""
+    lines = prose(page).splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        if line.startswith("|"):
+            assert line.endswith("|") and (not following or following.startswith("|")), line
+            cells, others = (len(re.findall(r"(?<!\\)\|", row)) for row in (line, following))
+            assert not following or cells == others, following
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_values_of_options_may_be_given(page):
+    """Each `name: value` and `name=value` in code style, and each in a block of YAML."""
+    given = re.findall(r"`(\w+)(?:: |=)([^`]+)`", prose(page))
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        given += re.findall(r"^(\w+): (.+)$", block, flags=re.MULTILINE)
+    for name, value in given:
+        if name in CHOICES:
+            check_choice(name, yaml.safe_load(value), CHOICES[name])
+        if name in LIMITS:
+            check_limits(name, yaml.safe_load(value), LIMITS[name])
+
+
+def test_targets_of_make_are_there():
+    """Each `make target`, in code style or in a command."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(), re.MULTILINE)}
+    assert len(named) > 5 and named <= targets
+
+
+def test_the_reference_shows_what_is_there():
+    """Each object of the page, and each of the members that it chooses; a name that is missing would be left out in silence."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    for path, options in re.findall(r"^::: ([\w.]+)\n((?: .*\n)*)", page, flags=re.MULTILINE):
+        module, name = path.rsplit(".", 1)
+        shown = getattr(importlib.import_module(module), name)
+        for member in "".join(re.findall(r"members: \[(.*)\]", options)).replace(",", " ").split():
+            assert hasattr(shown, member), f"{path}.{member}"
 
 
 def test_the_method_stands_where_its_page_says():
@@ -80,11 +131,14 @@ def test_the_method_stands_where_its_page_says():
             found = getattr(found, part, None)
 
 
-@pytest.mark.parametrize("page", ["choosing.md", "faq.md", "method.md"])
+NAMING = "bad_input choosing faq loggers method reliability rollouts scaling"  # pages that name fields and metrics of ours alone
+
+
+@pytest.mark.parametrize("page", NAMING.split())
 def test_fields_and_metrics_are_the_real_ones(page):
     """Each name in code style with an underscore, and each metric, occurs in the package or is a field of the Trainer."""
     known = {field.name for field in (*fields(TrainingArguments), *fields(QuietStarConfig))}
-    for code in re.findall(r"`([^`]+)`", prose(ROOT / "docs" / page)):
+    for code in re.findall(r"`([^`]+)`", prose(ROOT / "docs" / f"{page}.md")):
         for metric in re.findall(r"\brl/(\w+)", code):
             metric = metric.removeprefix("anti_theater_")
             assert f'"{metric}"' in SOURCE or f"rl/{metric}" in SOURCE, code
