@@ -35,7 +35,7 @@ def main() -> None:
     plain = evaluate_tasks(model, tasks, arguments.include_path, arguments.limit)
     found = {"never": [asdict(outcome) for outcome in plain]}
     for mode in ("always", "adaptive"):
-        model.thinking = Thinking(mode)
+        model.thinking = Thinking.of(model.thinker.quietstar_settings, mode)
         outcomes = evaluate_tasks(model, tasks, arguments.include_path, arguments.limit)
         p_values = [paired_test(a, b) for a, b in zip(outcomes, plain, strict=True)]
         print(f"Thinking: {mode}")

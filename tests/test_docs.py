@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import TrainingArguments
+from trl import ModelConfig
 
 from trl_quietstar import QuietStarConfig
+from trl_quietstar.cli.commands import COMMANDS
 from trl_quietstar.config import CHOICES, LIMITS
 from trl_quietstar.rules import check_choice, check_limits
 
@@ -97,6 +99,31 @@ def test_values_of_options_may_be_given(page):
             check_choice(name, yaml.safe_load(value), CHOICES[name])
         if name in LIMITS:
             check_limits(name, yaml.safe_load(value), LIMITS[name])
+
+
+def test_our_commands_and_their_flags_are_there():
+    """Each `trl-quietstar COMMAND`, and each of its flags: a field of an option or a word of the package."""
+    known = {field.name for field in (*fields(TrainingArguments), *fields(ModelConfig))} | set(
+        re.findall(r"\w+", SOURCE)
+    )
+    pages = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    found = re.findall(
+        r"(?:^|`|-m |bin/)(?:trl-quietstar|trl_quietstar\.cli) (\w+)(.*?)(?:`|#|$)", pages, re.MULTILINE
+    )
+    assert len(found) > 50
+    for command, rest in found:
+        assert command in (*COMMANDS, "COMMAND"), command
+        for flag in re.findall(r"--([a-z][\w-]*)", rest):
+            assert flag.replace("-", "_") in known, f"trl-quietstar {command} --{flag}"
+
+
+def test_extras_are_those_of_the_package():
+    """Each `trl-quietstar[extra]`, on pages and in error messages."""
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, flags=re.MULTILINE))
+    text = SOURCE + "".join(page.read_text() for page in PAGES)
+    named = {name for group in re.findall(r"trl-quietstar\[([\w,]+)\]", text) for name in group.split(",")}
+    assert len(named) > 5 and named <= extras
 
 
 def test_targets_of_make_are_there():

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,21 +201,29 @@ def test_only_the_last_talk_token_earns(monkeypatch):
 
 @pytest.mark.slow  # lm-eval's index of tasks takes most of it
 def test_ways_of_thinking_are_compared_on_tasks(quickstart, tmp_path, monkeypatch):
-    """Each way has its own log-likelihoods of the same documents, and a p-value against none."""
-    pytest.importorskip("lm_eval", reason="needs `pip install trl-quietstar[eval]`")
-    documents = [{"question": f"{a} + 3 =", "choices": [str(a + 3), str(a + 4)], "label": 0} for a in range(12)]
-    folder = tmp_path / ".demo" / "tasks" / "chain_sum"
+    """Each way has its own log-likelihoods of the same documents, those of `eval` for a model whose thoughts are text; and a p-value
+    against none."""
+    harness = pytest.importorskip("trl_quietstar.evaluation.harness", reason="needs `pip install trl-quietstar[eval]`")
+    saved = shutil.copytree(quickstart, tmp_path / "model") / "config.json"
+    config = json.loads(saved.read_text())
+    config["quietstar"] |= {"thought_format": "text", "thought_start_text": "(", "thought_end_text": ")"}
+    saved.write_text(json.dumps(config))
+    documents = [{"question": f"{a} + 3 =", "answer": str(a + 3)} for a in range(12)]
+    folder = tmp_path / ".demo" / "tasks" / "gsm_symbolic"
     folder.mkdir(parents=True)
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, documents)))
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(quickstart), "--tasks", "chain_sum_choice", "--include-path", str(EXAMPLES / "tasks")]
-    run(monkeypatch, "evaluate.py", *flags, "--limit", "2", "--output", "found.json")
+    name, include = "gsm_symbolic_solution", str(EXAMPLES / "tasks")
+    flags = ["--tasks", name, "--include-path", include, "--limit", "2", "--output", "found.json"]
+    run(monkeypatch, "evaluate.py", "--model", "model", *flags)
     found = json.loads(Path("found.json").read_text())
     assert set(found) == {"never", "always", "adaptive"}
     for mode in ("always", "adaptive"):
         (outcome,) = found[mode]
-        assert outcome["metric"] == "acc" and len(outcome["samples"]) == 2 and 0 < outcome["p"] <= 1
+        assert outcome["metric"] == "bits_per_byte" and len(outcome["samples"]) == 2 and 0 < outcome["p"] <= 1
+        (same,) = harness.evaluate_tasks(harness.QuietStarLM("model", think=mode), [name], include, 2)
+        assert list(outcome["samples"].values()) == pytest.approx(list(same.samples.values()), rel=1e-6)
 
 
 def test_the_notebook_runs(material, tmp_path, monkeypatch):

@@ -66,6 +66,16 @@ SMALLER_STILL = {
 }
 OFTEN = ("qa", "quietstar", "fast_quietstar", "iss007", "qlora", "rlp", "rlpr", "jepo", "sft_control")
 NEEDS = {"iss007": "pytorch_optimizer", "qlora": "bitsandbytes"}
+# what the recipes' data sets on the Hub hold beside the columns that are read
+BESIDE = {
+    "AI-MO/NuminaMath-CoT": {"source": "olympiads", "messages": [{"role": "user", "content": "Why?"}]},
+    "TIGER-Lab/WebInstruct-verified": {
+        "answer_type": "Integer",
+        "category": "Mathematics",
+        "difficulty": "Primary School",
+    },
+    "open-web-math/open-web-math": {"url": "", "date": "", "metadata": "{}"},
+}
 
 
 def of_name(path: Path) -> str:
@@ -134,13 +144,13 @@ def test_links_of_a_page_lead_somewhere(path):
     assert f"train --config recipes/{path.name}\n" in path.read_text()
 
 
-def data_file(folder: Path, columns: list[str]) -> str:
-    """JSON lines of texts, or of questions and answers in the columns that a recipe reads."""
+def data_file(folder: Path, columns: list[str], beside: dict) -> str:
+    """JSON lines of texts, or of questions and answers in the columns that a recipe reads, with other columns beside them."""
     rows = [{"text": text} for text in sums()[:24]]
     if columns:
         rows = [dict(zip(columns, text.split("is", 1), strict=True)) for text in sums()[:24]]
     path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**beside, **row}) + "\n" for row in rows))
     return str(path)
 
 
@@ -150,14 +160,15 @@ def data_file(folder: Path, columns: list[str]) -> str:
     ids=of_name,
 )
 def test_a_recipe_trains(path, tmp_path):
-    """Its one command, with flags that make it small, and its own data columns: every number logged is finite, gradients
-    are not 0, and what was saved loads."""
+    """Its one command, with flags that make it small, and the columns of its data: every number logged is finite, gradients are not
+    0, and what was saved loads."""
     if path.stem in NEEDS and importlib.util.find_spec(NEEDS[path.stem]) is None:
         pytest.skip(f"needs {NEEDS[path.stem]}")
     recipe = yaml.safe_load(path.read_text())
     model, out = saved_model(tmp_path / "model"), tmp_path / "out"
     is_text = recipe["dataset_name"] == "open-web-math/open-web-math"
-    data = data_file(tmp_path, [] if is_text else list(recipe.get("column_mapping", ("question", "answer"))))
+    columns = [] if is_text else list(recipe.get("column_mapping", ("question", "answer")))[:2]
+    data = data_file(tmp_path, columns, BESIDE.get(recipe["dataset_name"], {}))
     flags = {**SMALLER, **SMALLER_STILL.get(path.stem, {}), "model_name_or_path": model, "dataset_name": data}
     flags |= {"output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     if "eval_strategy" in recipe:

@@ -87,7 +87,7 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
         found = ", ".join(f"'{needed[0]}'" for needed in kinds.values())
         raise ValueError(
             f"The {name} dataset holds several kinds of data, under {found}; keep one, with `dataset.remove_columns(...)`, "
-            "or rename the others."
+            "or rename the others (on the command line: `--column_mapping`)."
         )
     kind = next(iter(kinds))
     if kind == "text" and text_field in ("prompt", "completion", "messages", "conversations", "score"):
