@@ -15,14 +15,14 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, TrainerCallback
 
-from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarSettings
+from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
 from trl_quietstar.model.adapters import AdapterReference, base_of
 from trl_quietstar.modeling import attach_heads
 from trl_quietstar.text.batch import Text
 from trl_quietstar.thinking.check import _text_logps
 
 from .tiny import byte_tokenizer
-from .training import logged, plain_model, saved_model, text_data, tiny_trainer
+from .training import logged, plain_model, saved_model, text_data, tiny_args, tiny_trainer
 
 
 MODULES = ["q_proj", "v_proj"]
@@ -355,7 +355,7 @@ def test_an_optimizer_without_all_that_is_trained_is_refused(tmp_path):
     ],
 )
 def test_a_rate_at_which_lora_hardly_learns_is_told(rates, is_told, tmp_path, caplog):
-    """Whether the adapter is made here or given. All weights learn at such a rate."""
+    """Whether the adapter is made here or given. All weights learn at such a rate, and without training data nothing does."""
     default = dict(learning_rate=QuietStarConfig(str(tmp_path)).learning_rate)
     config = LoraConfig(target_modules="all-linear")
     given = dict(model=get_peft_model(plain_model(), config))
@@ -363,3 +363,7 @@ def test_a_rate_at_which_lora_hardly_learns_is_told(rates, is_told, tmp_path, ca
         caplog.clear()
         tiny_trainer(tmp_path, **{**default, **rates, **options})
         assert ("LoRA hardly learns" in caplog.text) == (is_told and options != {})
+    caplog.clear()
+    evaluates = dict(eval_dataset=text_data(4), processing_class=byte_tokenizer(), peft_config=config)
+    QuietStarREINFORCETrainer(plain_model(), tiny_args(tmp_path, **{**default, **rates}), **evaluates)
+    assert "LoRA hardly learns" not in caplog.text

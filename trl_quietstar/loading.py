@@ -215,11 +215,6 @@ def _train_beside_heads(model: "PeftModel", args: QuietStarConfig, is_given: boo
     _check_places(base)
     if is_given and config.revision is None:
         config.revision = base._loaded_by.get("revision")
-    if 0 < args.learning_rate < SLOW_RATE and args.muon_learning_rate is None and isinstance(config, LoraConfig):
-        logger.warning(
-            "`learning_rate` is %g, at which LoRA hardly learns: its matrices begin at zero. Take 1e-4 to 4e-4, or train all weights.",
-            args.learning_rate,
-        )
     base.quietstar.requires_grad_(True)
     save_heads_too(model)
     if args.gradient_checkpointing:
@@ -346,6 +341,7 @@ def prepare_to_train(model, args: QuietStarConfig, needs_weights: bool) -> Think
     base = base_of(model)
     if needs_weights:
         check_trainable(model)
+        _warn_of_slow_rate(model, args)
     if args.use_vllm and getattr(base, "hf_quantizer", None) is not None:
         raise ValueError(
             "`use_vllm=True` sends the model with its adapter merged in, which would round the weights of a quantized one anew; "
@@ -361,6 +357,15 @@ def prepare_to_train(model, args: QuietStarConfig, needs_weights: bool) -> Think
         base.quietstar.start_embedding.requires_grad_(False)
         base.quietstar.end_embedding.requires_grad_(False)
     return base
+
+
+def _warn_of_slow_rate(model, args: QuietStarConfig) -> None:
+    is_slow = 0 < args.learning_rate < SLOW_RATE and args.muon_learning_rate is None
+    if is_slow and is_peft_model(model) and isinstance(model.peft_config["default"], LoraConfig):
+        logger.warning(
+            "`learning_rate` is %g, at which LoRA hardly learns: its matrices begin at zero. Take 1e-4 to 4e-4, or train all weights.",
+            args.learning_rate,
+        )
 
 
 def disable_dropout(model) -> None:
