@@ -217,12 +217,26 @@ def test_the_cache_is_left_as_if_nothing_was_thought(monkeypatch):
         ({"inputs_embeds": torch.zeros(1, 4, 32), "input_ids": None}, "no `input_ids` to think after"),
         ({"think": "never", "return_thoughts": True}, "no thoughts to return"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}, "padded on the right; set `padding_side='left'`"),
+        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "`inputs_embeds` does not go with thoughts"),
+        (
+            {"position_ids": torch.arange(5)[None] + 1},
+            "`position_ids` does not go with thoughts, .* counted from 0; leave it",
+        ),
+        ({"logits_to_keep": 3}, "`logits_to_keep` does not go with thoughts"),
+        ({"input_ids": torch.tensor([[1, 9999]])}, "`input_ids` has the id 9999, and the model's tokens are 0 to"),
     ],
 )
 def test_requests_that_cannot_be_met(options, message):
     """Refused before anything is run."""
     with pytest.raises(ValueError, match=message):
         thinking_model().generate(**{"input_ids": prompts(5)[0][None], "max_new_tokens": 2, **options})
+
+
+def test_what_follows_from_the_tokens_may_be_given():
+    """Positions that count the tokens, as some pipelines pass them."""
+    model, inputs = thinking_model(), padded(prompts(5, 7))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(generated(model, {**inputs, "position_ids": positions}), generated(model, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

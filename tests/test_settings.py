@@ -49,6 +49,31 @@ def text_with_prompts() -> Text:
     return Text.from_batch(ids, mask, ids.masked_fill(prompts.bool(), IGNORED), position_ids)
 
 
+# Settings made by hand
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prediction": "foo"}, "`prediction` is 'foo'; choose one of mixed, thought"),
+        ({"thought_length": 0}, "`thought_length` is 0, below its limit of 1"),
+        ({"top_p": 1.5}, "`top_p` is 1.5, above its limit of 1"),
+        ({"talk_length": "4"}, "`talk_length` is '4'; give 4"),
+        ({"thought_positions": "often"}, "`thought_positions` is 'often'; give one of"),
+        ({"thought_stop_string": ""}, "`thought_stop_string` is empty"),
+        ({"min_thought_length": 9}, r"`min_thought_length` \(9\) exceeds `thought_length` \(8\)"),
+        ({"thought_prompt_role": "user"}, "`thought_prompt_role` is 'user', the turn before an answer"),
+    ],
+)
+def test_settings_keep_the_rules_of_the_options_they_remember(changes, message):
+    """Wherever a model is given them."""
+    model, settings = tiny_model(), QuietStarSettings(**changes)
+    for give in (model.adopt_settings, lambda x: QuietStarForCausalLM.from_config(model.config, x)):
+        with pytest.raises(ValueError, match=message):
+            give(settings)
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(QuietStarSettings)}
+
+
 # Thoughts before a completion
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ._compat import DICT_FIELDS, BaseConfig
+from .contradictions import check_processes_and_memory
 from .curriculum import Curriculum
 from .derived import Derived
 from .learning.advantages import BASELINES, NORMALIZATIONS
@@ -16,7 +17,6 @@ from .rules import (
     Choices,
     Limits,
     Staged,
-    check_processes_and_memory,
     check_types,
     check_values,
     notes_of,

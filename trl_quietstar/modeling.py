@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ._compat import set_unsaved_keys
+from .config import CHOICES, LIMITS
 from .model.adapters import base_of, check_saved_adapter, put_adapter
 from .model.concurrency import LOCK, eval_mode
 from .model.embeddings import mean_embedding
@@ -42,7 +43,8 @@ from .model.saved import (
 )
 from .model.sharding import load_full
 from .model.supported import check_causal_lm, check_config
-from .settings import OF_HEADS, QuietStarSettings, check_settings
+from .rules import check_settings
+from .settings import OF_HEADS, QuietStarSettings
 from .thinking.arguments import check_ids, check_masks, check_options, check_tokenizer, take_stop_strings
 from .thinking.generation import think_and_speak
 from .thinking.known import Known
@@ -127,7 +129,7 @@ class QuietStarMixin(Known, FamilyModel):
             return super().generate(*args, **kwargs)
         bound = inspect.signature(super().generate).bind_partial(*args, **kwargs).arguments
         options = {**bound.pop("kwargs", {}), **bound}
-        check_options(options, thought_streamer)
+        check_options(self, options, thought_streamer)
         tokenizer = options.pop("tokenizer", None)
         take_stop_strings(options, self.generation_config, tokenizer)
         loop = functools.partial(
@@ -236,7 +238,7 @@ class QuietStarMixin(Known, FamilyModel):
             `TypeError`: if they are of another class, or the tokenizer is none.
             `ValueError`: if they ask for other heads than the model has, or suppress a token that it does not have.
         """
-        check_settings(settings)
+        check_settings(settings, LIMITS, CHOICES)
         check_tokenizer(tokenizer)
         for name in OF_HEADS:
             own, wanted = getattr(self.quietstar_settings, name), getattr(settings, name)
@@ -411,7 +413,7 @@ class QuietStarForCausalLM:
             `ValueError`: if it is not a causal LM, its settings cannot be read, saved heads do not fit, or heads of the published
                 Quiet-STaR code are among its weights.
         """
-        check_settings(settings)
+        check_settings(settings, LIMITS, CHOICES)
         source = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if "custom_generate" in kwargs:
             raise TypeError(
@@ -464,7 +466,7 @@ class QuietStarForCausalLM:
         Raises:
             `TypeError`: for a configuration or settings of another class.
         """
-        check_settings(settings)
+        check_settings(settings, LIMITS, CHOICES)
         check_config(config, type(config).__name__)
         kwargs.setdefault("trust_remote_code", False)
         model = AutoModelForCausalLM.from_config(config, **kwargs)

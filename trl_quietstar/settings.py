@@ -113,13 +113,6 @@ class QuietStarSettings:
         return cls(**saved)
 
 
-def check_settings(settings) -> None:
-    """Refuses, with a `TypeError`, what is neither [`QuietStarSettings`] nor None."""
-    if settings is not None and not isinstance(settings, QuietStarSettings):
-        advice = "; of a `QuietStarConfig` they are `args.settings()`" if hasattr(settings, "settings") else ""
-        raise TypeError(f"`settings` is a `{type(settings).__name__}`; give `QuietStarSettings(...)`{advice}.")
-
-
 @functools.cache
 def _kinds() -> dict[str, tuple]:
     """The types that each setting may be of."""

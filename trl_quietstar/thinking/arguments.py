@@ -1,10 +1,11 @@
 """Arguments of `generate` and of scoring: of which kind they are, and which Transformers would take in another way than a thinking
 loop."""
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import StoppingCriteriaList
 
 
@@ -13,13 +14,17 @@ NOT_WITH_THOUGHTS = (
     *("custom_generate", "assistant_model", "assistant_tokenizer", "synced_gpus", "token_healing"),
     *("output_attentions", "output_hidden_states"),
 )
+# Arguments of a model's forward that `generate` is given and that thoughts go with, or that are refused where they are read
+OF_FORWARD = ("input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict")
 
 
-def check_options(options: dict[str, Any], thought_streamer: Any = None) -> None:
+def check_options(model: PreTrainedModel, options: dict[str, Any], thought_streamer: Any = None) -> None:
     """
     Refuses what Transformers' `generate` would do in place of thinking, or keep from a custom loop without a word.
 
     Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model that generates.
         options (`dict`):
             Arguments of `generate`.
         thought_streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
@@ -28,7 +33,7 @@ def check_options(options: dict[str, Any], thought_streamer: Any = None) -> None
     Raises:
         `TypeError`, `ValueError`: naming the argument.
     """
-    _check_prompts(options)
+    _check_prompts(model, options)
     check_tokenizer(options.get("tokenizer"))
     is_streamer = callable(getattr(thought_streamer, "put", None)) and not isinstance(thought_streamer, type)
     if thought_streamer is not None and not is_streamer:
@@ -87,12 +92,32 @@ def check_masks(input_ids: torch.Tensor, **masks: Any) -> None:
             )
 
 
-def _check_prompts(options: dict[str, Any]) -> None:
-    """Refuses prompts that are no token ids, and masks that are not theirs. Without any, `generate` says so itself."""
+def _check_prompts(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuses prompts that are no token ids, masks that are not theirs, and what a thought would not be read with. Without any
+    prompts, `generate` says so itself."""
     prompts = next((options[name] for name in ("inputs", "input_ids") if options.get(name) is not None), None)
-    if prompts is not None and getattr(prompts, "shape", (1, 1))[-1:] != (0,):
-        check_ids(prompts)
-        check_masks(prompts, attention_mask=options.get("attention_mask"))
+    if prompts is None or getattr(prompts, "shape", (1, 1))[-1:] == (0,):
+        return
+    check_ids(prompts, model.config.get_text_config().vocab_size)
+    mask = options.get("attention_mask")
+    check_masks(prompts, attention_mask=mask)
+    for name in inspect.signature(type(model).forward).parameters.keys() - {*OF_FORWARD, *NOT_WITH_THOUGHTS}:
+        value = options.get(name)
+        if value is not None and not _says_nothing_new(name, value, prompts, mask):
+            raise ValueError(
+                f"`{name}` does not go with thoughts, which are written after the tokens of `input_ids` alone, counted from 0; "
+                "leave it out, or use `think='never'`."
+            )
+
+
+def _says_nothing_new(name: str, value: Any, prompts: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether an argument is what follows from the tokens anyway: positions that count them, or the one type that they are of."""
+    if not isinstance(value, torch.Tensor) or value.shape != prompts.shape:
+        return False
+    if name == "position_ids":
+        on = torch.ones_like(prompts) if mask is None else mask.long()
+        return bool(((on.cumsum(1) - 1 == value) | (on == 0)).all())
+    return name.endswith("token_type_ids") and not bool(value.any())
 
 
 def check_tokenizer(tokenizer: Any, is_needed: bool = False) -> None:

@@ -22,9 +22,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .._compat import BaseTrainer
 from ..config import QuietStarConfig
+from ..contradictions import ADAMW
 from ..model.adapters import base_of
 from ..model.sharding import full_state_dict, gathered, load_sharded, loaded_whole
-from ..rules import ADAMW
 from .distributed import check_optimizer_file, is_sharded, load_optimizer, save_optimizer
 from .folders import (
     STATE_NAME,

@@ -17,10 +17,10 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 
 from ..config import QuietStarConfig
+from ..contradictions import ADAMW
 from ..derived import VALUE_BASELINES
 from ..model.adapters import base_of
 from ..model.saved import read_heads, saved_settings
-from ..rules import ADAMW
 from ..settings import OF_HEADS
 from .faults import listed
 from .folders import SHARDS, STATE_NAME
