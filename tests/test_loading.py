@@ -390,3 +390,12 @@ def test_options_that_would_change_what_is_scored_are_refused(options, match, tm
     """Also where one switches on another."""
     with pytest.raises(ValueError, match=match):
         tiny_args(tmp_path, **options)
+
+
+def test_thoughts_that_may_end_early_need_an_ending(tmp_path):
+    """Without an EOS token and a stop string each would run to its full length, without a word."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="`min_thought_length` is 2, and the tokenizer has no EOS token"):
+        build_model(plain_model(), tiny_args(tmp_path, min_thought_length=2), tokenizer, None, None)
+    build_model(plain_model(), tiny_args(tmp_path, thought_stop_string="]"), tokenizer, None, None)

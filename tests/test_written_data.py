@@ -472,7 +472,7 @@ def test_data_that_have_no_place_for_thoughts(row, options, words, tmp_path):
 def test_a_thought_needs_an_ending(tmp_path):
     """A tokenizer without an EOS token ends thoughts by a string alone."""
     tokenizer = KINDS["characters"](tmp_path)
-    with pytest.raises(ValueError, match="no EOS token that could end a written thought; set `thought_stop_string`"):
+    with pytest.raises(ValueError, match="no EOS token that could end a thought; set `thought_stop_string`"):
         prepare([COLUMN | {"thought": "a"}], tmp_path, tokenizer)
 
 

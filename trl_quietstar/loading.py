@@ -28,6 +28,7 @@ from .model.saved import HUB_KWARGS, file_of, has_file, read_json, saved_setting
 from .model.sharding import check_one_device, check_unpartitioned, loaded_whole
 from .modeling import QuietStarForCausalLM, QuietStarMixin, attach_heads, attach_saved_heads
 from .settings import QuietStarSettings
+from .thinking.drawing import check_endings
 
 
 if is_peft_available():
@@ -169,6 +170,7 @@ def build_model(
     text_config = base.config.get_text_config()
     _warn_of_other_vocabulary(tokenizer, text_config.vocab_size)
     _pad_within(tokenizer, text_config.vocab_size)
+    check_endings(settings, tokenizer)
     base.adopt_settings(settings, tokenizer)
     base.initialize_thought_embeddings(tokenizer, args.thought_start_text, args.thought_end_text, only_fresh=True)
     if peft_config is not None:

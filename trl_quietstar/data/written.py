@@ -17,7 +17,7 @@ from transformers.utils import logging
 from trl.data_utils import common_prefix_length
 
 from ..config import QuietStarConfig
-from ..thinking.drawing import thought_end
+from ..thinking.drawing import check_endings, thought_end
 from .batches import WRITTEN_COLUMNS
 from .places import Places
 from .rows import KINDS, refusal
@@ -89,11 +89,7 @@ def holds_thoughts(
             f"{source} gives thoughts that end as their writers ended them, and sampled thoughts would not end early; set "
             "`min_thought_length`, with which the EOS token ends a thought, or `thought_stop_string`."
         )
-    if args.thought_stop_string is None and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token that could end a written thought; set `thought_stop_string`, or "
-            "`tokenizer.eos_token`."
-        )
+    check_endings(args.settings(), tokenizer)
     return True
 
 

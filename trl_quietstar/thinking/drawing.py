@@ -102,6 +102,19 @@ def thought_end(tokenizer: PreTrainedTokenizerBase, stop_string: str | None) -> 
     return ends
 
 
+def check_endings(settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses, with a `ValueError`, thoughts that may end early where the tokenizer has nothing to end them with."""
+    if (
+        settings.min_thought_length is not None
+        and settings.thought_stop_string is None
+        and tokenizer.eos_token_id is None
+    ):
+        raise ValueError(
+            f"`min_thought_length` is {settings.min_thought_length}, and the tokenizer has no EOS token that could end a thought; "
+            "set `thought_stop_string`, or `tokenizer.eos_token`."
+        )
+
+
 def thought_sampling(
     settings: QuietStarSettings, tokenizer: PreTrainedTokenizerBase | None, num_thoughts: int = 1
 ) -> SamplingSettings:
