@@ -1,6 +1,7 @@
 """`trl-quietstar export`: a plain model that thinks by itself writes what the thinking model writes."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils.chat_parsing import ResponseParser
 
 from trl_quietstar import QuietStarForCausalLM, QuietStarSettings
 from trl_quietstar.cli import main
@@ -63,7 +65,8 @@ def test_a_plain_model_answers_as_the_thinking_one(family, tmp_path):
 
 
 def test_an_adapter_is_merged_and_pipelines_think(tmp_path):
-    """What the folder says of itself is enough: the template opens the thought, and the generation config closes it."""
+    """What the folder says of itself is enough: one template opens the thought, the generation config closes it, and another template
+    tells it from the answer."""
     source, output = saved(tmp_path / "thinking", exportable_model()), str(tmp_path / "plain")
     trainer = tiny_trainer(
         tmp_path / "adapter", model=source, peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"), top_k=1, **TRAINED
@@ -77,8 +80,8 @@ def test_an_adapter_is_merged_and_pipelines_think(tmp_path):
     tokenizer, writer = byte_tokenizer(), pipeline("text-generation", model=output)
     said = next(ended_thoughts(adapted, [[{"role": "user", "content": f"{a} plus 4"}] for a in range(40)], 1))
     theirs = writer(said.prompt, max_new_tokens=len(said.thought) + 1 + GREEDY["max_new_tokens"], do_sample=False)
-    expected = f"{tokenizer.decode(said.thought)}</think>{tokenizer.decode(said.answer)}"
-    assert theirs[0]["generated_text"][-1]["content"] == expected
+    expected = dict(reasoning_content=tokenizer.decode(said.thought), content=tokenizer.decode(said.answer))
+    assert theirs[0]["generated_text"][-1] == {"role": "assistant", **expected}
 
 
 def test_templates_open_a_thought_where_the_model_goes_on():
@@ -182,6 +185,61 @@ def test_names_that_a_tokenizer_has_are_not_taken(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.dtype == torch.bfloat16 and plain.lm_head.weight is plain.model.embed_tokens.weight
     assert "</thought>" in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [dict(thought_stop_string="</think>"), dict(thought_prompt="First <think>!\n")])
+def test_names_that_stand_in_text_around_a_thought_are_not_taken(changes, tmp_path):
+    """As tokens they would take the place of that text, which the model was trained on in its own tokens."""
+    settings = replace(SETTINGS, **changes)
+    _, own = exported(tmp_path, exportable_model(settings=settings))
+    assert "<thought>" in own.get_vocab() and "</think>" not in own.get_vocab()
+    for text in changes.values():
+        assert own(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+    message = own.parse_response("so it is 7</think></thought>7", prefix="a<thought>")
+    assert message["content"] == "7"
+
+
+def test_a_thought_is_told_from_its_answer_in_any_answer(tmp_path):
+    """At once and in a stream: cut in the thought, ended within it, without a thought, with the end in the answer too. What the
+    tokenizer said of calls of tools stays."""
+    tools = {"open": "<call>", "close": "</call>", "repeats": True}
+    tokenizer = byte_tokenizer()
+    old = {"thinking": {"open": "<t>", "close": "</t>"}, "content": {}, "tool_calls": tools}
+    tokenizer.response_template = {"start_anchor": "assistant", "fields": old}
+    model = exportable_model()
+    model.save_pretrained(tmp_path / "thinking")
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    assert main(["export", str(tmp_path / "thinking"), str(tmp_path / "plain")]) == 0
+    own = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    eos = own.eos_token
+    for said, thought, answer in (
+        (f"3+4 1</think> 7 {eos}", "3+4 1", " 7 "),
+        ("3+4", "3+4", None),
+        (f"3+4{eos}", "3+4", None),
+        (f"</think>7{eos}", None, "7"),
+        ("3+4 1</think>7 1</think>!", "3+4 1", "7 1</think>!"),
+    ):
+        parts = {"reasoning_content": thought, "content": answer}
+        expected = {"role": "assistant", **{name: part for name, part in parts.items() if part is not None}}
+        assert own.parse_response(said, prefix="user: <think></think>assistant: <think>") == expected
+        parser, found = ResponseParser(own.response_template, prefix="assistant: <think>"), defaultdict(str)
+        events = [event for letter in said for event in parser.feed(letter)] + parser.finalize()[1]
+        for event in events:
+            found[event["field"]] += event.get("text", "")
+        assert {name: text for name, text in found.items() if text} == {
+            name: part for name, part in parts.items() if part is not None
+        }
+    assert own.parse_response("3</think>7<call>x</call>", prefix="")["tool_calls"] == ["x"]
+
+
+def test_what_a_client_asks_for_decides_whether_tokens_are_drawn(tmp_path):
+    """Transformers' server reads a request's temperature, `top_p` and seed only where the folder says that tokens are drawn."""
+    plain, own = exported(tmp_path, exportable_model())
+    prompt = torch.tensor([own("3 plus 4 is<think>")["input_ids"]])
+    config = plain.generation_config
+    config.temperature, config.pad_token_id, config.max_new_tokens = 3.0, 0, 20
+    drawn = {tuple(plain.generate(prompt)[0].tolist()) for _ in range(4)}
+    assert len(drawn) > 1
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,9 @@ A plain causal language model that thinks before it answers, exported by
 [trl-quietstar](https://pypi.org/project/trl-quietstar). What it writes is a thought, `{end}`, and the answer.
 
 - **Open the thought.** {_how_to_open(tokenizer, settings, start)}
-- **Hide the thought.** The answer is what follows the last `{end}`.
+- **Hide the thought.** The answer is what follows the first `{end}`. For a chat, `pipeline` and `transformers serve` give the thought
+  apart, as `reasoning_content`.
+- **Draw, or not.** Tokens are drawn, unless a client asks for `temperature=0`, or a call for `do_sample=False`.
 - **Serve it.** {how}
 
 Two things differ from `generate` of trl-quietstar. There a thought is drawn at temperature {settings.temperature:g} also where the answer is

@@ -3,7 +3,8 @@
 The model thinks once, at the end of a prompt, and its thought alone predicts what follows. That is an ordinary text: prompt, start,
 thought, end, answer. So a plain model writes it, if the chat template ends a prompt with what asks for a thought and its start, and
 if the end follows the thought. Text ends itself. A learned end is written by `generation_config.sequence_bias`, which Transformers
-follows: it forces the end token after the stop string, and forbids it everywhere else.
+follows: it forces the end token after the stop string, and forbids it everywhere else. The tokenizer's `response_template` tells
+Transformers' server and pipeline which part of an answer is the thought.
 """
 
 from collections import defaultdict
@@ -20,7 +21,7 @@ from .marks import Marks, end_slots, start_slots
 from .turns import quoted, with_turn
 
 
-# Names of start and end: those that parsers of reasoning know, unless the tokenizer has them already
+# Names of start and end: those that parsers of reasoning know, unless the tokenizer, or text around a thought, has them already
 NAMES = (("<think>", "</think>"), ("<thought>", "</thought>"), ("<hidden_thought>", "</hidden_thought>"))
 BIAS = 1e4  # nats: above any difference of logits, and small enough to be added to them in float32
 MOST_SPELLINGS = 10_000  # ways to end a thought by its string, each of which the generation config names
@@ -89,6 +90,8 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     Turns a thinking model, in place, into the plain class of its family, with learned start and end among its tokens.
 
     The chat template asks for the thought and opens it at the end of a prompt. The generation config closes one with a learned end.
+    It draws tokens unless it is told otherwise, as vLLM and llama.cpp do: otherwise Transformers' server would be greedy whatever
+    temperature a client asks for.
 
     Args:
         model ([`ThinkingModel`]):
@@ -114,6 +117,9 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     if settings.thought_format == "embeddings":
         names = _make_tokens(model, tokenizer)
     _open(tokenizer, settings, marks, names[0])
+    if tokenizer.chat_template is not None:
+        tokenizer.response_template = _thought_apart(tokenizer, model.generation_config, names[1])
+    model.generation_config.do_sample = True
     model.__class__ = model._plain_class  # type: ignore[assignment]  # which the thinking class is made of
     del model.quietstar, model.config.quietstar
     return names
@@ -134,12 +140,34 @@ def _make_tokens(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tu
             f"`thought_stop_string` is {stop!r}, which this tokenizer can write in {found} ways: the end token "
             "follows each by an entry of the generation config. Train with a string that is one token."
         )
-    names = next(pair for pair in NAMES if not any(name in tokenizer.get_vocab() for name in pair))
+    names = _unused_names(tokenizer, model.quietstar_settings)
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
     ids = [tokenizer.get_vocab()[name] for name in names]
     _add_rows(model, ids)
     _close(model.generation_config, endings, *ids)
     return names
+
+
+def _unused_names(tokenizer: PreTrainedTokenizerBase, settings: QuietStarSettings) -> tuple[str, str]:
+    """The first names that mean nothing yet: a new token takes the place of its name in every text, also in the stop string."""
+    used = (settings.thought_stop_string, settings.thought_prompt, str(tokenizer.chat_template))
+    known = [*tokenizer.get_vocab(), *(text for text in used if text)]
+    return next(pair for pair in NAMES if not any(name in text for name in pair for text in known))
+
+
+def _thought_apart(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, end: str) -> dict:
+    """A response template, by which what stands before the first end is the thought, and the rest the answer, up to the EOS token.
+    What an own template of the tokenizer says of other fields, such as calls of tools, stays."""
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = {tokenizer.decode([i]) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    whole = {"content_args": {"strip": False}}
+    # the prompt is no part of the answer, which begins within the thought
+    thought = {"open_pattern": r"\A", "close": [end, *sorted(stops - {end})], **whole}
+    content = {"close": sorted(stops), **whole} if stops else whole
+    fields = dict((getattr(tokenizer, "response_template", None) or {}).get("fields", {}))
+    fields.pop("thinking", None)  # another name of the same
+    fields |= {"reasoning_content": thought, "content": content}
+    return {"defaults": {"role": "assistant"}, "start_anchor_pattern": r"\Z", "fields": fields}
 
 
 def _open(tokenizer: PreTrainedTokenizerBase, settings: QuietStarSettings, marks: Marks, start: str) -> None:
