@@ -5,6 +5,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,17 +69,39 @@ def of_real_model(engine: str, folder: Path, settings: QuietStarSettings) -> tup
     return prompts, [thoughts[0].token_ids for thoughts in ours.thoughts], answers
 
 
+def asking_twice() -> str:
+    """The code of docs/serving.md."""
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    return page.split("## Asking twice")[1].split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(
+    "text, reason", [("6-1=5", "stop"), ("6-1=5 =", "stop"), ("6-1=5 =\n", "stop"), ("6-1=5 =", "length")]
+)
+def test_a_thought_ends_with_its_stop_string_once(text, reason):
+    """Asked as docs/serving.md says, whether an engine leaves the string out, as OpenAI's protocol has it, or keeps it, as Transformers
+    does, with what else its last token holds."""
+    texts, prompts = [text, " 13"], []
+
+    def create(prompt, **options):
+        prompts.append(prompt)
+        return SimpleNamespace(choices=[SimpleNamespace(text=texts[len(prompts) - 1], finish_reason=reason)])
+
+    asking: dict = {"client": SimpleNamespace(completions=SimpleNamespace(create=create))}
+    exec("STOP" + asking_twice().split("STOP", 1)[1], asking)
+    assert asking["answer"](" 6-1+8=<think>") == ("6-1=5 =", " 13")
+    assert prompts[1] == " 6-1+8=<think>6-1=5 =</think>"
+
+
 @pytest.mark.real
 def test_a_server_asked_twice_answers_as_ours(engine, tmp_path):
     """Asked as docs/serving.md says, it gives the greedy answers of `generate` to 50 prompts, in float32."""
     settings = replace(SETTINGS, thought_length=24, thought_stop_string=",")
     asked = of_real_model(engine, tmp_path, settings)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    code = page.split("## Asking twice")[1].split("```python\n")[1].split("```")[0]
     asking: dict = {}
     with server(engine, tmp_path) as url:
-        exec(code.replace("http://127.0.0.1:8080", url).replace('STOP = " ="', 'STOP = ","'), asking)
+        exec(asking_twice().replace("http://127.0.0.1:8080", url).replace('STOP = " ="', 'STOP = ","'), asking)
         for prompt, thought, answer in zip(*asked, strict=True):
             found = asking["answer"](prompt + "<think>", 24, len(answer))
             assert found == (tokenizer.decode(thought), tokenizer.decode(answer, skip_special_tokens=True))
