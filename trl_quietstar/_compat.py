@@ -329,3 +329,10 @@ def is_fault_of_device(error: Exception) -> bool:
     )  # the latter from 2.8 on
     faults = ("CUDA error", "HIP error", "XPU error", "NPU error", "cuDNN error", "CUBLAS_STATUS", "not enough memory")
     return isinstance(error, kinds) or should_reduce_batch_size(error) or any(x in str(error) for x in faults)
+
+
+def keep_attention_cap(model: PreTrainedModel) -> None:
+    """Takes a model with a soft-cap on its attention (Gemma 2) off SDPA, which leaves it out. Up to 5.20, Transformers ran it so."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")

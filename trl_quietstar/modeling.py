@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from ._compat import set_unsaved_keys
+from ._compat import keep_attention_cap, set_unsaved_keys
 from .config import CHOICES, LIMITS
 from .model.adapters import base_of, check_saved_adapter, put_adapter
 from .model.concurrency import LOCK, eval_mode
@@ -322,6 +322,7 @@ def attach_heads(model: PreTrainedModel, settings: QuietStarSettings) -> PreTrai
         `ValueError`: if the model is an encoder-decoder or has no LM head.
     """
     check_causal_lm(model)
+    keep_attention_cap(model)
     if not isinstance(model, QuietStarMixin):
         model.__class__ = quietstar_class(type(model))  # type: ignore[arg-type]  # classes hash
         own = vars(model).get("forward")

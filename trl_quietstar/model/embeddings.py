@@ -4,6 +4,7 @@ Gemma 3n and 4 look up a second embedding of every token, which each layer reads
 does not determine the second. Here both stand in one vector, one behind the other, so that no other module needs to know.
 """
 
+import inspect
 from typing import cast
 
 import torch
@@ -29,7 +30,11 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
     embeds = model.get_input_embeddings()(token_ids)
     if _layer_size(model) == 0:
         return embeds
-    by_layer = model.get_decoder().get_per_layer_inputs(token_ids.flatten()[None]).flatten(2)
+    look_up = model.get_decoder().get_per_layer_inputs
+    others = (
+        len(inspect.signature(look_up).parameters) - 1
+    )  # Gemma 4's embeddings, which Transformers 5.19 wants to be given
+    by_layer = look_up(token_ids.flatten()[None], *(None,) * others).flatten(2)
     return torch.cat([embeds, by_layer.view(*token_ids.shape, by_layer.shape[2]).to(embeds.dtype)], dim=-1)
 
 
