@@ -296,14 +296,6 @@ def is_slow_in_bf16(device: torch.device) -> bool:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Inside, products of float32 are not rounded to TF32 or bfloat16, whatever the user has set; afterwards that holds again."""
-    if not hasattr(torch.backends, "fp32_precision"):  # PyTorch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
     kinds = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]  # the stubs are of an earlier version
@@ -318,7 +310,8 @@ def full_float32() -> Iterator[None]:
     finally:
         for kind, setting in zip(kinds, settings, strict=True):
             # "none" goes by the setting for all, so that this is followed when it changes
-            kind.fp32_precision = "none" if setting == torch.backends.fp32_precision else setting
+            for_all = torch.backends.fp32_precision  # type: ignore[attr-defined]  # not in the stubs
+            kind.fp32_precision = "none" if setting == for_all else setting
 
 
 def is_fault_of_device(error: Exception) -> bool:

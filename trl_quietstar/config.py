@@ -400,7 +400,7 @@ class QuietStarConfig(Derived, BaseConfig):
         None,
         "Peak learning rate of Muon. It trains the hidden weight matrices, or those of an adapter, and AdamW trains "
         "the rest at `learning_rate` and `heads_learning_rate`. An update of Muon is as large as AdamW's at an equal "
-        "rate. Needs PyTorch 2.9. None: AdamW trains everything.",
+        "rate. None: AdamW trains everything.",
     )
     grokfast_lambda: Annotated[float, Limits(0)] = option(
         0.0,

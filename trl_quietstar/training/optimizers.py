@@ -8,7 +8,6 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from accelerate.utils import is_torch_version
 from torch import nn
 
 from ..config import QuietStarConfig
@@ -134,18 +133,13 @@ def combine(optimizer: torch.optim.Optimizer, model: nn.Module, args: QuietStarC
             `muon_learning_rate`, `weight_decay`, `grokfast_lambda` and `grokfast_alpha`.
 
     Raises:
-        `ImportError`: if a package is missing or too old.
+        `ImportError`: if a package is missing.
         `ValueError`: if Muon would have nothing to train.
     """
     if not args.combines_optimizers:
         return optimizer
     optimizers = [optimizer]
     if args.muon_learning_rate is not None:
-        if is_torch_version("<", "2.9"):
-            raise ImportError(
-                f"`muon_learning_rate={args.muon_learning_rate}` needs `torch.optim.Muon`, which PyTorch has from 2.9 on; "
-                f"this is {torch.__version__}. Upgrade it."
-            )
         hidden = hidden_weights(model)
         if not hidden:
             raise ValueError(
