@@ -344,7 +344,8 @@ def test_exported_templates_ask(thought_format, role, tmp_path):
 def test_a_start_that_is_joined_is_not_exported(tmp_path):
     """Since the plain model would read another token than the one that it learned."""
     settings = QuietStarSettings(
-        **{**TEXT, **TURN, "thought_prompt": None, "thought_start_text": "plus"}, prediction="thought"
+        **{**TEXT, **TURN, "thought_prompt": None, "thought_prompt_role": None, "thought_start_text": "plus"},
+        prediction="thought",
     )
     QuietStarForCausalLM.from_config(tiny_config("llama", vocab_size=300), settings).save_pretrained(
         tmp_path / "thinking"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, TextStreamer
 
 import trl_quietstar
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer, QuietStarSettings
@@ -173,6 +173,8 @@ def test_continuous_batching_is_not_without_a_word(tmp_path):
     model = QuietStarForCausalLM.from_pretrained(saved_model(tmp_path), QuietStarSettings(thought_positions="none"))
     ids = IDS[0] % 250 + 1
     options = dict(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # else its cache takes most of the machine's memory
+    options["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
     (said,) = model.generate_batch([ids.tolist()], **options).values()
     assert (
         said.generated_tokens
