@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import IterableDataset
+from packaging.version import parse
 from peft import LoraConfig
 from torch.distributed.fsdp import StateDictType
 
@@ -208,8 +209,8 @@ def test_a_fault_of_one_process_is_all_processes(engine, tmp_path):
     assert_same(run, single, metrics=False)  # the loss of a step with a NaN is none
 
 
-def test_unsupported_engines_are_refused():
-    """FSDP1 and sharded checkpoints are refused with what to set."""
+def test_unsupported_engines_are_refused(monkeypatch, caplog):
+    """FSDP1 and sharded checkpoints are refused with what to set; of a PyTorch whose gradient norms are wrong it is told."""
 
     def accelerator(version, kind):
         plugin = SimpleNamespace(fsdp_version=version, state_dict_type=kind)
@@ -219,7 +220,11 @@ def test_unsupported_engines_are_refused():
         check_engine(accelerator(1, StateDictType.FULL_STATE_DICT))
     with pytest.raises(ValueError, match="FULL_STATE_DICT"):
         check_engine(accelerator(2, StateDictType.SHARDED_STATE_DICT))
-    check_engine(accelerator(2, StateDictType.FULL_STATE_DICT))
+    for version, is_told in (("2.9.0+cu128", True), ("2.13.0", False)):
+        caplog.clear()
+        monkeypatch.setattr("accelerate.utils.versions.torch_version", parse(version))
+        check_engine(accelerator(2, StateDictType.FULL_STATE_DICT))
+        assert ("gradient norms" in caplog.text) == is_told
 
 
 def test_weights_of_another_form_are_not_left_out(tmp_path):

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_torch_version
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+
+logger = logging.get_logger(__name__)
+RIGHT_NORMS = "2.13"  # the first PyTorch that was run whose gradient norms under FSDP2 are those of one process
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -41,6 +47,13 @@ def check_engine(accelerator: Accelerator) -> None:
         raise ValueError(
             f"`fsdp_state_dict_type` is {plugin.state_dict_type.name}, whose checkpoints no other engine reads; set "
             "`fsdp_state_dict_type: FULL_STATE_DICT`."
+        )
+    if is_torch_version("<", RIGHT_NORMS):
+        logger.warning(
+            "Under FSDP2 gradient norms, by which `max_grad_norm` clips, came out wrong with PyTorch 2.7 and 2.9, and right from %s on; this is "
+            "%s. Upgrade it, or use DDP.",
+            RIGHT_NORMS,
+            torch.__version__,
         )
 
 
