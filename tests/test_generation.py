@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, MaxTimeCriteria, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, MaxTimeCriteria, TextIteratorStreamer
 
 from trl_quietstar import QuietStarSettings
 from trl_quietstar.branches.replay import Replay
@@ -232,11 +232,16 @@ def test_requests_that_cannot_be_met(options, message):
         thinking_model().generate(**{"input_ids": prompts(5)[0][None], "max_new_tokens": 2, **options})
 
 
-def test_what_follows_from_the_tokens_may_be_given():
-    """Positions that count the tokens, as some pipelines pass them."""
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids", "cache", "past_key_values"])
+def test_what_follows_from_the_tokens_may_be_given(name):
+    """Positions that count them, as some pipelines pass; the one type that they are of; and a cache that holds nothing."""
     model, inputs = thinking_model(), padded(prompts(5, 7))
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    assert torch.equal(generated(model, {**inputs, "position_ids": positions}), generated(model, inputs))
+    types = torch.zeros_like(positions)
+    given = {"position_ids": positions, "token_type_ids": types}.get(name, DynamicCache())
+    if name == "token_type_ids":
+        model = thinking_model("gpt2")
+    assert torch.equal(generated(model, {**inputs, name: given}), generated(model, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,12 +1,13 @@
 """Arguments of `generate` and of scoring: of which kind they are, and which Transformers would take in another way than a thinking
 loop."""
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import StoppingCriteriaList
+
+from ..model.family import CACHE_NAMES, forward_arguments
 
 
 FROM_TEXTS = "such as `tokenizer(texts, padding=True, return_tensors='pt')` gives"
@@ -15,7 +16,7 @@ NOT_WITH_THOUGHTS = (
     *("output_attentions", "output_hidden_states"),
 )
 # Arguments of a model's forward that `generate` is given and that thoughts go with, or that are refused where they are read
-OF_FORWARD = ("input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict")
+OF_FORWARD = ("input_ids", "attention_mask", "use_cache", "return_dict", *CACHE_NAMES)
 
 
 def check_options(model: PreTrainedModel, options: dict[str, Any], thought_streamer: Any = None) -> None:
@@ -101,9 +102,9 @@ def _check_prompts(model: PreTrainedModel, options: dict[str, Any]) -> None:
     check_ids(prompts, model.config.get_text_config().vocab_size)
     mask = options.get("attention_mask")
     check_masks(prompts, attention_mask=mask)
-    for name in inspect.signature(type(model).forward).parameters.keys() - {*OF_FORWARD, *NOT_WITH_THOUGHTS}:
-        value = options.get(name)
-        if value is not None and not _says_nothing_new(name, value, prompts, mask):
+    others = forward_arguments(model) - {*OF_FORWARD, *NOT_WITH_THOUGHTS}
+    for name, value in options.items():
+        if name in others and value is not None and not _says_nothing_new(name, value, prompts, mask):
             raise ValueError(
                 f"`{name}` does not go with thoughts, which are written after the tokens of `input_ids` alone, counted from 0; "
                 "leave it out, or use `think='never'`."
