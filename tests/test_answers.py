@@ -7,9 +7,10 @@ from datasets import Dataset
 from trl_quietstar.branches.decoders import ReplayDecoder
 from trl_quietstar.branches.replay import Replay
 from trl_quietstar.learning.reward_functions import exact_match
+from trl_quietstar.model.family import eos_ids
 from trl_quietstar.settings import QuietStarSettings
 from trl_quietstar.text.batch import Positions, Text, Thoughts, talk_after
-from trl_quietstar.thinking.answers import eos_ids, greedy_answers
+from trl_quietstar.thinking.answers import greedy_answers
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .speaking import thinking_model

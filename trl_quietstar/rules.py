@@ -165,8 +165,10 @@ def check_settings(settings: Any, limits: dict[str, Limits], choices: dict[str, 
         read = READERS[option](value) if option in READERS else value
         if read != value:
             raise ValueError(f"`{name}` is {value!r}; give {read!r}.")
-        check_limits(name, value, limits.get(option, Limits()))
-        check_choice(name, value, choices.get(option, Choices(value)))
+        if option in limits:
+            check_limits(name, value, limits[option])
+        if option in choices:
+            check_choice(name, value, choices[option])
     check_marks(settings)
     check_lengths(settings)
 

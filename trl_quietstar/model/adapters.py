@@ -245,9 +245,8 @@ def save_heads_too(model: "PeftModel") -> None:
 def _save_adapter(model: "PeftModel", save_directory: str, *args, **kwargs) -> None:
     check_apart(save_directory, base_of(model).config.name_or_path)
     for config in model.peft_config.values():
-        config.task_type = (
-            config.task_type or "CAUSAL_LM"
-        )  # else PEFT notes the thinking class, and then refuses to import it
+        # else PEFT notes the thinking class, and then refuses to import it
+        config.task_type = config.task_type or "CAUSAL_LM"
     save = type(model).save_pretrained
     save(model, save_directory, *args, **kwargs)
     given = inspect.signature(save).bind(model, save_directory, *args, **kwargs)

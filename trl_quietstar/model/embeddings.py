@@ -4,7 +4,9 @@ Gemma 3n and 4 look up a second embedding of every token, which each layer reads
 does not determine the second. Here both stand in one vector, one behind the other, so that no other module needs to know.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -31,11 +33,14 @@ def embed_tokens(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tenso
     if _layer_size(model) == 0:
         return embeds
     look_up = model.get_decoder().get_per_layer_inputs
-    others = (
-        len(inspect.signature(look_up).parameters) - 1
-    )  # Gemma 4's embeddings, which Transformers 5.19 wants to be given
-    by_layer = look_up(token_ids.flatten()[None], *(None,) * others).flatten(2)
+    by_layer = look_up(token_ids.flatten()[None], *[None] * _others(look_up.__func__)).flatten(2)
     return torch.cat([embeds, by_layer.view(*token_ids.shape, by_layer.shape[2]).to(embeds.dtype)], dim=-1)
+
+
+@functools.cache
+def _others(look_up: Callable) -> int:
+    """How many arguments a look-up by layer has beside the tokens: Transformers 5.19 wants Gemma 4's embeddings, or None."""
+    return len(inspect.signature(look_up).parameters) - 2
 
 
 def mean_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, string: str) -> torch.Tensor:

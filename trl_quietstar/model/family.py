@@ -1,11 +1,11 @@
-"""What differs from one model family to another: names of arguments, where positions begin and end, and what is done to
-attention scores and logits."""
+"""What differs from one model family to another: names of arguments, where positions begin and end, which tokens end a text, and
+what is done to attention scores and logits."""
 
 import functools
 import inspect
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # families whose table of absolute positions begins after the padding index
@@ -25,6 +25,12 @@ def forward_arguments(model: PreTrainedModel) -> frozenset[str]:
 @functools.cache
 def _arguments_of(family: type[PreTrainedModel]) -> frozenset[str]:
     return frozenset(inspect.signature(family.forward).parameters)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text, by the tokenizer and by the model's generation config."""
+    own = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def cache_name(arguments: frozenset[str]) -> str:

@@ -16,6 +16,7 @@ from transformers import AddedToken, GenerationConfig, PreTrainedModel, PreTrain
 
 from ..settings import QuietStarSettings
 from .embeddings import embed_tokens, embedding_inputs, weight_of
+from .family import eos_ids
 from .heads import ThinkingModel
 from .marks import Marks, end_slots, start_slots
 from .turns import quoted, with_turn
@@ -118,7 +119,7 @@ def make_plain(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> tupl
         names = _make_tokens(model, tokenizer)
     _open(tokenizer, settings, marks, names[0])
     if tokenizer.chat_template is not None:
-        tokenizer.response_template = _thought_apart(tokenizer, model.generation_config, names[1])
+        tokenizer.response_template = _thought_apart(tokenizer, eos_ids(model, tokenizer), names[1])
     model.generation_config.do_sample = True
     model.__class__ = model._plain_class  # type: ignore[assignment]  # which the thinking class is made of
     del model.quietstar, model.config.quietstar
@@ -155,11 +156,10 @@ def _unused_names(tokenizer: PreTrainedTokenizerBase, settings: QuietStarSetting
     return next(pair for pair in NAMES if not any(name in text for name in pair for text in known))
 
 
-def _thought_apart(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, end: str) -> dict:
-    """A response template, by which what stands before the first end is the thought, and the rest the answer, up to the EOS token.
+def _thought_apart(tokenizer: PreTrainedTokenizerBase, ends: set[int], end: str) -> dict:
+    """A response template, by which what stands before the first end is the thought, and the rest the answer, up to a token that ends a text.
     What an own template of the tokenizer says of other fields, such as calls of tools, stays."""
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = {tokenizer.decode([i]) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    stops = {tokenizer.decode([i]) for i in ends}
     whole = {"content_args": {"strip": False}}
     # the prompt is no part of the answer, which begins within the thought
     thought = {"open_pattern": r"\A", "close": [end, *sorted(stops - {end})], **whole}

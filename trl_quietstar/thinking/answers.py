@@ -7,7 +7,6 @@ rewarded: text and thought mixed, or the thought's alone. [`~thinking.generation
 from collections.abc import Callable, Collection
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..branches.decoders import Decoder, decoder_of
 from ..model.embeddings import embed_tokens
@@ -16,12 +15,6 @@ from ..model.lm_head import logits_of
 from ..model.marks import closing_mask, end_slots, start_slots
 from ..text.batch import Text, Thoughts, gather
 from ..text.transfer import to_device
-
-
-def eos_ids(model: ThinkingModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a text, by the tokenizer and by the model's generation config."""
-    own = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 @torch.no_grad()

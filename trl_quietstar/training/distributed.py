@@ -26,7 +26,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def check_engine(accelerator: Accelerator) -> None:
     """
-    Refuses ways to split a run over processes that are not supported.
+    Refuses ways to split a run over processes that are not supported, and warns of a PyTorch that clips wrongly in one that is.
 
     Raises:
         `ValueError`: under tensor, context or sequence parallelism, under FSDP1, or FSDP2 whose checkpoints are in shards.

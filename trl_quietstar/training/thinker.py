@@ -25,13 +25,14 @@ from ..learning.metrics import BatchResult
 from ..learning.rewards import coherence
 from ..model.adapters import base_of
 from ..model.concurrency import eval_mode
+from ..model.family import eos_ids
 from ..model.heads import ThinkingModel
 from ..model.routing import has_router_loss
 from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..text.divided import Divided, Written, divide, has_written, no_thoughts
 from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
 from ..text.transfer import to_host
-from ..thinking.answers import eos_ids, greedy_answers
+from ..thinking.answers import greedy_answers
 from ..thinking.check import choose_path
 from ..thinking.drawing import thought_sampling
 from ..thinking.sampling import ThoughtSampler
