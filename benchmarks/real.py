@@ -10,15 +10,17 @@ Arms that run at the same time share a GPU.
 - `supervised`: written thoughts and the answers after them, of the few problems that have any, for the whole time.
 - `thinking`: the first part of `supervised` as a cold start, for `cold_share` of the time; then reinforcement by the answers of all
   problems alone, with a few written thoughts in each step. A cold start is trained once for both arms, and counted in both.
-- `no_cold_start`: that reinforcement from the untouched model, for the whole time. It never sees a written thought.
+- `no_cold_start`: that reinforcement from the untouched model, for the whole time. It never sees a written thought, but in the
+  examples that `step_sum` shows before each problem.
 
 All arms see the same problems in the same order, as far as they get. All weights are trained, by AdamW, with bfloat16
 autocast where the machine has instructions for it. Learning rates follow the time used: a warm-up of `warmup` of an arm's time,
 then constant, then a line to 0 over the last fifth. An arm stops before the step that would pass its time.
 
 A run that is killed goes on by the same command; a finished arm is not run again. `--set FIELD=VALUE` changes a field of
-[`Settings`], and `--set STAGE.FIELD=VALUE` one of the [`QuietStarConfig`] of a stage: `written`, `reinforcement` or `plain`; or
-of `all`. What is measured stands in `real_measures`, the problems in `real_tasks`, table and plot in `real_report`.
+[`~real_settings.Settings`], and `--set STAGE.FIELD=VALUE` one of the [`QuietStarConfig`] of a stage: `written`, `reinforcement` or `plain`; or
+of `all`. Settings stand in `real_settings`, what is measured in `real_measures`, the problems in `real_tasks`, table and plot in
+`real_report`.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +44,12 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import real_measures as measures
-from benchmarks.learning import parse
 from benchmarks.measuring import machine
 from benchmarks.real_clock import Clock, Continued, last_checkpoint, last_used, state_of
 from benchmarks.real_report import report
+from benchmarks.real_settings import ON_GPU, PLAIN, RUN, SETTINGS, Settings
 from benchmarks.real_tasks import TASKS, Row, draw
 from trl_quietstar import QuietStarConfig, QuietStarREINFORCETrainer
-from trl_quietstar._compat import is_slow_in_bf16
-from trl_quietstar.precision import has_bf16
 
 
 MODEL = ".demo/SmolLM2-135M-Instruct"
@@ -57,132 +57,6 @@ ARMS = ("thinking", "supervised", "plain", "no_cold_start")
 STAGE_OF = {"cold_start": "written", "supervised": "written", "thinking": "reinforcement"}
 STAGE_OF |= {"plain": "plain", "no_cold_start": "reinforcement"}
 ORDER_LENGTH = 100_000  # rows, after which an order begins anew
-
-
-@dataclass(frozen=True)
-class Settings:
-    """
-    What a task is run with.
-
-    Parameters:
-        problems, written, held_out, watched (`int`):
-            Problems to train on; those of them with a written thought; held-out ones at the end, and of these on the way.
-        terms, digits (`int`):
-            Size of a problem of `chain_sum`.
-        fewest_terms (`int`):
-            Of the problems that are trained on by their answers alone, which have up to `terms`.
-        cold_share (`float`):
-            Share of the time of `thinking` that is its cold start.
-        written_mix (`int`):
-            Rows in a step of reinforcement after a cold start that hold written thoughts.
-        warmup (`float`):
-            Share of an arm's time.
-        points (`int`):
-            Measurements on the way, at equal distances of time used.
-        checkpoint_minutes (`float`):
-            Processor time between checkpoints.
-        stages (`dict[str, dict]`):
-            Fields of [`QuietStarConfig`] in the stages `written`, `reinforcement` and `plain`; under `all`, in each.
-    """
-
-    problems: int = 32_000
-    written: int = 500
-    held_out: int = 200
-    watched: int = 64
-    terms: int = 4
-    fewest_terms: int = 2
-    digits: int = 2
-    cold_share: float = 0.3
-    written_mix: int = 0
-    warmup: float = 0.05
-    points: int = 3
-    checkpoint_minutes: float = 6.0
-    stages: dict[str, dict] = field(default_factory=dict)
-
-    def changed(self, changes: list[str]) -> "Settings":
-        """With `FIELD=VALUE` and `STAGE.FIELD=VALUE` from the command line."""
-        values = asdict(self)
-        for name, value in (change.split("=", 1) for change in changes):
-            stage, dot, option = name.rpartition(".")
-            place = values["stages"].get(stage, {}) if dot else values
-            if dot and stage not in values["stages"] or not dot and (name not in values or name == "stages"):
-                known = [field.name for field in fields(self) if field.name != "stages"]
-                known += [f"{stage}.FIELD" for stage in self.stages]
-                raise ValueError(f"`--set {name}`: there is no such setting; give one of {', '.join(known)}.")
-            place[option] = parse(value)
-        return Settings(**values)
-
-
-# of every run: how it is run, and what is written about it
-RUN = {
-    "max_steps": 10**7,
-    "lr_scheduler_type": "constant",
-    "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
-    "save_total_limit": 1,
-    "logging_steps": 20,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-# as the other arms have it
-PLAIN = {"completion_only_loss": True, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "float32"}}
-COMMON = {
-    "max_length": 64,
-    "thought_positions": "prompt_end",
-    "talk_length": "completion",
-    "thought_length": 40,
-    "thought_start_text": " [",
-    "thought_end_text": "]",
-    "thought_stop_string": "]",
-    "reward_prediction": "thought",
-    "advantage_baseline": "leave_one_out",
-    "heads_learning_rate": 1e-3,
-    "base_nll_coefficient": 0.0,  # answers without thoughts are what `plain` is for
-    "reader_nll_coefficient": 0.0,  # the same as the other one, where the thought's prediction is the only one
-    "preflight_thoughts": None,  # the first point of the curve tells more
-    "per_device_eval_batch_size": 50,
-    "bf16": has_bf16() if torch.accelerator.is_available() else not is_slow_in_bf16(torch.device("cpu")),
-}
-SETTINGS = {
-    "chain_sum": Settings(
-        stages={
-            "all": COMMON,
-            "written": {
-                "per_device_train_batch_size": 16,
-                "learning_rate": 3e-4,
-                "base_nll_coefficient": 0.1,  # what to say without a thought; else the steps are said aloud, and divergence fails
-            },
-            "reinforcement": {
-                "per_device_train_batch_size": 32,
-                "num_thoughts": 8,
-                "learning_rate": 1e-4,
-                # of answers: partly right ones earn little, and thoughts without an advantage cost no update
-                "reward_type": "sequence_probability",
-                "nll_weighting": "probability",
-                "advantage_threshold": 0.02,
-                "positive_advantages_only": True,
-                "entropy_coefficient": 0.0,
-                "min_entropy_coefficient": 0.0,
-                "logging_steps": 16,  # some of what is logged costs as much as half a step
-            },
-            "plain": {"per_device_train_batch_size": 16, "learning_rate": 3e-4},
-        },
-    ),
-}
-# a GPU takes hardly longer for more thoughts, and plain training of the same time far more rows
-ON_GPU = (
-    "cold_share=0.2",
-    "reinforcement.per_device_train_batch_size=128",
-    "reinforcement.learning_rate=2e-4",
-    "plain.per_device_train_batch_size=64",
-)
-WORD_PROBLEMS = replace(
-    SETTINGS["chain_sum"],
-    problems=7_000,
-    written=7_000,
-    stages={**SETTINGS["chain_sum"].stages, "all": {**COMMON, "max_length": 256, "thought_length": 96}},
-)
-SETTINGS |= {"gsm_symbolic": WORD_PROBLEMS, "gsm8k": WORD_PROBLEMS}
 
 
 def order(plain: list[int], taught: list[int], step: int, mix: int, seed: int) -> list[int]:
@@ -235,7 +109,18 @@ class Runs:
         s = self.settings
         amounts = dict(problems=s.problems, written=s.written, held_out=s.held_out)
         size = dict(terms=s.terms, fewest_terms=s.fewest_terms, digits=s.digits, data=self.data)
-        self.train_rows, self.taught_rows, self.held_out = draw(self.task, self.seed, **amounts, **size)
+        parts = draw(self.task, self.seed, **amounts, **size)
+        stage, end = s.stages["all"], f"{AutoTokenizer.from_pretrained(self.model).eos_token}\n"
+        if len(parts[1]) < s.examples:
+            raise ValueError(f"{s.examples} examples need as many `written` problems, not {len(parts[1])}; raise it.")
+        self.end = stage["thought_end_text"]
+        examples = "".join(
+            f"{row['prompt']}{stage['thought_start_text']}{row['thought']}{self.end}{row['completion']}{end}"
+            for row in parts[1][: s.examples]
+        )
+        self.train_rows, self.taught_rows, self.held_out = (
+            [{**row, "prompt": examples + row["prompt"]} for row in rows] for rows in parts
+        )
 
     def run(self, arm: str) -> None:
         """Trains and measures an arm, as far as that is still to be done."""
@@ -322,7 +207,9 @@ class Runs:
         """All problems by their answers; and, after them, those with a written thought of at most `longest` tokens, if any."""
         rows: list[dict] = [{**answered(row), "thought": None} for row in self.train_rows]
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        fitting = [row for row in self.taught_rows if len(tokenizer(f"{row['thought']}]")["input_ids"]) <= longest]
+        fitting = [
+            row for row in self.taught_rows if len(tokenizer(row["thought"] + self.end)["input_ids"]) <= longest
+        ]
         return Dataset.from_list(rows + fitting if longest else [answered(row) for row in rows])
 
     # Measuring
@@ -340,7 +227,7 @@ class Runs:
     def right_chains(self, thoughts: list[str]) -> list[bool]:
         """Which thoughts are the written ones of the first held-out problems, word for word."""
         pairs = zip(thoughts, self.held_out, strict=False)
-        return [thought.removesuffix("]").strip() == row["thought"] for thought, row in pairs]
+        return [thought.removesuffix(self.end).strip() == row["thought"].strip() for thought, row in pairs]
 
     def measured(self, trainer: QuietStarREINFORCETrainer, name: str) -> dict:
         """Everything, on all held-out problems; of the cold start, which is no arm, what it can do."""

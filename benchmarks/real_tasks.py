@@ -33,17 +33,30 @@ def chain_sum(generator: random.Random, terms: int, digits: int) -> Iterator[Row
     Each term has any number of digits up to `digits` with equal chance. (reasoning-gym's `chain_sum` draws one number of digits
     for all terms of a problem.)
     """
+    for problem, steps, total in _sums(generator, terms, digits):
+        thought = str(steps[0][0]) + "".join(f"{term}={after}" for _, term, after in steps)
+        yield {"prompt": f" {problem}=", "completion": f" {total}", "thought": thought}
+
+
+def step_sum(generator: random.Random, terms: int, digits: int) -> Iterator[Row]:
+    """The same problems as an untaught model understands them best from examples: `9+5-1`, with the thought ` 9+5=14, then
+    14-1=13` and the answer ` 13`."""
+    for problem, steps, total in _sums(generator, terms, digits):
+        thought = ", then ".join(f"{before}{term}={after}" for before, term, after in steps)
+        yield {"prompt": problem, "completion": f" {total}", "thought": f" {thought}"}
+
+
+def _sums(generator: random.Random, terms: int, digits: int) -> Iterator[tuple[str, list[tuple[int, str, int]], int]]:
+    """Problems; their steps, each with the sum before it, the signed term and the sum after it; and what comes out."""
     while True:
         lengths = [generator.randint(1, digits) for _ in range(terms)]
         numbers = [generator.randint(10 ** (length - 1), 10**length - 1) for length in lengths]
-        total = numbers[0]
-        prompt = thought = str(total)
+        total, problem, steps = numbers[0], str(numbers[0]), []
         for number in numbers[1:]:
-            sign = generator.choice("+-")
-            total += number if sign == "+" else -number
-            prompt += f"{sign}{number}"
-            thought += f"{sign}{number}={total}"
-        yield {"prompt": f" {prompt}=", "completion": f" {total}", "thought": thought}
+            term = f"{generator.choice('+-')}{number}"
+            steps.append((total, term, total + int(term)))
+            problem, total = problem + term, total + int(term)
+        yield problem, steps, total
 
 
 def gsm_symbolic(generator: random.Random, terms: int, digits: int) -> Iterator[Row]:
@@ -76,7 +89,8 @@ def _word_problem(question: str, equations: list[str], answer: str) -> Row:
     return {"prompt": f"Question: {question.strip()}\nAnswer:", "completion": f" {number}", "thought": thought}
 
 
-GENERATORS: dict[str, Generator] = {"chain_sum": chain_sum, "gsm_symbolic": gsm_symbolic}
+SUMS: dict[str, Generator] = {"chain_sum": chain_sum, "step_sum": step_sum}
+GENERATORS: dict[str, Generator] = {**SUMS, "gsm_symbolic": gsm_symbolic}
 TASKS = (*GENERATORS, "gsm8k")
 
 
@@ -127,7 +141,7 @@ def draw(
         problems, written, held_out (`int`):
             How many: to train on, of those with a written thought, and held out.
         terms, digits (`int`):
-            Size of the problems of `chain_sum`.
+            Size of sums.
         fewest_terms (`int`):
             With fewer than `terms`, the problems to train on by their answers have from so many terms to `terms`, each number
             equally often. Written thoughts and held-out problems are of full size.
@@ -151,15 +165,15 @@ def draw(
     own = [random.Random(f"{task} {part} {seed}") for part in ("problems", "held out")]
     train = drawn(generate(own[0], terms, digits), problems, held_out=False)
     taught = [row for row in train if row["thought"]][:written]
-    if task == "chain_sum":
-        train = mixed(train, seed, range(fewest_terms, terms), digits)
+    if task in SUMS:
+        train = mixed(task, train, seed, range(fewest_terms, terms), digits)
     return train, taught, drawn(generate(own[1], terms, digits), held_out, held_out=True)
 
 
-def mixed(problems: list[Row], seed: int, shorter: range, digits: int) -> list[Row]:
-    """As many problems of `chain_sum`, of which equally many have each number of terms in `shorter` as have the full one."""
+def mixed(task: str, problems: list[Row], seed: int, shorter: range, digits: int) -> list[Row]:
+    """As many sums, of which equally many have each number of terms in `shorter` as have the full one."""
     kinds = [problems]
     for terms in shorter:
-        stream = chain_sum(random.Random(f"chain_sum of {terms} terms {seed}"), terms, digits)
+        stream = SUMS[task](random.Random(f"{task} of {terms} terms {seed}"), terms, digits)
         kinds.append(drawn(stream, len(problems) // (len(shorter) + 1), held_out=False))
     return [row for together in zip(*kinds, strict=False) for row in together]

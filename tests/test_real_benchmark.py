@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks import real, real_report, real_tasks
 from benchmarks.real_clock import Clock
@@ -29,10 +30,10 @@ def model(tmp_path_factory):
     return saved_model(tmp_path_factory.mktemp("model"))
 
 
-def runs(model: str, output, now=None) -> real.Runs:
+def runs(model: str, output, now=None, task="chain_sum", changes=()) -> real.Runs:
     """Of six seconds, by a clock on which each step takes one."""
-    settings = real.SETTINGS["chain_sum"].changed(CHANGES)
-    return real.Runs("chain_sum", model, "", 6.0, 0, settings, output, now or map(float, itertools.count()).__next__)
+    settings = real.SETTINGS[task].changed([*CHANGES, *changes])
+    return real.Runs(task, model, "", 6.0, 0, settings, output, now or map(float, itertools.count()).__next__)
 
 
 def results(output, name: str) -> dict:
@@ -132,6 +133,25 @@ def test_thoughts_are_the_steps_to_the_answer(tmp_path):
     assert real_tasks.read_gsm8k(str(data)) == [
         {"prompt": "Question: Q?\nAnswer:", "completion": " 1005", "thought": "2*3=6, 6-1=5"}
     ]
+
+
+def test_examples_stand_before_each_problem(model, tmp_path):
+    """Worked as thoughts are written and answers given, of problems that are not held out; too few of them are refused."""
+    asked = runs(model, tmp_path, task="step_sum", changes=["examples=2", "all.max_length=512"])
+    rows = [*asked.train_rows, *asked.taught_rows, *asked.held_out]
+    eos, examples = AutoTokenizer.from_pretrained(model).eos_token, asked.held_out[0]["prompt"].split("\n")[:-1]
+    assert all(row["prompt"].split("\n")[:-1] == examples for row in rows)
+    for row in rows:
+        assert eval(row["prompt"].split("\n")[-1]) == int(row["completion"])
+        assert row["thought"].endswith(f"={row['completion'].strip()}") and row["thought"].count("=") in (1, 2)
+    assert examples == [
+        f"{row['prompt'].split(chr(10))[-1]}:{row['thought']}, so{row['completion']}{eos}"
+        for row in asked.taught_rows[:2]
+    ]
+    asked.run("thinking")
+    assert results(tmp_path, "thinking")["samples"][0]["prompt"] == asked.held_out[0]["prompt"]
+    with pytest.raises(ValueError, match="9 examples need as many"):
+        runs(model, tmp_path, task="step_sum", changes=["examples=9"])
 
 
 def test_too_few_problems_are_refused():
