@@ -275,6 +275,14 @@ def test_an_optimizer_of_the_user_s_is_refused(asked, tmp_path):
         tiny_trainer(tmp_path, model, optimizers=(optimizer, None), **asked)
 
 
+def test_a_scheduler_without_its_optimizer_is_refused(tmp_path):
+    """Its rates would be logged, and those of another one trained with."""
+    model = plain_model()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters()), lambda step: 0.0)
+    with pytest.raises(ValueError, match="a scheduler without its optimizer"):
+        tiny_trainer(tmp_path, model, optimizers=(None, scheduler))
+
+
 @pytest.mark.parametrize("asked", ASKED, ids=["muon", "grokfast"])
 def test_sharded_parameters_are_refused(asked, tmp_path):
     """FSDP and DeepSpeed, as far as a single process can tell: by what the trainer says of itself."""

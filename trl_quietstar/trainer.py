@@ -191,7 +191,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
             self.add_callback(CurriculumCallback(self.thinker))
 
     def _begin_run(self) -> None:
-        check_callbacks(self.callback_handler.callbacks, self.model)
+        check_callbacks(self.callback_handler.callbacks, self.model, self.processing_class)
         super()._begin_run()
         for part in (self.runlog, self.thinker, self.step, self.guard, self.anti_theater):
             part.begin_run()

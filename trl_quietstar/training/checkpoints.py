@@ -103,7 +103,14 @@ class CheckpointTrainer(BaseTrainer):
         self._check_output()
         self._resumed = self._beginning = None
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        return super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+        try:
+            return super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+        finally:
+            self._end_run()
+
+    def _end_run(self) -> None:
+        """Ends a run, also one that an error or a user (in a notebook) has interrupted, of which the Trainer would think that it goes on."""
+        self.is_in_train = False
 
     def _check_output(self) -> None:
         """Finds before training that nothing could be saved."""

@@ -3,9 +3,9 @@
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import IntervalStrategy, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from trl import BEMACallback
+from trl import BEMACallback, LogCompletionsCallback, SyncRefModelCallback, WeaveCallback
 from trl.import_utils import is_vllm_available
 
 from ..config import QuietStarConfig
@@ -250,7 +250,7 @@ def check_streams(
         )
 
 
-def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
+def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Refuses a callback that would fail in the middle of training.
 
@@ -259,14 +259,59 @@ def check_callbacks(callbacks: list[TrainerCallback], model: nn.Module) -> None:
             All of a run.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model to be trained.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trainer's.
 
     Raises:
-        `ValueError`: for TRL's `BEMACallback` if a part of the model is frozen.
+        `ValueError`: for one of TRL's that does not fit the model or the data, or that an earlier run has used up.
     """
+    for callback in callbacks:
+        if isinstance(callback, BEMACallback):
+            _check_bema(callback, model)
+        elif isinstance(callback, SyncRefModelCallback):
+            _check_reference(callback, model)
+        elif isinstance(callback, (LogCompletionsCallback, WeaveCallback)):
+            _check_prompts(callback, tokenizer)
+
+
+def _check_bema(callback: BEMACallback, model: nn.Module) -> None:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen and any(isinstance(callback, BEMACallback) for callback in callbacks):
+    if frozen:
         raise ValueError(
             f"`BEMACallback` averages whole models, and {len(frozen)} parameters of this one are frozen (as {frozen[0]!r}). "
             "Leave it out, or train everything: without an adapter, with `advantage_baseline='value'` and "
             "`reward_prediction='mixed'`."
+        )
+    if callback.running_model is not None:
+        raise ValueError(
+            "`BEMACallback` holds the averages of an earlier run and cannot begin another. Before you train again, take it out "
+            "by `trainer.remove_callback(BEMACallback)` and add a new one."
+        )
+    if getattr(callback, "update_ref_model", False):  # of the one in `trl.experimental`
+        raise ValueError(
+            "`BEMACallback(update_ref_model=True)` asks for a reference that only TRL's own DPO trainer hands to it. Leave that out, "
+            "and set `sync_ref_model=True`."
+        )
+
+
+def _check_reference(callback: SyncRefModelCallback, model: nn.Module) -> None:
+    reference = callback.ref_model
+    own, copied = (len(list(one.parameters())) for one in (model, reference if reference is not None else model))
+    if own != copied:
+        raise ValueError(
+            f"`SyncRefModelCallback` has a reference of {copied} parameters, and the model has {own} with its heads. Leave it out, "
+            "and set `sync_ref_model=True` and `beta`."
+        )
+
+
+def _check_prompts(callback: LogCompletionsCallback | WeaveCallback, tokenizer: PreTrainedTokenizerBase) -> None:
+    name, columns = type(callback).__name__, getattr(callback.eval_dataset, "column_names", None) or []
+    if "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` completes the column `prompt` of one evaluation dataset, which has {', '.join(columns) or 'no columns'}; give "
+            "`eval_dataset` with `prompt` and `completion`, or leave the callback out."
+        )
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"`{name}` pads prompts, and the tokenizer has no padding token: set `tokenizer.pad_token = tokenizer.eos_token`."
         )

@@ -19,7 +19,7 @@ from .checks import NO_LOGITS
 from .data import DataTrainer
 from .faults import FaultGuard
 from .history import HistoryCallback
-from .progress import show_progress, watched
+from .progress import end_run, show_progress, watched
 from .runlog import RunLog
 from .step import OptimizerStep
 from .thinker import Thinker
@@ -39,6 +39,10 @@ class EvaluationTrainer(DataTrainer):
         show_progress(self.callback_handler)
         if self.train_dataset is not None:
             self.add_callback(HistoryCallback(str(base_of(self.model).config.name_or_path)))
+
+    def _end_run(self) -> None:
+        super()._end_run()
+        end_run(self.callback_handler)
 
     def evaluate(
         self,

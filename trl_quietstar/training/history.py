@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.plots import panels_of, write_plot
+from .progress import RunCallback
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 HISTORY, PLOT, RUN = "history.jsonl", "history.svg", "run.json"
 
 
-class HistoryCallback(TrainerCallback):
+class HistoryCallback(RunCallback):
     """
     Appends what is logged to `history.jsonl` as it comes, a line for each entry with its `step`, so that a run that is killed leaves
     it too. A run that is resumed begins with the entries of its checkpoint. The plot is drawn at the end.
@@ -60,8 +60,10 @@ class HistoryCallback(TrainerCallback):
             with _bearing_a_full_disk(), Path(args.output_dir, HISTORY).open("a") as lines:
                 lines.write(_line(entry))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def end_run(self) -> None:
         self.has_ended = True
+
+    def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             name = Path(args.output_dir).name
             with _bearing_a_full_disk():

@@ -192,10 +192,15 @@ def hold_all(optimizers: tuple, model: nn.Module, heads_learning_rate: float) ->
             Of the heads' group.
 
     Raises:
-        `ValueError`: if parameters that are trained are in none of its groups.
+        `ValueError`: if parameters that are trained are in none of its groups, or a scheduler comes without its optimizer.
     """
     optimizer, scheduler = optimizers
     if optimizer is None:
+        if scheduler is not None:  # its rates would be logged, and others trained with
+            raise ValueError(
+                "`optimizers` has a scheduler without its optimizer; give both, or set `lr_scheduler_type` and "
+                "`lr_scheduler_kwargs`."
+            )
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in held}

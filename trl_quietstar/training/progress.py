@@ -1,4 +1,5 @@
-"""What a run shows of itself on a terminal: a line for each logging window and evaluation, and bars that say what of.
+"""What a run shows of itself on a terminal: a line for each logging window and evaluation, and bars that say what of. In a notebook
+it is a table (`notebook`).
 
 All metrics are in `history.jsonl` of the output directory, in checkpoints, and with loggers such as W&B. With `disable_tqdm` they are
 printed whole, as the Trainer does.
@@ -10,7 +11,8 @@ from datetime import timedelta
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerState
+from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
@@ -27,8 +29,22 @@ PARTS = {
 OF_WINDOWS = ("reward", "nll_with", "nll_without", "thought_length")
 
 
-class ThoughtProgress(ProgressCallback):
+class RunCallback(TrainerCallback):
+    """A callback that is told of the end of a run even if it was interrupted, of which the Trainer tells none."""
+
+    def end_run(self) -> None:
+        """Forgets what belongs to the run."""
+        raise NotImplementedError
+
+
+class ThoughtProgress(ProgressCallback, RunCallback):
     """The Trainer's progress, with lines that fit a terminal and named bars."""
+
+    def end_run(self) -> None:
+        for bar in (self.prediction_bar, self.training_bar):  # the inner one first, which stands below
+            if bar is not None:
+                bar.close()
+        self.prediction_bar = self.training_bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -71,7 +87,7 @@ def line_of(logs: dict, state: TrainerState) -> str | None:
         found = {name: logs.get(f"rl/{name}") for name in OF_WINDOWS}
         title = f"Step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4g}"
     else:
-        prefix = next((name.removesuffix("nll_without") for name in logs if name.endswith("_nll_without")), None)
+        prefix = prefix_of(logs)
         if prefix is None:
             return None
         found = {name: logs.get(prefix + name) for name in PARTS}
@@ -81,9 +97,31 @@ def line_of(logs: dict, state: TrainerState) -> str | None:
     return (", " if "loss" in logs else ": ").join([title, ", ".join(parts)] if parts else [title])
 
 
+def prefix_of(logs: dict) -> str | None:
+    """What stands before the names of an evaluation's metrics, as `eval_`; None for other logs."""
+    return next((name.removesuffix("nll_without") for name in logs if name.endswith("_nll_without")), None)
+
+
 def show_progress(handler: CallbackHandler) -> None:
-    """Has a run show itself by these lines, where it shows itself by the Trainer's on a terminal."""
-    handler.callbacks[:] = [ThoughtProgress() if type(x) is ProgressCallback else x for x in handler.callbacks]
+    """Has a run show itself by these lines, or in a notebook by a table of the same numbers, where the Trainer would show it."""
+    handler.callbacks[:] = [_of_thoughts(callback) for callback in handler.callbacks]
+
+
+def _of_thoughts(callback: TrainerCallback) -> TrainerCallback:
+    if type(callback) is ProgressCallback:
+        return ThoughtProgress()
+    if type(callback) is DEFAULT_PROGRESS_CALLBACK:  # the notebook's, where that is the default
+        from .notebook import ThoughtTable  # needs IPython
+
+        return ThoughtTable()
+    return callback
+
+
+def end_run(handler: CallbackHandler) -> None:
+    """Tells each [`RunCallback`] that the run has ended."""
+    for callback in handler.callbacks:
+        if isinstance(callback, RunCallback):
+            callback.end_run()
 
 
 def watched(batches: DataLoader, title: str, shown: bool) -> Iterable:
