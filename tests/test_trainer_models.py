@@ -224,3 +224,35 @@ def test_bfloat16_on_a_cpu(tmp_path):
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert all(finite(entry["loss"]) and finite(entry["grad_norm"]) for entry in logged(half))
     assert logged(half)[0]["loss"] == pytest.approx(logged(single)[0]["loss"], rel=0.05)
+
+
+def test_two_trainers_of_one_model(tmp_path):
+    """As where a cell is run again with other values: each trains and saves the model by its own, and goes on after the other."""
+    model = plain_model()
+    first = tiny_trainer(tmp_path, model, thought_length=3, max_steps=1)
+    second = tiny_trainer(tmp_path, model, thought_length=2, max_steps=1)
+    for trainer, length in ((second, 2), (first, 3), (second, 2)):
+        trainer.train()
+        assert logged(trainer)[-1]["rl/thought_length"] == length == model.quietstar_settings.thought_length
+
+
+@pytest.mark.parametrize("name, value", [("thought_length", 2), ("num_thoughts", 1), ("talk_length", 1)])
+def test_options_changed_by_hand(name, value, tmp_path):
+    """Some would hold in some places alone; others change freely between two runs."""
+    trainer = tiny_trainer(tmp_path, evaluation=text_data(4, 300), max_steps=1)
+    setattr(trainer.args, name, value)
+    for call in (trainer.train, trainer.evaluate, trainer.validate_thoughts):
+        with pytest.raises(ValueError, match=f"`args.{name}` was changed to {value} .* make a new trainer"):
+            call()
+    setattr(trainer.args, name, getattr(tiny_args(tmp_path), name))
+    trainer.args.max_steps = 2
+    assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize("call", ["train", "evaluate", "validate_thoughts", "get_train_dataloader"])
+def test_options_made_after_the_trainer(call, tmp_path):
+    """They empty the state of Accelerate, which all trainers of a process share, and with which Transformers' own would then fail."""
+    trainer = tiny_trainer(tmp_path, evaluation=text_data(4, 300), bf16=True, max_steps=1)
+    tiny_args(tmp_path / "others")
+    getattr(trainer, call)()
+    assert trainer.accelerator.state.mixed_precision == "bf16"

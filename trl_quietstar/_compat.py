@@ -66,6 +66,18 @@ class BaseTrainer(_BaseTrainer):
     """TRL's base of all trainers, with public names for what is private in the Trainer and is read or called here."""
 
     model: PreTrainedModel  # or a `PeftModel` around one, which answers to the same names
+    _engine: dict[str, Any]  # Accelerate's state of this trainer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self._engine = dict(vars(self.accelerator.state))
+
+    def take_engine(self) -> None:
+        """Puts this trainer's state of Accelerate in place. A process has one for all: options that are made after the trainer, as in
+        another cell of a notebook, empty it, and another trainer fills it with a precision of its own."""
+        shared = vars(self.accelerator.state)
+        shared.clear()
+        shared.update(self._engine)
 
     @property
     def rows_per_batch(self) -> int:

@@ -98,6 +98,7 @@ class CheckpointTrainer(BaseTrainer):
     ):
         if trial is not None:
             raise ValueError(f"`trial` is {trial!r}, of a search that is not supported; set its values in the `args`.")
+        self.take_engine()
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
         self._check_output()

@@ -91,14 +91,17 @@ class DataTrainer(CheckpointTrainer):
         return inputs  # not moved: `Thinker.text` sends what the model needs
 
     def get_train_dataloader(self) -> DataLoader:
+        self.take_engine()
         return left_on_host(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        self.take_engine()
         if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
             return left_on_host(super().get_eval_dataloader(eval_dataset))  # type: ignore[arg-type]  # a `dict` never comes
         return self.get_test_dataloader(eval_dataset)  # never one that persistent workers hold of another dataset
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
+        self.take_engine()
         return left_on_host(super().get_test_dataloader(test_dataset))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):

@@ -69,6 +69,7 @@ class OptimizerStep:
 
     def begin_evaluation(self) -> None:
         """Counts the rows of evaluation data from 0 again."""
+        self.thinker.check_unchanged()
         self._rows_seen = 0
 
     def begin(self, batches: list[dict]) -> list[dict]:

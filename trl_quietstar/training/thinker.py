@@ -28,6 +28,7 @@ from ..model.concurrency import eval_mode
 from ..model.family import eos_ids
 from ..model.heads import ThinkingModel
 from ..model.routing import has_router_loss
+from ..settings import OPTIONS
 from ..text.batch import Positions, Text, Thoughts, talk_after
 from ..text.divided import Divided, Written, divide, has_written, no_thoughts
 from ..text.positions import most_positions, seeded_generators, talk_span, usable_positions
@@ -146,15 +147,34 @@ class Thinker:
         self.adopt_settings()
 
     def begin_run(self) -> None:
-        """Connects to vLLM, where it draws the thoughts of training."""
+        """Takes its model over, which another trainer may have had; and connects to vLLM, where it draws the thoughts of training."""
+        self.check_unchanged()
+        self.base.adopt_settings(self.args.settings(), self.tokenizer)
         if self.args.use_vllm:
             self.rollouts = self.rollouts or Rollouts(self.args, self.model, self.accelerator, self.tokenizer)
             self.rollouts.begin_run()
 
     def adopt_settings(self) -> None:
         """Takes over from `args` how thoughts are drawn and read, for what follows."""
+        self._adopted = {name: getattr(self.args, name) for name in (*OPTIONS.values(), "num_thoughts")}
         self.base.adopt_settings(self.args.settings(), self.tokenizer)
         self.sampling = thought_sampling(self.args.settings(), self.tokenizer, self.args.num_thoughts)
+
+    def check_unchanged(self) -> None:
+        """
+        Refuses options that were changed by hand since they were taken over, which would hold in some places and not in others. Those
+        of a curriculum are changed by its stages, also for another trainer with the same `args`.
+
+        Raises:
+            `ValueError`: if there are any.
+        """
+        for name, adopted in self._adopted.items():
+            value = getattr(self.args, name)
+            if value != adopted and not self.args.curriculum:
+                raise ValueError(
+                    f"`args.{name}` was changed to {value!r} after the trainer had taken over {adopted!r}, for which it has prepared "
+                    "data and model; make a new trainer, with `model=trainer.model`."
+                )
 
     def _can_sample_in_graph(self) -> bool:
         """Not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where each
