@@ -1,5 +1,7 @@
 """The bound on memory: what a token keeps, how many branches fit, and that nothing depends on the choice."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +46,25 @@ def test_what_a_token_keeps():
     assert kept_per_token(model) < 0.5 * kept
     assert kept_per_token(tiny_model("llama").requires_grad_(False)) < 0.1 * kept
     assert kept_per_token(tiny_model("gpt2", max_position_embeddings=20).train()) > 0  # shorter than a probe
+
+
+def test_a_model_that_is_done_with_is_freed(tmp_path):
+    """As a notebook makes one trainer after the other. Autograd's graph is held by no Python object that the collector would see."""
+
+    def weights_of_a_run(**options) -> list[weakref.ref]:
+        trainer = tiny_trainer(tmp_path, evaluation=text_data(4, 300), max_steps=1, **options)
+        trainer.train()
+        trainer.validate_thoughts()
+        return [weakref.ref(parameter) for parameter in trainer.model.parameters()]
+
+    for options in (
+        {},
+        {"single_pass": False, "beta": 0.1},
+        {"peft_config": LoraConfig(r=2, target_modules="all-linear")},
+    ):
+        weights = weights_of_a_run(**options)
+        gc.collect()
+        assert not [weight for weight in weights if weight() is not None], options
 
 
 def kept_in(model, act) -> int:

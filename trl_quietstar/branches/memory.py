@@ -98,12 +98,13 @@ def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout != torch.strided:  # the few numbers that a sparse adapter adds to a weight
-            return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if tensor.layout == torch.strided:  # others are the few numbers that a sparse adapter adds to a weight
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return (
+            tensor.detach()
+        )  # or a node would hold its own output: a circle through C++, which stays for ever, with all weights
 
     ids = torch.arange(tokens, device=model.device)[None] % weight_of(model.get_input_embeddings()).shape[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
