@@ -102,9 +102,8 @@ def kept_by_forward(model: PreTrainedModel, tokens: int) -> int:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-        return (
-            tensor.detach()
-        )  # or a node would hold its own output: a circle through C++, which stays for ever, with all weights
+        # else a node would hold its own output: a circle through C++, which stays for ever, with all weights
+        return tensor.detach()
 
     ids = torch.arange(tokens, device=model.device)[None] % weight_of(model.get_input_embeddings()).shape[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
