@@ -14,7 +14,17 @@ PACKAGE = TESTS.parent / "trl_quietstar"
 # from the ground up: a module imports those before its own, and those of its own room
 ORDER = (
     *("_compat", "settings", "text", "model", "branches", "thinking", "learning"),
-    *("curriculum", "readers", "precision", "contradictions", "rules", "derived", "config", "modeling"),
+    *(
+        "curriculum",
+        "readers",
+        "precision",
+        "contradictions",
+        "rules",
+        "other_trainers",
+        "derived",
+        "config",
+        "modeling",
+    ),
     *("data", "loading", "evaluation", "training", "trainer", "cli"),
 )
 APART = ("__init__", "custom_generate")  # load the others when they are asked for

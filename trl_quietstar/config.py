@@ -37,8 +37,8 @@ class QuietStarConfig(Derived, BaseConfig):
     as well. An episode is an optimizer step: set `max_steps`, `warmup_steps`, `eval_steps`, `lr_scheduler_type` and
     `max_grad_norm` as for any Trainer. What each field does stands in its `help`.
 
-    Four defaults differ from TRL's: `learning_rate` is 1e-6, `bf16` is on only where there is an accelerator for it,
-    `gradient_checkpointing` is off, and `metric_for_best_model` is `eval_reward` where the best model is asked for.
+    Five defaults differ from those of TRL's `SFTConfig`: `learning_rate` is 1e-6, `max_length` 256, `bf16` is on only where there is
+    an accelerator for it, `gradient_checkpointing` is off, and `metric_for_best_model` is `eval_reward` where the best model is asked for.
 
     Raises:
         `TypeError`: if a value is of another type than its field, such as 2.5, "8" or `True` for a whole number.

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .curriculum import Curriculum
 from .learning.advantages import BASELINES
+from .other_trainers import refuse_options
 from .readers import READERS
 from .settings import OPTIONS, QuietStarSettings
 
@@ -28,6 +29,10 @@ class Derived:
         grokfast_lambda: float
         curriculum: dict | str | None
         stages: Curriculum
+
+    def __new__(cls, *args: Any, **options: Any):
+        refuse_options(cls, options)  # ahead of `__init__`, which would only say that there is no such argument
+        return super().__new__(cls)
 
     def settings(self) -> QuietStarSettings:
         """The part of the configuration that a saved model keeps."""

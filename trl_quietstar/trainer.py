@@ -30,9 +30,10 @@ from .learning.objective import Coefficients, LossInputs, WrittenInputs, quietst
 from .learning.reward_functions import RewardFunction, RewardFunctions
 from .loading import build_model, default_args, prepare_to_train
 from .model.routing import use_router_loss
+from .other_trainers import refuse_arguments
 from .thinking.drawing import SamplingSettings
 from .training.callbacks import AntiTheaterCallback, CurriculumCallback, EmptyEpochCallback, LastWindowCallback
-from .training.checks import check_callbacks, check_engine_options, check_inputs, check_streams, refuse_unknown
+from .training.checks import check_callbacks, check_engine_options, check_inputs, check_streams
 from .training.data import collator, prepared, prepared_evaluation
 from .training.evaluation import EvaluationTrainer
 from .training.faults import FaultGuard
@@ -139,7 +140,7 @@ class QuietStarREINFORCETrainer(EvaluationTrainer):
         peft_config: "PeftConfig | None" = None,
         **unknown,
     ):
-        refuse_unknown(unknown)
+        refuse_arguments(type(self), QuietStarConfig, unknown)
         args = default_args(model) if args is None else args
         given = (model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config)
         check_inputs(*given, brings_metrics=bool(callbacks or reward_functions))

@@ -3,13 +3,13 @@ been meant."""
 
 from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from trl import TrlParser
 
+from ..other_trainers import ended, meant_by
 from .commands import COMMANDS, Command
 from .options import is_used, options_of
 from .recipes import advice
@@ -34,6 +34,10 @@ class CommandParser(TrlParser):
         self.command = COMMANDS[name] if command is None else command
         self.names = [field.name for kind in kinds for field in fields(kind)]
         self.set_defaults(**self.command.defaults)
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        for action in self._actions:  # a switch that may be None may stand alone too, as others do
+            if hints.get(action.dest) == bool | None and action.nargs is None:
+                action.nargs, action.const = "?", True
         self.given: list[str] = []  # fields that flags or a recipe set, once they are parsed
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:  # type: ignore[override]  # it returns what it is asked for alone
@@ -65,8 +69,7 @@ class CommandParser(TrlParser):
         raise ValueError(f"{message[:1].upper()}{message[1:]}; `{self.prog} --help` lists all flags.")
 
     def _meant(self, name: str) -> str:
-        near = get_close_matches(name, self.names, n=1)
-        return f"; did you mean `{near[0]}`?" if near else f"; `{self.prog} --help` lists all."
+        return ended(meant_by(name, self.names), f"; `{self.prog} --help` lists all.")
 
     def _refuse_unused(self, given: list[str]) -> None:
         unused = {option.name for option in options_of(self.command) if not is_used(self.command, option)}

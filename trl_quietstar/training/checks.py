@@ -21,10 +21,6 @@ from .optimizers import check_optimizers
 
 
 GIVE = " (on the command line: `--eval_dataset_name`, or `--eval_size 0.1` for a tenth of the training rows)"
-NO_LOGITS = (
-    "evaluation scores thoughts and holds no logits. `evaluate` returns reward, NLL and accuracy; for a number of your own "
-    "call `model.log_likelihoods` or `model.generate` in a callback's `on_evaluate`."
-)
 # loggers that Transformers imports, by the name of their package
 IMPORTED_LOGGERS = (
     "wandb",
@@ -37,32 +33,6 @@ IMPORTED_LOGGERS = (
     "dvclive",
     "codecarbon",
 )
-# what other trainers take, and what to do here
-UNKNOWN = {
-    "compute_loss_func": "the loss is Quiet-STaR's; weigh its terms by the coefficients of `QuietStarConfig`.",
-    "compute_metrics": NO_LOGITS,
-    "data_collator": "rows are padded with their thought positions by its own; bring `input_ids`, `labels` and `thought_mask`.",
-    "formatting_func": "map the dataset to a `text` column first.",
-    "model_init": "give the model as `model`; make a trainer for each trial of a search.",
-    "optimizer_cls_and_kwargs": "set `optim` and `optim_args`, or give an optimizer in `optimizers`.",
-    "preprocess_logits_for_metrics": NO_LOGITS,
-    "ref_model": "the reference is a copy of the model at the start, kept where `beta` is above 0.",
-    "reward_function": "give it as `reward_functions`, which takes one or several.",
-    "reward_funcs": "give them as `reward_functions`.",
-    "tokenizer": "give it as `processing_class`.",
-}
-
-
-def refuse_unknown(arguments: dict) -> None:
-    """
-    Refuses arguments that the trainer does not have.
-
-    Raises:
-        `TypeError`: if there are any, with what to do instead of one that other trainers take.
-    """
-    for name in arguments:
-        advice = UNKNOWN.get(name)
-        raise TypeError(f"`QuietStarREINFORCETrainer` takes no argument `{name}`" + (f": {advice}" if advice else "."))
 
 
 def check_inputs(

@@ -14,8 +14,8 @@ from ..evaluation.anti_theater import AntiTheaterReport, judge, text_sums
 from ..evaluation.meaning import card_name
 from ..evaluation.report import card_section
 from ..model.adapters import base_of
+from ..other_trainers import NO_LOGITS
 from .checkpoints import kept_weights
-from .checks import NO_LOGITS
 from .data import DataTrainer
 from .faults import FaultGuard
 from .history import HistoryCallback
@@ -126,7 +126,7 @@ class EvaluationTrainer(DataTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         if self.compute_metrics is not None:
-            raise ValueError(f"`compute_metrics` was set on the trainer, which cannot call it: {NO_LOGITS}")
+            raise ValueError(f"`compute_metrics` was set on the trainer, which cannot call it: {NO_LOGITS}.")
         self.step.begin_evaluation()
         self.runlog.begin_evaluation()
         casts = (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_in_train
