@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, ReadInstruction
 from huggingface_hub import is_offline_mode
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
@@ -40,7 +40,7 @@ class DataArguments:
         "text, each line of which is one.",
     )
     dataset_config: str | None = argument(None, "Configuration of a dataset on the Hub.")
-    dataset_train_split: str = argument("train", "Split to train on.")
+    dataset_train_split: str = argument("train", "Split to train on, or a part of one, such as `train[:10%]`.")
     eval_dataset_name: str | None = argument(
         None, "Id, folder or file of the evaluation data, if it is not in `dataset_name`."
     )
@@ -232,6 +232,16 @@ def cut(dataset: Dataset | IterableDataset, arguments: DataArguments) -> Dataset
 
 
 def _split(splits: dict, name: str, source: str):
+    """A split, or a part of one, such as `train[:10%]`."""
+    whole, bracket, _ = name.partition("[")
+    if bracket and isinstance(splits.get(whole), Dataset):
+        try:
+            (part,) = ReadInstruction.from_spec(name).to_absolute({whole: len(splits[whole])})
+        except (AssertionError, ValueError):
+            raise ValueError(
+                f"{name!r} is no part of a split; give one such as '{whole}[:10%]' or '{whole}[:100]'."
+            ) from None
+        return splits[whole].select(range(len(splits[whole]))[part.from_ : part.to])
     if name not in splits:
         raise ValueError(f"{source!r} has no split {name!r}; it has {', '.join(splits)}.")
     return splits[name]

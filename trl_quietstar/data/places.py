@@ -40,9 +40,7 @@ class Places:
 
     def _messages(self, row: dict) -> list[dict]:
         """All messages of a row, as TRL gives them to the chat template."""
-        names = {"from": "role", "value": "content"} if self.kind == "conversations" else {}
-        messages = sum((list(row[column]) for column in KINDS[self.kind]), [])
-        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+        return [dict(message) for column in KINDS[self.kind] for message in row[column]]
 
     def _text(self, row: dict, index: int) -> str:
         """The text that TRL makes tokens of, up to the EOS token that it adds."""

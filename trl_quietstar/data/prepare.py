@@ -2,23 +2,26 @@
 
 import copy
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, LargeList, List
+from pyarrow.compute import list_value_length
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.chat_template_utils import get_training_chat_template
 
 from .._compat import prepare_dataset
 from ..config import QuietStarConfig
-from ..learning.reward_functions import ARGUMENTS, ON_DEMAND, RewardFunctions
+from ..learning.reward_functions import RewardFunctions
 from ..model.family import check_length, max_positions
 from ..model.marks import Marks
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS, packed
-from .rows import DROPPED, MOST_UNUSABLE, RowCheck, Run, UsableRow, columns_read, has_position
+from .columns import kept_columns, no_dataset, warn_of_reasoning
+from .rows import DROPPED, MOST_UNUSABLE, RowCheck, Run, UsableRow, as_message, columns_read, has_position
 from .score import SPAN, FindScore, Mark, checked_scores, find_scores, holds_scores
 from .written import cut, holds_thoughts, take_out
 
@@ -83,9 +86,11 @@ def prepare_texts(
     dataset = _rows_of_our_own(dataset, source, kept)
     check = _row_check(source, completion_only, tokenizer, args, vocab_size)
     dataset = dataset.filter(_Counted(check, run), with_indices=True, **workers)
+    warn_of_reasoning(dataset, source.kind, tokenizer, args, name)
     if kept:
         dataset = dataset.map(_set_aside, fn_kwargs={"columns": kept}, **workers)
     aside = [ASIDE + column for column in kept]
+    dataset, source = _as_messages(dataset, source, workers)
     dataset = dataset.select_columns([*(x for x in source.columns if x not in CHECKED_ALONE), *aside])
     given = None if source.is_stream else len(dataset)
 
@@ -95,6 +100,7 @@ def prepare_texts(
     opening = () if source.kind == "input_ids" else Marks.of(args.settings(), tokenizer, vocab_size).unread
     dataset = dataset.filter(UsableRow(name, vocab_size, run, list(opening)), **workers)
     _check_usable(dataset, given, name, args.thought_positions == "prompt_end")
+    _warn_of_cuts(dataset, source, args)
     masks = ("score_mask",) if source.is_scored or "score_mask" in source.columns else ()
     if masks:
         dataset = checked_scores(dataset, name, **workers)
@@ -123,7 +129,7 @@ class _Source:
 def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | IterableDataset, _Source]:
     """The dataset, whose rows are now lists and not tensors, and what it holds by its columns and its first row."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; give a `datasets.Dataset` or a stream.")
+        raise no_dataset(dataset, name)
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream and dataset.format["type"] == "custom":
         raise ValueError(
@@ -138,7 +144,9 @@ def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | Iterab
     if first is None:
         raise ValueError(f"The {name} dataset is empty; give at least one text.")
     names = list(first) if is_stream else dataset.column_names
-    kind, columns = columns_read(names, args.dataset_text_field, name)
+    features = dataset.features or {}
+    lists = [x for x in names if isinstance(first.get(x), list) or isinstance(features.get(x), (List, LargeList))]
+    kind, columns = columns_read(names, args.dataset_text_field, name, lists)
     is_conversation = kind in ("messages", "conversations") or (kind == "prompt" and isinstance(first["prompt"], list))
     is_scored = holds_scores(dataset, first, names, kind, args, name)
     if not is_scored or args.score_pattern is not None:
@@ -216,6 +224,21 @@ def _rows_of_our_own(
     return dataset.select_columns(list(dict.fromkeys([*source.columns, *kept])))
 
 
+def _as_messages(
+    dataset: Dataset | IterableDataset, source: _Source, workers: dict
+) -> tuple[Dataset | IterableDataset, _Source]:
+    """Conversations as messages, which they then are to all that follows."""
+    if source.kind != "conversations":
+        return dataset, source
+    columns = ["messages", *(column for column in source.columns if column != "conversations")]
+    dataset = dataset.map(_renamed_messages, remove_columns="conversations", **workers)
+    return dataset, replace(source, kind="messages", columns=columns)
+
+
+def _renamed_messages(row: dict) -> dict:
+    return {"messages": [as_message(message) for message in row["conversations"]]}
+
+
 def _row_check(
     source: _Source,
     completion_only: bool,
@@ -273,8 +296,6 @@ def _own_row(row: dict, kind: str) -> dict:
     A copy of a stream's row, since TRL changes rows in place and a stream may yield the same objects again; with lists in place
     of arrays, tensors and tuples of ids.
     """
-    if kind == "conversations":
-        return copy.deepcopy(row)
     if kind != "input_ids":
         return dict(row)
     return {name: _as_list(value) if name in TOKEN_COLUMNS else value for name, value in row.items()}
@@ -304,52 +325,22 @@ def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: s
         logger.warning(f"{given - len(dataset):,} of {given:,} rows of the {name} dataset {DROPPED}.")
 
 
-def kept_columns(
-    columns: list[str], reward_functions: RewardFunctions | None, args: QuietStarConfig, name: str, packing: bool
-) -> list[str]:
-    """
-    The columns that stay in the dataset beside its tokens: those that reward functions name, and with
-    `remove_unused_columns=False` all.
-
-    Args:
-        columns (`list[str]`):
-            All columns of the dataset.
-        reward_functions ([`~learning.reward_functions.RewardFunctions`], *optional*):
-            Of the run.
-        args ([`QuietStarConfig`]):
-            Configuration of the trainer.
-        name (`str`):
-            Name of the dataset, for messages.
-        packing (`bool`):
-            Whether several texts are packed into a row, which then has no value of its own in other columns.
-
-    Raises:
-        `ValueError`: if a column that is needed is missing, has a name that means something else, or is lost in packing.
-    """
-    named = {} if reward_functions is None else reward_functions.columns
-    takes_any = reward_functions is not None and reward_functions.takes_any
-    others = [column for column in columns if column not in TOKEN_COLUMNS]
-    for parameter, needed_by in named.items():
-        if parameter in TOKEN_COLUMNS:
-            raise ValueError(f"A reward function takes {parameter!r}, which it finds in `text`; take `text` for it.")
-        if needed_by is not None and parameter not in others:
-            raise ValueError(
-                f"The reward function `{needed_by}` takes {parameter!r}, which is no column of the {name} dataset ({', '.join(columns)}), "
-                f"and none of its own arguments ({', '.join(ARGUMENTS)}); add the column, or give the parameter a default."
-            )
-    kept = [column for column in others if column in named or not args.remove_unused_columns]
-    taken = [column for column in kept if column in named or takes_any]
-    asked = [x for x in ON_DEMAND if x in others and reward_functions is not None and reward_functions.asks_for(x)]
-    clashing = asked + [x for x in taken if x in ARGUMENTS and x not in (args.dataset_text_field, "text")]
-    if clashing:
-        raise ValueError(
-            f"The column {clashing[0]!r} of the {name} dataset has the name of an argument of reward functions; rename it."
+def _warn_of_cuts(dataset: Dataset | IterableDataset, source: _Source, args: QuietStarConfig) -> None:
+    """Says how many answers may lack their end, which is what they are for; of plain text any part can be trained on."""
+    if source.is_stream or source.kind not in ("prompt", "messages") or args.truncation_mode == "keep_end":
+        return
+    count = 0 if args.max_length is None else sum(length >= args.max_length for length in _lengths(dataset))
+    if count:
+        logger.warning(
+            f"{count:,} of {len(dataset):,} rows of the {source.name} dataset have `max_length` ({args.max_length}) tokens or more, and are "
+            "cut there: their answers may lack the end. Raise it, or leave such rows out."
         )
-    if packing and taken:
-        raise ValueError(
-            f"`packing=True` joins rows, and `reward_functions` take their columns ({', '.join(taken)}); set `packing=False`."
-        )
-    return [] if packing else kept
+
+
+def _lengths(dataset: Dataset) -> Iterator[int]:
+    """Number of tokens of each row."""
+    for rows in dataset.select_columns("input_ids").with_format("arrow").iter(1_000):
+        yield from list_value_length(rows["input_ids"]).to_pylist()
 
 
 def _set_aside(row: dict, columns: list[str]) -> dict:
@@ -441,4 +432,4 @@ def longest_text(dataset: Dataset | IterableDataset, max_length: int | None) -> 
         return max_length
     if "seq_lengths" in dataset.column_names:
         return max(max(lengths) for lengths in dataset["seq_lengths"])
-    return max(len(ids) for ids in dataset["input_ids"])
+    return max(_lengths(dataset))

@@ -5,7 +5,7 @@ are checked at once, those of a stream as they come.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Integral
@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from .columns import likely_meant
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +44,9 @@ EXTRAS = {
     "messages": ("tools", "chat_template_kwargs", "thought", "score"),
     "conversations": ("tools", "chat_template_kwargs", "thought", "score"),
 }
+# Keys of messages and roles in conversations, in the format of ShareGPT, and what they are in messages.
+KEYS = {"from": "role", "value": "content"}
+ROLES = {"human": "user", "gpt": "assistant"}
 MASKS = ("completion_mask", "assistant_masks", "thought_mask", "score_mask", "attention_mask")
 MAY_BE_NONE = ("tools", "thought", "score")
 # Arguments of a chat template that are the preparation's, and that a row must not give.
@@ -50,7 +55,7 @@ OF_PREPARATION = {"tokenize", "return_dict", "return_tensors", "return_assistant
 PICTURES = ("image", "images", "pixel_values", "video", "videos")
 
 
-def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, list[str]]:
+def columns_read(columns: list[str], text_field: str, name: str, lists: Collection[str] = ()) -> tuple[str, list[str]]:
     """
     The kind of data that a dataset holds, and its columns that are read.
 
@@ -61,6 +66,8 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
             Name of the column of plain text.
         name (`str`):
             Name of the dataset, for messages.
+        lists (`Collection[str]`):
+            Columns whose values are lists.
 
     Returns:
         `tuple[str, list[str]]`: A key of `KINDS` or `"text"`, and the columns that are read.
@@ -81,7 +88,7 @@ def columns_read(columns: list[str], text_field: str, name: str) -> tuple[str, l
     if not kinds:
         raise ValueError(
             f"The {name} dataset has the columns {sorted(columns)}; it needs {text_field!r} (see "
-            "`dataset_text_field`), 'prompt' and 'completion', 'messages', or 'input_ids'."
+            f"`dataset_text_field`), 'prompt' and 'completion', 'messages', or 'input_ids'.{likely_meant(columns, lists)}"
         )
     if len(kinds) > 1 and "input_ids" not in kinds:
         found = ", ".join(f"'{needed[0]}'" for needed in kinds.values())
@@ -267,23 +274,26 @@ class RowCheck:
         content if it has tool calls.
         """
         if not isinstance(messages, list) or not messages:
-            fix = "give a list of at least one message" + (
-                ", read from JSON with `json.loads`" if isinstance(messages, str) else ""
-            )
+            fix = "give a list of at least one message"
+            if isinstance(messages, str):
+                example = {"role": "assistant" if column == "completion" else "user", "content": "..."}
+                fix += ", read from JSON with `json.loads`" if messages[:1] == "[" else f", such as [{example}]"
             self._refuse(index, f"{shown(messages)} in {column!r}", fix)
-        role, content = ("from", "value") if column == "conversations" else ("role", "content")
+        of_sharegpt = column == "conversations" and any(isinstance(x, Mapping) and "from" in x for x in messages)
+        role, content = KEYS if of_sharegpt else KEYS.values()
         for message in messages:
-            calls = isinstance(message, Mapping) and column != "conversations" and message.get("tool_calls")
+            calls = isinstance(message, Mapping) and not of_sharegpt and message.get("tool_calls")
             if not isinstance(message, Mapping) or role not in message or not (content in message or calls):
                 fix = f"give a dictionary with {role!r} and {content!r}"
+                if column == "messages" and isinstance(message, Mapping) and "from" in message:
+                    fix += ", or call the column 'conversations'"
                 self._refuse(index, f"{shown(message)} in {column!r}", fix)
             self._check_string(index, f"{column} {role}", message[role])
             if isinstance(message.get(content), list):
                 self._check_parts(index, f"{column} {content}", message[content])
             elif message.get(content) is not None or not calls:
                 self._check_string(index, f"{column} {content}", message[content])
-        names = {role: "role", content: "content"}
-        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+        return [as_message(message) if column == "conversations" else dict(message) for message in messages]
 
     def _check_parts(self, index: int, where: str, parts: list) -> None:
         """The parts of a message, which must be of text."""
@@ -337,6 +347,12 @@ class Run:
 def refusal(index: int, name: str, found: str, fix: str) -> ValueError:
     """The error for a bad row of a dataset: what was found in it, and how to mend it."""
     return ValueError(f"Row {index} of the {name} dataset has {found}; {fix}.")
+
+
+def as_message(message: Mapping) -> dict:
+    """A message of a conversation under the keys and roles that chat templates know; other roles stay."""
+    named = {KEYS.get(key, key): value for key, value in message.items()}
+    return {**named, "role": ROLES.get(named["role"], named["role"])}
 
 
 def has_half_pair(text: str) -> bool:

@@ -201,12 +201,11 @@ class TakeOut(Places):
 
     def _from_turns(self, row: dict, index: int, pattern: str) -> tuple[dict, list[Found]]:
         column = KINDS[self.kind][-1]
-        key = "value" if self.kind == "conversations" else "content"
         messages, first = list(row[column]), len(row["prompt"]) if self.kind == "prompt" else 0
         thoughts = []
         for turn in self._turns(row):
             message = messages[turn - first]
-            content = message.get(key) or ""
+            content = message.get("content") or ""
             if not isinstance(content, str):
                 if re.search(pattern, "".join(part["text"] for part in content), re.DOTALL):
                     fix = "give the content of that message as a string"
@@ -215,7 +214,7 @@ class TakeOut(Places):
             text, found = without_thoughts(content, pattern)
             if text == content:
                 continue
-            messages[turn - first] = {**message, key: text}
+            messages[turn - first] = {**message, "content": text}
             thoughts += [((turn, place), thought) for place, thought in found]
         return {column: messages}, thoughts
 
