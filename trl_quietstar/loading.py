@@ -185,8 +185,8 @@ def build_model(
 
 
 def _init_kwargs(args: QuietStarConfig) -> dict[str, Any]:
-    """`model_init_kwargs`, which the configuration has read if it was a string of JSON."""
-    return {} if args.model_init_kwargs is None else dict(args.model_init_kwargs)  # type: ignore[arg-type]  # a dictionary, once the configuration has parsed it
+    """`model_init_kwargs`, which the configuration has read if it was a string of JSON, with a former name in its new form."""
+    return {"dtype" if x == "torch_dtype" else x: value for x, value in (args.model_init_kwargs or {}).items()}  # type: ignore[union-attr]  # a dictionary, once the configuration has parsed it
 
 
 def hub_kwargs(args: QuietStarConfig) -> dict[str, Any]:

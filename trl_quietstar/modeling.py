@@ -32,6 +32,7 @@ from .model.saved import (
     commit_of,
     file_of,
     load_trl_value_head,
+    plain_adapter,
     read_config,
     read_heads,
     read_json,
@@ -481,7 +482,7 @@ def _load_adapter(
     `from_pretrained`, `hub` among them."""
     heads = file_of(source, HEADS_NAME, hub)
     if heads is None:
-        raise FileNotFoundError(f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar.")
+        raise plain_adapter(source)
     check_apart(source, config["base_model_name_or_path"])
     check_saved_adapter(source, hub)
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()

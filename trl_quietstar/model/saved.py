@@ -249,9 +249,18 @@ def load_trl_value_head(heads: QuietStarHeads, weights: str | None) -> None:
 def warn_of_lost_heads(source: str) -> None:
     """Says that a model that learned to think begins anew."""
     logger.warning(
-        "%r was saved by trl-quietstar, but %s is not there: its heads are new ones. Copy the whole folder.",
+        "%r was saved by trl-quietstar, but %s is not there: its heads are new ones. Copy the whole folder; or, if another trainer "
+        "saved it, give that trainer the model as `QuietStarForCausalLM.from_pretrained` loads it, which saves its heads.",
         source,
         HEADS_NAME,
+    )
+
+
+def plain_adapter(source: str) -> FileNotFoundError:
+    """The error for an adapter without heads, where a thinking model is asked for."""
+    return FileNotFoundError(
+        f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar. To teach its model to think, give the "
+        "trainer what `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` returns."
     )
 
 
