@@ -19,7 +19,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ._compat import keep_attention_cap, set_unsaved_keys
 from .config import CHOICES, LIMITS
-from .model.adapters import base_of, check_saved_adapter, put_adapter
+from .model.adapters import base_of, check_heads, check_saved_adapter, put_adapter
 from .model.concurrency import LOCK, eval_mode
 from .model.embeddings import mean_embedding
 from .model.heads import check_suppressed, give_heads
@@ -31,8 +31,8 @@ from .model.saved import (
     check_apart,
     commit_of,
     file_of,
+    hub_of_base,
     load_trl_value_head,
-    plain_adapter,
     read_config,
     read_heads,
     read_json,
@@ -480,9 +480,8 @@ def _load_adapter(
 ) -> "PeftModel":
     """The base of an adapter repository with its adapter, heads and settings. `config` is the adapter's, and `kwargs` are those of
     `from_pretrained`, `hub` among them."""
-    heads = file_of(source, HEADS_NAME, hub)
-    if heads is None:
-        raise plain_adapter(source)
+    base_hub = hub_of_base(config, hub)
+    check_heads(source, config["base_model_name_or_path"], hub, base_hub)
     check_apart(source, config["base_model_name_or_path"])
     check_saved_adapter(source, hub)
     settings = settings or saved_settings(source, **hub) or QuietStarSettings()
@@ -491,9 +490,6 @@ def _load_adapter(
             f"`output_loading_info=True` is for whole models, and {source!r} is an adapter; leave it out."
         )
     base_kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
-    base_hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    if config.get("revision") is not None:
-        base_hub["revision"] = config["revision"]
     base = QuietStarForCausalLM.from_pretrained(
         config["base_model_name_or_path"], settings=settings, **base_kwargs, **base_hub
     )

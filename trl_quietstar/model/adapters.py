@@ -20,7 +20,7 @@ from .._compat import holds_adapter
 from ..settings import QuietStarSettings
 from .embeddings import weight_of
 from .heads import ThinkingModel, give_heads
-from .saved import HEADS_NAME, check_apart, file_of, save_beside_adapter, saved_settings
+from .saved import HEADS_NAME, SETTINGS_NAME, check_apart, file_of, save_beside_adapter, saved_settings
 
 
 if TYPE_CHECKING:
@@ -270,6 +270,29 @@ def heads_aside(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.quietstar = heads
+
+
+def check_heads(source: str, base: str, hub: dict[str, Any], base_hub: dict[str, Any]) -> None:
+    """
+    Refuses a saved adapter without heads, unless another trainer saved it, of a thinking model: then the heads are that model's.
+
+    Args:
+        source (`str`), base (`str`):
+            Hub ids or local folders of the adapter and of its base.
+        hub, base_hub (`dict`):
+            `revision` and the like, of each.
+
+    Raises:
+        `FileNotFoundError`: if there are no heads.
+    """
+    if file_of(source, HEADS_NAME, hub) is not None:
+        return
+    if file_of(source, SETTINGS_NAME, hub) is not None or file_of(base, HEADS_NAME, base_hub) is None:
+        raise FileNotFoundError(
+            f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar. To teach its model to think, give the "
+            "trainer what `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` returns."
+        )
+    logger.warning("The adapter %r has no %s: the heads are those of its base, %r.", source, HEADS_NAME, base)
 
 
 def check_saved_adapter(source: str, hub: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._compat import find_file, noted_commit
 from ..settings import OF_HEADS, QuietStarSettings
@@ -145,7 +145,8 @@ def settings_in(config: PreTrainedConfig) -> QuietStarSettings | None:
 
 def saved_settings(source: str, **hub: Any) -> QuietStarSettings | None:
     """
-    The settings of a saved thinking model or adapter repository; None where there are none.
+    The settings of a saved thinking model or adapter repository, or of the base of an adapter that has none; None where there are
+    none.
 
     Args:
         source (`str`):
@@ -157,7 +158,18 @@ def saved_settings(source: str, **hub: Any) -> QuietStarSettings | None:
     saved = None if config_file is None else read_json(config_file).get("quietstar")
     if settings_file is not None:
         saved = read_json(settings_file)
+    adapter = file_of(source, ADAPTER_CONFIG_NAME, hub) if saved is None else None
+    if adapter is not None:
+        config = read_json(adapter)
+        base = config.get("base_model_name_or_path")
+        return saved_settings(base, **hub_of_base(config, hub)) if base else None
     return None if saved is None else QuietStarSettings.from_dict(saved, source)
+
+
+def hub_of_base(config: dict, hub: dict[str, Any]) -> dict[str, Any]:
+    """Where on the Hub the base of an adapter is, by the adapter's configuration and where that is."""
+    base_hub = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    return base_hub if config.get("revision") is None else {**base_hub, "revision": config["revision"]}
 
 
 def save_config(model: ThinkingModel, save_directory: str) -> None:
@@ -253,14 +265,6 @@ def warn_of_lost_heads(source: str) -> None:
         "saved it, give that trainer the model as `QuietStarForCausalLM.from_pretrained` loads it, which saves its heads.",
         source,
         HEADS_NAME,
-    )
-
-
-def plain_adapter(source: str) -> FileNotFoundError:
-    """The error for an adapter without heads, where a thinking model is asked for."""
-    return FileNotFoundError(
-        f"The adapter {source!r} has no {HEADS_NAME}: it was not saved by trl-quietstar. To teach its model to think, give the "
-        "trainer what `AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)` returns."
     )
 
 
