@@ -19,6 +19,7 @@ from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFO
 from trl_quietstar.cli.arguments import DataArguments, load_data
 from trl_quietstar.cli.parser import CommandParser
 from trl_quietstar.data.prepare import prepare_texts
+from trl_quietstar.model.saved import saved_settings
 from trl_quietstar.other_trainers import ARGUMENTS_ELSEWHERE, OPTIONS_ELSEWHERE
 
 from .commands import write_lines
@@ -64,7 +65,7 @@ def test_advice_names_what_there_is():
         "on_evaluate",
         "QuietStarConfig",
     }
-    known |= {"TENSORBOARD_LOGGING_DIR"}
+    known |= {"TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "env", "messages"}
     for words in (*OPTIONS_ELSEWHERE.values(), *ARGUMENTS_ELSEWHERE.values()):
         assert set(re.findall(r"`(\w+)(?:=[^`]*)?`", words)) <= known, words
     assert not OWN & set(OPTIONS_ELSEWHERE)
@@ -166,7 +167,7 @@ UNREAD = {
     "Alpaca": (
         {"instruction": "add", "input": "3 4", "output": "7"},
         "Rename 'instruction' to 'prompt' and 'output' to 'completion', with `dataset.rename_columns({'instruction': 'prompt', "
-        "'output': 'completion'})` (on the command line: `--column_mapping`). Put 'input' into the prompt first.",
+        "'output': 'completion'})` (on the command line: `--column_mapping`). Put 'input' into the prompt first, with `dataset.map`.",
     ),
     "GRPO": ({"prompt": "3 plus 4", "answer": "7"}, "Rename 'answer' to 'completion'"),
     "questions": (
@@ -178,6 +179,8 @@ UNREAD = {
     "preferred talks": ({"chosen": TALK, "rejected": TALK}, "Rename 'chosen' to 'messages'"),
     "a conversation": ({"conversation": TALK}, "Rename 'conversation' to 'messages'"),
     "an article": ({"article": "3", "id": 1}, "To train on all of 'article', set `dataset_text_field='article'`"),
+    "a message a row": ({"role": "user", "content": "3"}, "A row holds a whole conversation"),
+    "rows in a row": ({"data": [{"text": "3"}]}, "If all rows are in 'data', load them by `load_dataset('json',"),
     "nothing known": ({"a": "3"}, "'messages', or 'input_ids'."),
 }
 
@@ -264,6 +267,18 @@ def test_reasoning_in_the_data(row, options, words, tmp_path, monkeypatch):
     assert len(said) == (words is not None) and (words or "") in "".join(said)
 
 
+def test_a_context_that_is_not_read(tmp_path, caplog):
+    """A column beside prompts that is likely to belong to them; not an empty one, nor one that a reward function takes."""
+    row = {"prompt": "add", "completion": "7", "context": "3 4", "system": None}
+    for data in ([row], IterableDataset.from_generator(lambda: iter([row]))):
+        caplog.clear()
+        prepare(data, tmp_path)
+        assert "The column 'context' of the train dataset is not read" in caplog.text and "'system'" not in caplog.text
+    caplog.clear()
+    prepare([row], tmp_path, remove_unused_columns=False)
+    assert "not read" not in caplog.text
+
+
 def test_answers_that_are_cut(tmp_path, caplog):
     """Rows of prompts and messages that reach `max_length` are counted; of plain text each part is as good as another."""
     talk = [{"messages": [TALK[0], {"role": "assistant", "content": "7 " * length}]} for length in (3, 200, 300)]
@@ -296,6 +311,33 @@ def test_a_plain_adapter_is_trained_on(tmp_path):
     trainer.train()
     trainer.save_model()
     assert_same_state(QuietStarForCausalLM.from_pretrained(tmp_path / "out"), trainer.model)
+
+
+def test_an_adapter_on_a_thinking_model(tmp_path, caplog):
+    """Another trainer saves it without heads. They are then those of its base; and an adapter that has lost its own is refused."""
+    tiny_trainer(tmp_path / "base", saved_model(tmp_path / "m"), thought_length=5).save_model()
+    base = QuietStarForCausalLM.from_pretrained(tmp_path / "base")
+    options = dict(report_to="none", use_cpu=True, max_steps=1, save_strategy="no", max_length=60)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    other = SFTTrainer(
+        base,
+        SFTConfig(str(tmp_path / "sft"), **options),
+        train_dataset=text_data(8),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+    other.train()
+    other.save_model()
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "sft")
+    assert "the heads are those of its base" in caplog.text
+    assert_same_state(
+        loaded.get_base_model().quietstar, QuietStarForCausalLM.from_pretrained(tmp_path / "base").quietstar
+    )
+    assert saved_settings(str(tmp_path / "sft")).thought_length == 5
+    loaded.save_pretrained(tmp_path / "own")
+    (tmp_path / "own/quietstar.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no quietstar.safetensors"):
+        QuietStarForCausalLM.from_pretrained(tmp_path / "own")
 
 
 def test_heads_that_another_trainer_did_not_save(tmp_path, caplog):

@@ -70,7 +70,17 @@ OPTIONS_ELSEWHERE = {
     "reward_model_name_or_path": "write a reward function that asks the model, and name it in `reward_functions`",
     "streaming": "on the command line it is `dataset_streaming`",
     "test_split_size": "on the command line it is `eval_size`",
+    # of recipes of the Alignment Handbook and Open R1
+    "chat_template": "set `tokenizer.chat_template`, and give the tokenizer as `processing_class`",
+    "dataset_mixer": "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer",
+    "dataset_mixture": "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer",
+    "dataset_prompt_column": "on the command line columns are renamed by `column_mapping`",
+    "dataset_splits": "on the command line they are `dataset_train_split` and `dataset_test_split`",
+    "preprocessing_num_workers": "it is `dataset_num_proc`",
+    "system_prompt": "put it into the data, as the first of the `messages` of each row",
+    "wandb_project": "it is the environment's `WANDB_PROJECT`, which a recipe may set under `env`",
     # of earlier releases
+    "bnb_4bit_compute_dtype": "it is `dtype`",
     "evaluation_strategy": "it is `eval_strategy`",
     "group_by_length": "it is `train_sampling_strategy='group_by_length'`",
     "half_precision_backend": NO_LONGER,

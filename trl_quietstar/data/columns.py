@@ -19,6 +19,8 @@ CONVERSATIONS = ("conversation", "dialogue", "dialog", "chat", "chosen")
 PROMPTS = ("prompt", "instruction", "question", "problem", "query", "input")
 COMPLETIONS = ("completion", "output", "response", "answer", "solution", "chosen", "target")
 TEXTS = ("Text", "content", "article", "document", "story", "passage", "body", "completion")
+# names of what belongs before a prompt
+CONTEXTS = ("input", "context", "system", "system_prompt")
 # keys of a message beside its content that hold how its author came to it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 OF_TRL = ("prompts", "completions", "completion_ids")  # arguments of the reward functions of TRL's trainers
@@ -43,8 +45,13 @@ def likely_meant(columns: Collection[str], lists: Collection[str] = ()) -> str:
         return _renamed({talks[0]: "messages"})
     if prompt is not None and completion is not None:
         names = {prompt: "prompt", completion: "completion"}
-        extra = " Put 'input' into the prompt first." if prompt != "input" and "input" in columns else ""
+        unread = [name for name in CONTEXTS if name in columns and name != prompt]
+        extra = f" Put {unread[0]!r} into the prompt first, with `dataset.map`." if unread else ""
         return _renamed({name: own for name, own in names.items() if name != own}) + extra
+    if {"role", "content"} <= set(columns):
+        return " A row holds a whole conversation; give the messages of each as a list, as 'messages'."
+    if len(columns) == 1 and set(columns) <= set(lists):
+        return f" If all rows are in {next(iter(columns))!r}, load them by `load_dataset('json', data_files=..., field=...)`."
     if text is not None or completion is not None:
         return f" To train on all of {text or completion!r}, set `dataset_text_field={text or completion!r}`."
     if prompt is not None:
@@ -69,6 +76,30 @@ def no_dataset(dataset, name: str) -> TypeError:
     elif hasattr(dataset, "to_csv"):
         fix += ", made by `Dataset.from_pandas`"
     return TypeError(f"The {name} dataset is a `{type(dataset).__name__}`; {fix}.")
+
+
+def warn_of_unread(
+    dataset: Dataset | IterableDataset, names: Collection[str], kept: Collection[str], name: str
+) -> None:
+    """
+    Says that a column which is likely to belong to the prompts is not read.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The rows.
+        names (`Collection[str]`), kept (`Collection[str]`):
+            Its columns, and those that reward functions take.
+        name (`str`):
+            Name of the dataset, for messages.
+    """
+    for column in CONTEXTS:
+        if column in names and column not in kept:
+            rows = islice(dataset.select_columns([column]), 1 if isinstance(dataset, IterableDataset) else LOOKED_AT)
+            if any(row[column] for row in rows):
+                logger.warning(
+                    f"The column {column!r} of the {name} dataset is not read; if it belongs to the prompts, put it into them with "
+                    "`dataset.map`."
+                )
 
 
 def warn_of_reasoning(

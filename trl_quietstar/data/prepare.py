@@ -20,7 +20,7 @@ from ..learning.reward_functions import RewardFunctions
 from ..model.family import check_length, max_positions
 from ..model.marks import Marks
 from .batches import OWN_COLUMNS, TOKEN_COLUMNS, WRITTEN_COLUMNS, packed
-from .columns import kept_columns, no_dataset, warn_of_reasoning
+from .columns import kept_columns, no_dataset, warn_of_reasoning, warn_of_unread
 from .rows import DROPPED, MOST_UNUSABLE, RowCheck, Run, UsableRow, as_message, columns_read, has_position
 from .score import SPAN, FindScore, Mark, checked_scores, find_scores, holds_scores
 from .written import cut, holds_thoughts, take_out
@@ -80,6 +80,8 @@ def prepare_texts(
     _check_options(source, completion_only, tokenizer, args, packing)
     is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
     kept = kept_columns(source.names, reward_functions, args, name, packing)
+    if source.kind in ("prompt", "messages", "conversations"):
+        warn_of_unread(dataset, source.names, kept, name)
     workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
     run = Run(name, DROPPED) if source.is_stream else None
 
