@@ -1,6 +1,7 @@
 """The parser of a command's fields: keys of a recipe and flags, which win. What it refuses is said in a line, with what may have
 been meant."""
 
+from argparse import Action
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -29,16 +30,19 @@ class CommandParser(TrlParser):
     """
 
     def __init__(self, kinds: tuple[type, ...], name: str, command: Command | None = None):
+        hints = [hint for kind in kinds for hint in get_type_hints(kind).items()]
+        self.switches = {f"--{name}" for name, hint in hints if hint == bool | None}
         # help is shown before this is imported; and a new field would change what an abbreviation means
         super().__init__(kinds, prog=f"trl-quietstar {name}", add_help=False, allow_abbrev=False)  # type: ignore[arg-type]  # it asks for a `NewType` that no class is of
         self.command = COMMANDS[name] if command is None else command
         self.names = [field.name for kind in kinds for field in fields(kind)]
         self.set_defaults(**self.command.defaults)
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        for action in self._actions:  # a switch that may be None may stand alone too, as others do
-            if hints.get(action.dest) == bool | None and action.nargs is None:
-                action.nargs, action.const = "?", True
         self.given: list[str] = []  # fields that flags or a recipe set, once they are parsed
+
+    def add_argument(self, *names: str, **options: Any) -> Action:  # type: ignore[override]  # of names alone
+        if names[0] in self.switches:  # which may be None, and may stand alone too, as others do
+            options = {"nargs": "?", "const": True, **options}
+        return super().add_argument(*names, **options)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:  # type: ignore[override]  # it returns what it is asked for alone
         """
