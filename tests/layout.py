@@ -14,18 +14,8 @@ PACKAGE = TESTS.parent / "trl_quietstar"
 # from the ground up: a module imports those before its own, and those of its own room
 ORDER = (
     *("_compat", "settings", "text", "model", "branches", "thinking", "learning"),
-    *(
-        "curriculum",
-        "readers",
-        "precision",
-        "contradictions",
-        "rules",
-        "other_trainers",
-        "derived",
-        "config",
-        "modeling",
-    ),
-    *("data", "loading", "evaluation", "training", "trainer", "cli"),
+    *("curriculum", "readers", "precision", "contradictions", "rules", "other_trainers", "derived"),
+    *("config", "modeling", "data", "loading", "evaluation", "training", "trainer", "cli"),
 )
 APART = ("__init__", "custom_generate")  # load the others when they are asked for
 FUNCTION_LINES, MEDIAN_LINES, FILE_LINES = 50, 8, 450
