@@ -236,6 +236,19 @@ def test_two_trainers_of_one_model(tmp_path):
         assert logged(trainer)[-1]["rl/thought_length"] == length == model.quietstar_settings.thought_length
 
 
+def test_two_trainers_evaluate_one_model(tmp_path):
+    """Each by its own options, whoever had the model last."""
+    model, data = plain_model(), text_data(4, 300)
+    strings = dict(thought_format="text", thought_start_text=" plus", thought_end_text=" is")
+    first = tiny_trainer(tmp_path, model, evaluation=data)
+    alone = first.evaluate()
+    second = tiny_trainer(tmp_path, model, evaluation=data, **strings)
+    others = second.evaluate()
+    again = first.evaluate()
+    assert again["eval_nll_with"] == alone["eval_nll_with"] != others["eval_nll_with"]
+    assert second.evaluate()["eval_nll_with"] == others["eval_nll_with"]
+
+
 @pytest.mark.parametrize("name, value", [("thought_length", 2), ("num_thoughts", 1), ("talk_length", 1)])
 def test_options_changed_by_hand(name, value, tmp_path):
     """Some would hold in some places alone; others change freely between two runs."""

@@ -68,8 +68,8 @@ class OptimizerStep:
         self.imitation = SelfImitation(self.args, self.accelerator)
 
     def begin_evaluation(self) -> None:
-        """Counts the rows of evaluation data from 0 again."""
-        self.thinker.check_unchanged()
+        """Takes the model, and counts the rows of evaluation data from 0 again."""
+        self.thinker.take_model()
         self._rows_seen = 0
 
     def begin(self, batches: list[dict]) -> list[dict]:

@@ -147,9 +147,8 @@ class Thinker:
         self.adopt_settings()
 
     def begin_run(self) -> None:
-        """Takes its model over, which another trainer may have had; and connects to vLLM, where it draws the thoughts of training."""
-        self.check_unchanged()
-        self.base.adopt_settings(self.args.settings(), self.tokenizer)
+        """Takes the model; and connects to vLLM, where it draws the thoughts of training."""
+        self.take_model()
         if self.args.use_vllm:
             self.rollouts = self.rollouts or Rollouts(self.args, self.model, self.accelerator, self.tokenizer)
             self.rollouts.begin_run()
@@ -160,13 +159,14 @@ class Thinker:
         self.base.adopt_settings(self.args.settings(), self.tokenizer)
         self.sampling = thought_sampling(self.args.settings(), self.tokenizer, self.args.num_thoughts)
 
-    def check_unchanged(self) -> None:
+    def take_model(self) -> None:
         """
-        Refuses options that were changed by hand since they were taken over, which would hold in some places and not in others. Those
-        of a curriculum are changed by its stages, also for another trainer with the same `args`.
+        Has the model think by this trainer's options: another trainer may have had it. Options that were changed by hand since they
+        were taken over would hold in some places and not in others. Those of a curriculum are changed by its stages, also for another
+        trainer with the same `args`.
 
         Raises:
-            `ValueError`: if there are any.
+            `ValueError`: if options were changed by hand.
         """
         for name, adopted in self._adopted.items():
             value = getattr(self.args, name)
@@ -175,6 +175,7 @@ class Thinker:
                     f"`args.{name}` was changed to {value!r} after the trainer had taken over {adopted!r}, for which it has prepared "
                     "data and model; make a new trainer, with `model=trainer.model`."
                 )
+        self.base.adopt_settings(self.args.settings(), self.tokenizer)
 
     def _can_sample_in_graph(self) -> bool:
         """Not where dropout would be on in sampling, nor where routers are watched forward by forward, nor where each
