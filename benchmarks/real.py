@@ -110,7 +110,8 @@ class Runs:
         amounts = dict(problems=s.problems, written=s.written, held_out=s.held_out)
         size = dict(terms=s.terms, fewest_terms=s.fewest_terms, digits=s.digits, data=self.data)
         parts = draw(self.task, self.seed, **amounts, **size)
-        stage, end = s.stages["all"], f"{AutoTokenizer.from_pretrained(self.model).eos_token}\n"
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        stage, end = s.stages["all"], f"{self.tokenizer.eos_token}\n"
         if len(parts[1]) < s.examples:
             raise ValueError(f"{s.examples} examples need as many `written` problems, not {len(parts[1])}; raise it.")
         self.end = stage["thought_end_text"]

@@ -12,6 +12,12 @@ from difflib import get_close_matches
 OF_TOKENIZER = "set it on the tokenizer, and give that as `processing_class`"
 OF_MODEL = "give it in `model_init_kwargs`"
 OF_SAMPLING = "thoughts are sampled by `temperature`, `top_p`, `top_k` and `min_p`"
+OF_TEMPLATE = "set `tokenizer.chat_template`, and give the tokenizer as `processing_class`"
+OF_MIXTURES = "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer"
+OF_LOADING = "give the trainer a `quantization_config`"
+CLIPPED = "the ratio is clipped by `epsilon` and `epsilon_high`"
+SAMPLED = "thoughts are sampled for each step; `num_iterations` uses them again"
+WITHOUT_TOOLS = "thoughts are written by the model alone, without tools"
 OF_VLLM_SERVER = "set `vllm_server_base_url`, such as 'http://localhost:8000'"
 NO_LONGER = "Transformers 5 has no such option; leave it out"
 NO_LOGITS = (
@@ -23,7 +29,7 @@ NO_LOGITS = (
 OPTIONS_ELSEWHERE = {
     # of SFTConfig
     "activation_offloading": "`branch_batch_size` and `gradient_checkpointing` bound memory",
-    "chat_template_path": "set `tokenizer.chat_template`, and give the tokenizer as `processing_class`",
+    "chat_template_path": OF_TEMPLATE,
     "dataset_kwargs": "data with `input_ids` are tokenized already, and need no option to say so; leave it out",
     "eos_token": OF_TOKENIZER,
     "eval_packing": "evaluation data are never packed; leave it out",
@@ -34,10 +40,10 @@ OPTIONS_ELSEWHERE = {
     "padding_free": "`packing=True` leaves little padding; leave it out",
     # of GRPOConfig
     "chat_template_kwargs": "give them as a column `chat_template_kwargs` of the data",
-    "delta": "the ratio is clipped by `epsilon` and `epsilon_high`",
+    "delta": CLIPPED,
     "entropy_coef": "it is `entropy_coefficient`, which decays by `entropy_decay`",
     "entropy_coef_min": "it is `min_entropy_coefficient`",
-    "generation_batch_size": "thoughts are sampled for each step; `num_iterations` uses them again",
+    "generation_batch_size": SAMPLED,
     "generation_kwargs": OF_SAMPLING,
     "importance_sampling_level": "ratios are of tokens; leave it out",
     "log_completions": "it is `log_thoughts`",
@@ -47,10 +53,10 @@ OPTIONS_ELSEWHERE = {
     "num_completions_to_print": "it is `num_thoughts_to_print`",
     "num_generations": "it is `num_thoughts`",
     "num_generations_eval": "it is `num_thoughts`, in training and evaluation",
-    "off_policy_mask_threshold": "the ratio is clipped by `epsilon` and `epsilon_high`",
+    "off_policy_mask_threshold": CLIPPED,
     "repetition_penalty": OF_SAMPLING,
     "scale_rewards": "it is `normalize_advantages`: 'group', 'step' or 'none'",
-    "steps_per_generation": "thoughts are sampled for each step; `num_iterations` uses them again",
+    "steps_per_generation": SAMPLED,
     "use_adaptive_entropy": "the weight of the entropy bonus decays by `entropy_decay`",
     "vllm_server_host": OF_VLLM_SERVER,
     "vllm_server_port": OF_VLLM_SERVER,
@@ -58,22 +64,22 @@ OPTIONS_ELSEWHERE = {
     "attn_implementation": OF_MODEL,
     "device_map": OF_MODEL,
     "dtype": OF_MODEL,
-    "load_in_4bit": "give the trainer a `quantization_config`",
-    "load_in_8bit": "give the trainer a `quantization_config`",
+    "load_in_4bit": OF_LOADING,
+    "load_in_8bit": OF_LOADING,
     "torch_dtype": "it is `dtype`, in `model_init_kwargs` or on the command line",
     # of TRL's scripts
     "config_file": "it is for `accelerate launch --config_file FILE -m trl_quietstar.cli train`",
     "accelerate_config": "launch by `accelerate launch --config_file FILE -m trl_quietstar.cli train`",
-    "datasets": "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer",
+    "datasets": OF_MIXTURES,
     "ignore_bias_buffers": "leave it out",
     "num_processes": "launch by `accelerate launch --num_processes N -m trl_quietstar.cli train`",
     "reward_model_name_or_path": "write a reward function that asks the model, and name it in `reward_functions`",
     "streaming": "on the command line it is `dataset_streaming`",
     "test_split_size": "on the command line it is `eval_size`",
     # of recipes of the Alignment Handbook and Open R1
-    "chat_template": "set `tokenizer.chat_template`, and give the tokenizer as `processing_class`",
-    "dataset_mixer": "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer",
-    "dataset_mixture": "a mixture is made in Python: give what `trl.get_dataset` returns to the trainer",
+    "chat_template": OF_TEMPLATE,
+    "dataset_mixer": OF_MIXTURES,
+    "dataset_mixture": OF_MIXTURES,
     "dataset_prompt_column": "on the command line columns are renamed by `column_mapping`",
     "dataset_splits": "on the command line they are `dataset_train_split` and `dataset_test_split`",
     "preprocessing_num_workers": "it is `dataset_num_proc`",
@@ -102,7 +108,7 @@ ARGUMENTS_ELSEWHERE = {
     "compute_metrics": NO_LOGITS,
     "config": "give it as `args`",
     "data_collator": "rows are padded with their thought positions by its own; bring `input_ids`, `labels` and `thought_mask`",
-    "environment_factory": "thoughts are written by the model alone, without tools",
+    "environment_factory": WITHOUT_TOOLS,
     "formatting_func": "map the dataset to a `text` column first",
     "model_init": "give the model as `model`; make a trainer for each trial of a search",
     "optimizer_cls_and_kwargs": "set `optim` and `optim_args`, or give an optimizer in `optimizers`",
@@ -114,7 +120,7 @@ ARGUMENTS_ELSEWHERE = {
     "reward_processing_classes": "a reward function that asks a model tokenizes for it; leave it out",
     "rollout_func": "thoughts are sampled by the trainer itself, or with `use_vllm`",
     "tokenizer": "give it as `processing_class`",
-    "tools": "thoughts are written by the model alone, without tools",
+    "tools": WITHOUT_TOOLS,
     "training_args": "give them as `args`",
     "value_model": "values come from a head of the model, of `value_head_type`",
 }
@@ -170,10 +176,7 @@ def refuse_arguments(trainer: type, options: type, given: Iterable[str]) -> None
 
 def meant_by(name: str, known: Iterable[str]) -> str:
     """What to do in place of an option that is not there, by its name and those that are; an empty string if that is not known."""
-    known = list(known)
-    if name in ARGUMENTS_ELSEWHERE and name not in OPTIONS_ELSEWHERE:
-        return ARGUMENTS_ELSEWHERE[name]
-    words = OPTIONS_ELSEWHERE.get(name)
+    words = OPTIONS_ELSEWHERE.get(name) or ARGUMENTS_ELSEWHERE.get(name)
     if words is None and (kind := _other_kind(name)) is not None:
         words = f"it is of TRL's `{kind}`, and nothing here is like it; leave it out"
     return words or _near(name, known)

@@ -79,22 +79,32 @@ def no_dataset(dataset, name: str) -> TypeError:
 
 
 def warn_of_unread(
-    dataset: Dataset | IterableDataset, names: Collection[str], kept: Collection[str], name: str
+    dataset: Dataset | IterableDataset,
+    first: dict,
+    kind: str,
+    names: Collection[str],
+    kept: Collection[str],
+    name: str,
 ) -> None:
     """
     Says that a column which is likely to belong to the prompts is not read.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The rows.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]), first (`dict`):
+            The rows; of a stream only the first one is looked at, which has been read.
+        kind (`str`):
+            Kind of data.
         names (`Collection[str]`), kept (`Collection[str]`):
             Its columns, and those that reward functions take.
         name (`str`):
             Name of the dataset, for messages.
     """
+    if kind not in ("prompt", "messages", "conversations"):
+        return
     for column in CONTEXTS:
         if column in names and column not in kept:
-            rows = islice(dataset.select_columns([column]), 1 if isinstance(dataset, IterableDataset) else LOOKED_AT)
+            is_stream = isinstance(dataset, IterableDataset)
+            rows = [first] if is_stream else islice(dataset.select_columns([column]), LOOKED_AT)
             if any(row[column] for row in rows):
                 logger.warning(
                     f"The column {column!r} of the {name} dataset is not read; if it belongs to the prompts, put it into them with "

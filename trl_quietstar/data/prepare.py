@@ -80,8 +80,7 @@ def prepare_texts(
     _check_options(source, completion_only, tokenizer, args, packing)
     is_written = holds_thoughts(source.names, source.kind, tokenizer, args, name, packing)
     kept = kept_columns(source.names, reward_functions, args, name, packing)
-    if source.kind in ("prompt", "messages", "conversations"):
-        warn_of_unread(dataset, source.names, kept, name)
+    warn_of_unread(dataset, source.first, source.kind, source.names, kept, name)
     workers = {} if source.is_stream else {"num_proc": args.dataset_num_proc}
     run = Run(name, DROPPED) if source.is_stream else None
 
@@ -121,6 +120,7 @@ class _Source:
 
     name: str  # for messages: "train" or "eval"
     is_stream: bool
+    first: dict  # the first row of a stream; of others its prompt alone, if it has one
     names: list[str]
     kind: str
     columns: list[str]
@@ -153,7 +153,7 @@ def _opened(dataset, name: str, args: QuietStarConfig) -> tuple[Dataset | Iterab
     is_scored = holds_scores(dataset, first, names, kind, args, name)
     if not is_scored or args.score_pattern is not None:
         columns = [column for column in columns if column != "score"]
-    return dataset, _Source(name, is_stream, names, kind, columns, is_conversation, is_scored)
+    return dataset, _Source(name, is_stream, first, names, kind, columns, is_conversation, is_scored)
 
 
 def _is_confined(source: _Source, args: QuietStarConfig) -> bool:
@@ -329,9 +329,11 @@ def _check_usable(dataset: Dataset | IterableDataset, given: int | None, name: s
 
 def _warn_of_cuts(dataset: Dataset | IterableDataset, source: _Source, args: QuietStarConfig) -> None:
     """Says how many answers may lack their end, which is what they are for; of plain text any part can be trained on."""
-    if source.is_stream or source.kind not in ("prompt", "messages") or args.truncation_mode == "keep_end":
+    if source.is_stream or source.kind not in ("prompt", "messages"):
         return
-    count = 0 if args.max_length is None else sum(length >= args.max_length for length in _lengths(dataset))
+    if args.max_length is None or args.truncation_mode == "keep_end":
+        return
+    count = sum(length >= args.max_length for length in _lengths(dataset))
     if count:
         logger.warning(
             f"{count:,} of {len(dataset):,} rows of the {source.name} dataset have `max_length` ({args.max_length}) tokens or more, and are "
