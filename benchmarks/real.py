@@ -15,7 +15,7 @@ Arms that run at the same time share a GPU.
 
 All arms see the same problems in the same order, as far as they get. All weights are trained, by AdamW, with bfloat16
 autocast where the machine has instructions for it. Learning rates follow the time used: a warm-up of `warmup` of an arm's time,
-then constant, then a line to 0 over the last fifth. An arm stops before the step that would pass its time.
+then constant, then a line to 0 over the last part, `decay`. An arm stops before the step that would pass its time.
 
 A run that is killed goes on by the same command; a finished arm is not run again. `--set FIELD=VALUE` changes a field of
 [`~real_settings.Settings`], and `--set STAGE.FIELD=VALUE` one of the [`QuietStarConfig`] of a stage: `written`, `reinforcement` or `plain`; or
@@ -171,6 +171,7 @@ class Runs:
         return Clock(
             *(start, until, self.seconds),
             warmup=self.settings.warmup,
+            decay=self.settings.decay,
             points=self.settings.points,
             checkpoints=60 * self.settings.checkpoint_minutes,
             measure=lambda: self._point(trainer, name),

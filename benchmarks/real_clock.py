@@ -31,8 +31,8 @@ class Clock(TrainerCallback):
     Args:
         start, until, total (`float`):
             Seconds: used before the run, when it ends, and when the arm would end.
-        warmup (`float`):
-            Share of `total` in which learning rates rise from the start.
+        warmup, decay (`float`):
+            Share of `total` in which learning rates rise from the start, and in which they fall to 0 at the end.
         points (`int`):
             Measurements in `total`, at equal distances.
         checkpoints (`float`):
@@ -52,6 +52,7 @@ class Clock(TrainerCallback):
         total: float,
         *,
         warmup: float,
+        decay: float,
         points: int,
         checkpoints: float,
         measure: Callable[[], dict],
@@ -59,7 +60,8 @@ class Clock(TrainerCallback):
         now: Callable[[], float] = time.process_time,
     ):
         self.start, self.until, self.total, self.used = start, until, total, start
-        self.warmup, self.interval, self.checkpoints = warmup * total, total / points, checkpoints
+        self.warmup, self.decay = warmup * total, decay * total
+        self.interval, self.checkpoints = total / points, checkpoints
         self.measure, self.write, self.now = measure, write, now
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -74,9 +76,9 @@ class Clock(TrainerCallback):
             group["lr"] = group["initial_lr"] * self.factor()
 
     def factor(self) -> float:
-        """What learning rates are multiplied by: it rises, stays, and falls over the last fifth of the time."""
+        """What learning rates are multiplied by: it rises, stays, and falls."""
         risen = (self.used - self.start + self.step) / max(self.warmup, 1e-9)
-        return max(min(1.0, risen, 5 * (1 - self.used / self.total)), LEAST)
+        return max(min(1.0, risen, (self.total - self.used) / max(self.decay, 1e-9)), LEAST)
 
     def on_step_end(self, args, state, control, **kwargs):
         before, self.step = self.used, self.now() - self.last

@@ -27,8 +27,8 @@ class Settings:
             Share of the time of `thinking` that is its cold start.
         written_mix (`int`):
             Rows in a step of reinforcement after a cold start that hold written thoughts.
-        warmup (`float`):
-            Share of an arm's time.
+        warmup, decay (`float`):
+            Share of an arm's time in which learning rates rise at its start, and in which they fall to 0 at its end.
         points (`int`):
             Measurements on the way, at equal distances of time used.
         checkpoint_minutes (`float`):
@@ -48,6 +48,7 @@ class Settings:
     cold_share: float = 0.3
     written_mix: int = 0
     warmup: float = 0.05
+    decay: float = 0.2
     points: int = 3
     checkpoint_minutes: float = 6.0
     stages: dict[str, dict] = field(default_factory=dict)

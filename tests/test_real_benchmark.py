@@ -163,7 +163,7 @@ def test_too_few_problems_are_refused():
 
 def test_learning_rates_follow_the_time_used():
     """A rise, a plateau, a fall over the last fifth; and a run that begins later warms up anew."""
-    clock = Clock(40.0, 100.0, 100.0, warmup=0.1, points=1, checkpoints=1, measure=dict, write=print)
+    clock = Clock(40.0, 100.0, 100.0, warmup=0.1, decay=0.2, points=1, checkpoints=1, measure=dict, write=print)
     clock.step = 0.0
     for clock.used, expected in ((40, 0.01), (45, 0.5), (50, 1), (80, 1), (90, 0.5), (100, 0.01)):
         assert clock.factor() == pytest.approx(expected)
