@@ -278,9 +278,10 @@ def mean(values: list[bool]) -> float:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """In one rename, so that a file is whole or not there."""
-    path.with_suffix(".tmp").write_text(json.dumps(values, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
+    """In one rename, so that a file is whole or not there, also where several processes write it at once."""
+    written = path.with_suffix(f".{os.getpid()}.tmp")
+    written.write_text(json.dumps(values, indent=1))
+    os.replace(written, path)
 
 
 def claim(output: Path, values: dict) -> None:

@@ -16,6 +16,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, S
 from trl.scripts import sft
 
 from trl_quietstar import QuietStarConfig, QuietStarForCausalLM, QuietStarREINFORCETrainer
+from trl_quietstar.cli import main
 from trl_quietstar.cli.arguments import DataArguments, load_data
 from trl_quietstar.cli.parser import CommandParser
 from trl_quietstar.data.prepare import prepare_texts
@@ -46,7 +47,7 @@ def test_options_of_other_trainers():
     for name in {**OTHERS, **OPTIONS_ELSEWHERE, **ARGUMENTS_ELSEWHERE}:
         with pytest.raises(TypeError, match=rf"^`QuietStarConfig` has no option `{name}`: .{{10,}}\.$"):
             QuietStarConfig("out", **{name: None})
-        if name not in of_model | {"config"}:  # which are flags
+        if name not in of_model | {"config", "datasets"}:  # which are flags
             with pytest.raises(ValueError, match=rf"^There is no flag `--{name}`: .{{10,}}\.$"):
                 parser.parse_args_and_config([f"--{name}=1"])
 
@@ -137,6 +138,46 @@ def test_the_script_of_trl(tmp_path, monkeypatch):
 
 
 # Data
+
+
+def test_a_recipe_lists_several_datasets_as_in_trl(tmp_path, capsys):
+    """Their rows come one after the other, one part with written thoughts; some are set apart for evaluation; and such a recipe trains."""
+    rows = [{"prompt": f"{i} plus {i}", "completion": f" {2 * i}"} for i in range(20)]
+    thoughts, data = tmp_path / "thoughts.jsonl", tmp_path / "data.jsonl"
+    thoughts.write_text("".join(json.dumps({**row, "thought": "so"}) + "\n" for row in rows[:10]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = {"path": "json", "data_files": str(data), "split": "train[:50%]"}
+    recipe = DEFAULTS | {"model_name_or_path": saved_model(tmp_path / "m"), "output_dir": str(tmp_path / "out")}
+    recipe |= {"datasets": [part, {"path": "json", "data_files": str(thoughts)}], "eval_size": 2, "max_steps": 1}
+    recipe |= {"thought_stop_string": "]"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    main(["train", "--config", str(tmp_path / "recipe.yaml")])
+    assert "Of the 20 rows of 'datasets', 2 are set apart" in capsys.readouterr().out
+    assert (tmp_path / "out/quietstar.safetensors").is_file()
+    train, evaluation = load_data(DataArguments(datasets=recipe["datasets"], dataset_train_split="train[5:]"))
+    assert train["thought"] == [None] * 5 + ["so"] * 10 and evaluation is None
+    train, _ = load_data(DataArguments(datasets=recipe["datasets"][1:], dataset_streaming=True))
+    assert len(list(train)) == 10
+
+
+@pytest.mark.parametrize(
+    ("datasets", "options", "message"),
+    [
+        (["org/name"], {}, "give each as a mapping with a `path`"),
+        ([{"name": "main"}], {}, "give each as a mapping with a `path`"),
+        ([{"path": "FILE"}], {}, "give `path: json` and `data_files: FILE`"),
+        ([{"path": "json", "file": "FILE"}], {}, "unknown field .*'file'"),
+        ([], {}, "No datasets"),
+        ([{"path": "json"}], {"dataset_name": "FILE"}, "so does `dataset_name`; leave out the one"),
+        ([{"path": "json"}], {"dataset_config": "main"}, "so does `dataset_config`; leave out the one"),
+    ],
+)
+def test_datasets_that_cannot_be_read_are_named(datasets, options, message, tmp_path):
+    """A part that is no mapping of TRL's fields, or a second name for the data."""
+    file = str(write_lines(tmp_path / "data.jsonl", sums()[:2]))
+    datasets, options = json.loads(json.dumps([datasets, options]).replace("FILE", file))
+    with pytest.raises(ValueError, match=message.replace("FILE", file)):
+        load_data(DataArguments(datasets=datasets, **options))
 
 
 def prepare(rows: list[dict], folder, tokenizer=None, **options):

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 from transformers import AutoTokenizer
@@ -152,6 +154,13 @@ def test_examples_stand_before_each_problem(model, tmp_path):
     assert results(tmp_path, "thinking")["samples"][0]["prompt"] == asked.held_out[0]["prompt"]
     with pytest.raises(ValueError, match="9 examples need as many"):
         runs(model, tmp_path, task="step_sum", changes=["examples=9"])
+
+
+def test_arms_may_begin_at_once(tmp_path):
+    """Processes that note the same settings in one folder at the same time do not take each other's file."""
+    folders = [tmp_path / str(i // 4) for i in range(200)]
+    with ProcessPoolExecutor(4, get_context("fork")) as pool:
+        assert list(pool.map(real.claim, folders, [{"terms": 4}] * len(folders))) == [None] * len(folders)
 
 
 def test_too_few_problems_are_refused():

@@ -15,7 +15,7 @@ from trl import ModelConfig
 from .._compat import one_bar
 from ..config import QuietStarConfig
 from ..data.questions import as_chat, as_prompts, columns_of, give_template, split_off
-from ..data.sources import load_splits
+from ..data.sources import load_mixture, load_splits
 from ..loading import hub_kwargs, load_tokenizer
 from ..model.saved import has_file, saved_settings
 from ..rules import Limits, check_limits, notes_of
@@ -40,6 +40,11 @@ class DataArguments:
         "text, each line of which is one.",
     )
     dataset_config: str | None = argument(None, "Configuration of a dataset on the Hub.")
+    datasets: list[dict] | None = argument(
+        None,
+        "In a recipe, in place of `dataset_name`: several datasets, one after the other, as TRL's own recipes list them. Each has a "
+        "`path`, and may have `name`, `data_dir`, `data_files`, `split`, `columns` and `fraction`.",
+    )
     dataset_train_split: str = argument("train", "Split to train on, or a part of one, such as `train[:10%]`.")
     eval_dataset_name: str | None = argument(
         None, "Id, folder or file of the evaluation data, if it is not in `dataset_name`."
@@ -70,6 +75,9 @@ class DataArguments:
             self.column_mapping = _mapping(self.column_mapping)
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise ValueError(f"`max_eval_samples` is {self.max_eval_samples}; give a number of texts, at least 1.")
+        if self.datasets is not None and (self.dataset_name is not None or self.dataset_config is not None):
+            given = "dataset_config" if self.dataset_name is None else "dataset_name"
+            raise ValueError(f"`datasets` names the data, and so does `{given}`; leave out the one or the other.")
         size = self.eval_size
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
             raise ValueError(f"`eval_size` is {size:g}; give a share below 1, or a number of rows.")
@@ -170,31 +178,38 @@ def load_data(
     Raises:
         `ValueError`: if no dataset is named, it lacks the split, or it is not what an option needs.
     """
-    if arguments.dataset_name is None:
-        raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a data file.")
-    splits = load_splits(arguments.dataset_name, arguments.dataset_config, arguments.dataset_streaming)
-    train = _split(splits, arguments.dataset_train_split, arguments.dataset_name)
+    splits, source = _named_splits(arguments)
+    train = _split(splits, arguments.dataset_train_split, source)
     if arguments.eval_dataset_name is not None:
         others = load_splits(arguments.eval_dataset_name, None)
         evaluation = _split(others, arguments.dataset_test_split or next(iter(others)), arguments.eval_dataset_name)
     else:
         name = arguments.dataset_test_split or next((s for s in ("test", "validation") if s in splits), None)
-        evaluation = None if name is None else _split(splits, name, arguments.dataset_name)
+        evaluation = None if name is None else _split(splits, name, source)
     if isinstance(arguments.column_mapping, dict) and arguments.column_mapping:
-        train = _rename(train, arguments.column_mapping, arguments.dataset_name)
+        train = _rename(train, arguments.column_mapping, source)
         if evaluation is not None:
-            source = arguments.eval_dataset_name or arguments.dataset_name
-            evaluation = _rename(evaluation, arguments.column_mapping, source)
+            evaluation = _rename(evaluation, arguments.column_mapping, arguments.eval_dataset_name or source)
     if evaluation is None and arguments.eval_size is not None:
         train, evaluation = split_off(train, arguments.eval_size)
         if os.environ.get("RANK", "0") == "0":  # one process says it
             print(
-                f"Of the {len(train) + len(evaluation)} rows of {arguments.dataset_name!r}, {len(evaluation)} are set apart for evaluation "
+                f"Of the {len(train) + len(evaluation)} rows of {source!r}, {len(evaluation)} are set apart for evaluation "
                 "(`eval_size`) and not trained on."
             )
     with one_bar("Reading the data"):
         train = _as_asked(train, arguments, text_field)
         return train, None if evaluation is None else _as_asked(cut(evaluation, arguments), arguments, text_field)
+
+
+def _named_splits(arguments: DataArguments) -> tuple[dict[str, Dataset | IterableDataset], str]:
+    """The splits of the training data, and what to call these data."""
+    if arguments.datasets is not None:
+        return {"train": load_mixture(arguments.datasets, arguments.dataset_streaming)}, "datasets"
+    if arguments.dataset_name is None:
+        raise ValueError("`dataset_name` is missing; give a Hub id, a local folder or a data file.")
+    splits = load_splits(arguments.dataset_name, arguments.dataset_config, arguments.dataset_streaming)
+    return splits, arguments.dataset_name
 
 
 def _as_asked(dataset: Dataset | IterableDataset, arguments: DataArguments, text_field: str):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig, get_dataset
 
 from .files import READERS, load_files, load_folder, reader_of
 
@@ -43,6 +44,34 @@ def load_splits(name: str, config: str | None, streaming: bool = False) -> dict[
             "own; rename it."
         )
     return load_dataset(name, config, streaming=streaming)
+
+
+def load_mixture(parts: list[dict], streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    The rows of several datasets, as [`~trl.get_dataset`] puts them together.
+
+    Args:
+        parts (`list[dict]`):
+            Of each dataset the fields of TRL's `DatasetConfig`: `path`, and what else it needs.
+        streaming (`bool`):
+            Whether to stream.
+
+    Raises:
+        `ValueError`: if there is no part, or one is no mapping of such fields, or names a file as `path`.
+    """
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("path"), str):
+            raise ValueError(f"`datasets` has {part!r}; give each as a mapping with a `path`, such as `- path: org/name`.")
+        reader = reader_of(Path(part["path"]))
+        if reader is not None and Path(part["path"]).is_file():
+            raise ValueError(
+                f"`datasets` has the file {part['path']!r} as a `path`; give `path: {reader}` and `data_files: {part['path']}`."
+            )
+    try:
+        mixture = DatasetMixtureConfig(datasets=list(parts), streaming=streaming)
+    except TypeError as error:  # of a keyword that `DatasetConfig` does not have
+        raise ValueError(f"`datasets` has a part with an unknown field ({error}).") from None
+    return get_dataset(mixture)["train"]
 
 
 def _load_file(path: Path, name: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
