@@ -13,7 +13,9 @@ OF_TOKENIZER = "set it on the tokenizer, and give that as `processing_class`"
 OF_MODEL = "give it in `model_init_kwargs`"
 OF_SAMPLING = "thoughts are sampled by `temperature`, `top_p`, `top_k` and `min_p`"
 OF_TEMPLATE = "set `tokenizer.chat_template`, and give the tokenizer as `processing_class`"
-OF_MIXTURES = "on the command line a recipe lists them under `datasets`; in Python, `trl.get_dataset` makes one of them"
+OF_MIXTURES = (
+    "on the command line a recipe lists them under `datasets`; in Python, `trl.get_dataset` makes one of them"
+)
 OF_LOADING = "give the trainer a `quantization_config`"
 CLIPPED = "the ratio is clipped by `epsilon` and `epsilon_high`"
 SAMPLED = "thoughts are sampled for each step; `num_iterations` uses them again"

@@ -61,7 +61,9 @@ def load_mixture(parts: list[dict], streaming: bool = False) -> Dataset | Iterab
     """
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("path"), str):
-            raise ValueError(f"`datasets` has {part!r}; give each as a mapping with a `path`, such as `- path: org/name`.")
+            raise ValueError(
+                f"`datasets` has {part!r}; give each as a mapping with a `path`, such as `- path: org/name`."
+            )
         reader = reader_of(Path(part["path"]))
         if reader is not None and Path(part["path"]).is_file():
             raise ValueError(
