@@ -10,6 +10,7 @@ from trl_quietstar.learning.objective import TokenCounts, WrittenInputs
 from trl_quietstar.text.batch import Text
 from trl_quietstar.text.divided import divide
 from trl_quietstar.text.positions import talk_span
+from trl_quietstar.thinking import scoring
 from trl_quietstar.thinking.scoring import ScoreRequest, score
 
 from .tiny import exact_model
@@ -147,6 +148,27 @@ def test_a_row_is_sampled_as_it_is_alone(tmp_path):
     assert list(taken["bare"]) == [0, 1, 2, 3] and list(taken["mixed"]) == [1, 3]
     for row, ids in taken["mixed"].items():
         assert torch.equal(ids, taken["bare"][row])
+
+
+@pytest.mark.parametrize("prediction", ["thought", "mixed"])
+def test_the_model_runs_for_written_thoughts_alone(prediction, tmp_path, monkeypatch):
+    """Where no row is sampled, the row that stands in for them does not run, and gradients are the same, of the value head too."""
+    data = Dataset.from_dict({name: SUMS[name][::2] for name in SUMS})
+    found = []
+    for runs in (False, True):
+        if runs:
+            monkeypatch.setattr(scoring, "_asks_nothing", lambda request: False)
+        trainer = tiny_trainer(tmp_path, data=data, reward_prediction=prediction, **ENDING)
+        forwards = []
+        trainer.model.get_decoder().register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        inputs = trainer.step.begin([next(iter(trainer.get_train_dataloader()))])[0]
+        trainer.compute_loss(trainer.model, inputs).backward()
+        found.append((len(forwards), {name: p.grad for name, p in trainer.model.named_parameters()}))
+    (fewer, grads), (more, expected) = found
+    assert fewer == more - 2  # text and branches
+    for name, grad in expected.items():
+        assert grad is None or torch.equal(grads[name], grad), name
+        assert (grad is None) == (grads[name] is None), name
 
 
 def test_a_cold_start_is_learned(tmp_path):

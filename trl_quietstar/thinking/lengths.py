@@ -15,6 +15,12 @@ from .writing import can_join, joins
 LEAST_SAVED = 4096  # tokens that a further forward must save on an accelerator, which runs fewer while it is launched
 
 
+def runs_as_one(model: ThinkingModel) -> bool:
+    """Whether all branches must run in the forward that was asked for: each process runs layers as often as the others, or a router's
+    loss watches each forward."""
+    return has_router_loss(model.config) or model_is_sharded(model)
+
+
 def encode_by_length(
     model: ThinkingModel,
     text: Text,
@@ -47,14 +53,14 @@ def encode_by_length(
     """
     (B, N, S), T, L = branches.mask.shape, text.input_ids.shape[1], slots.stop - slots.start
     may_join = type(path) is SharedPrefix and batch_size is None and joins(text, branches.anchors.shape)
-    if may_join and not _runs_as_one(model):
+    if may_join and not runs_as_one(model):
         read = cache.again() if isinstance(cache, SharedPrefixCache) else SharedPrefixCache(model, text)
         return Encoded(read.text_hidden, grow_once(read, branches, thoughts), [])
     order = lengths.argsort(dim=1, descending=True, stable=True)
     blocks = _by_length(lengths.gather(1, order).amax(0).tolist())
     saved = N * S + T - sum((stop - start) * (S - L + longest) + T for start, stop, longest in blocks)
     worthwhile = branches.mask.device.type == "cpu" or B * saved >= LEAST_SAVED * len(blocks)
-    if 2 * saved < N * S + T or not worthwhile or _runs_as_one(model):
+    if 2 * saved < N * S + T or not worthwhile or runs_as_one(model):
         return path.encode(model, text, branches, batch_size, cache)
     rows, parts, texts = torch.arange(B)[:, None], [], []
     for start, stop, longest in blocks:
@@ -70,12 +76,6 @@ def encode_by_length(
         parts.append(torch.cat([hidden[:, :, :end], left_out, hidden[:, :, end:]], dim=2))
     back = tuple(to_device(x, branches.mask.device) for x in (rows, order.argsort(dim=1)))
     return Encoded(texts[0], torch.cat(parts, dim=1)[back], [])
-
-
-def _runs_as_one(model: ThinkingModel) -> bool:
-    """Whether all branches must run in the forward that was asked for: each process runs layers as often as the others, or a router's
-    loss watches each forward."""
-    return has_router_loss(model.config) or model_is_sharded(model)
 
 
 def grow_once(cache: SharedPrefixCache, branches: Branches, thoughts: Thoughts) -> torch.Tensor:

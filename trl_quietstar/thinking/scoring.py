@@ -6,20 +6,20 @@ It runs inside the call of the wrapped model, so that DDP, FSDP and autocast see
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from ..branches.base import BranchCache, BranchPath
 from ..branches.shared_prefix import SharedPrefixCache
-from ..model.embeddings import LookupTape, embed_tokens
+from ..model.embeddings import LookupTape, embed_tokens, weight_of
 from ..model.heads import ThinkingModel, suppressed_tokens
 from ..model.lm_head import Drawn, Prediction, prediction_statistics, token_statistics
 from ..model.marks import Marks, after_thought, closing_mask, end_slots, filler_slots, start_slots
 from ..model.routing import Routing, router_loss
 from ..text.batch import Branches, Talk, Text, Thoughts, gather, gather_hidden, talk_after
 from ..text.transfer import to_device
-from .lengths import encode_by_length, grow_once
+from .lengths import encode_by_length, grow_once, runs_as_one
 from .sampling import ThoughtSampler
 
 
@@ -131,9 +131,46 @@ def score(model: ThinkingModel, request: ScoreRequest) -> Scores:
 
 def score_each(model: ThinkingModel, requests: list[ScoreRequest]) -> list[Scores]:
     """Does what [`score`] does, for several batches. All of them are encoded first: FSDP2 frees the LM head once the backward has
-    come to the layer below it, so that no head's gradient may be left for later."""
-    encoded = [_encoded(model, request) for request in requests]
-    return [_scored(model, *pair) for pair in zip(requests, encoded, strict=True)]
+    come to the layer below it, so that no head's gradient may be left for later. The model does not run for a batch that asks
+    nothing, if it runs for another one."""
+    runs = [not _asks_nothing(request) for request in requests]
+    if not any(runs) or runs_as_one(model):
+        runs = [True] * len(requests)
+    encoded = [_encoded(model, request) if run else None for request, run in zip(requests, runs, strict=True)]
+    return [
+        _no_scores(model, request) if own is None else _scored(model, request, own)
+        for request, own in zip(requests, encoded, strict=True)
+    ]
+
+
+def _asks_nothing(request: ScoreRequest) -> bool:
+    """Whether a batch has no thought, and nothing to predict, as that of [`~text.divided.without_thoughts`]."""
+    thoughts, text = request.thoughts, request.text.host
+    return isinstance(thoughts, Thoughts) and not bool(thoughts.positions.host.mask.any() or text.predicted().any())
+
+
+def _no_scores(model: ThinkingModel, request: ScoreRequest) -> Scores:
+    """The scores of a batch that asks nothing, all 0. Its values are the value head's, which engines then find in the loss; all else
+    that is trained is in the scores of the other batch."""
+    text, thoughts = request.text, cast(Thoughts, request.thoughts)
+    exact = torch.promote_types(model.quietstar.start_embedding.dtype, torch.float32)
+    of_thought = torch.zeros(thoughts.mask.shape, dtype=exact, device=thoughts.mask.device)
+    states = of_thought.new_zeros(*thoughts.mask.shape, weight_of(model.get_output_embeddings()).shape[1])
+    of_talk = of_thought.new_zeros(*thoughts.mask.shape[:3], request.talk_length)
+    of_text = of_thought.new_zeros(len(text.input_ids), text.input_ids.shape[1] - 1)
+    return Scores(
+        thought_logps=of_thought,
+        thought_entropies=of_thought,
+        thought_values=model.quietstar.values(states) * thoughts.mask,
+        talk_logps=of_talk,
+        talk_correct=of_talk.bool(),
+        reader_logps=of_talk,
+        mixing_weights=of_talk,
+        text_logps=of_text,
+        text_correct=of_text.bool(),
+        similarity=of_thought[..., 0],
+        thoughts=thoughts,
+    )
 
 
 def _scored(model: ThinkingModel, request: ScoreRequest, encoded: "_Encoding") -> Scores:
