@@ -9,6 +9,8 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from trl_quietstar.branches import cuda_graph
 from trl_quietstar.branches.replay import Replay
@@ -83,6 +85,38 @@ def test_families_with_attention_of_their_own(name, recorded, monkeypatch):
     monkeypatch.setattr(cuda_graph, "can_record", lambda device: False)
     expected = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
     assert torch.equal(found.token_ids, expected.token_ids)
+
+
+class Casts(TorchDispatchMode):
+    """Counts weights of a size that are cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].dim() == 2:
+            self.sizes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_token_casts_no_weights(name, recorded, monkeypatch):
+    """Under autocast linear layers have copies of their own, which give the same thoughts, and their parameters afterwards."""
+    model, text = family_model(name).to(DEVICE), mixed_text().to(DEVICE)
+    settings = sampling(num_thoughts=2, thought_length=LENGTH, stop=None)
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    layers = [x for x in model.get_decoder().modules() if type(x) in (torch.nn.Linear, Conv1D)]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        with Casts() as casts:
+            found = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+        monkeypatch.setattr(cuda_graph, "can_record", lambda device: False)
+        expected = think(model, text, SharedPrefix(), positions_of(text, 3), settings)
+    assert recorded and torch.equal(found.token_ids, expected.token_ids)
+    for name, parameter in model.named_parameters():
+        assert before[name][0] == id(parameter) and torch.equal(before[name][1], parameter), name
+    shape = layers[0].weight.shape  # cast once for the text by autocast, and once for the graph
+    assert casts.sizes.count(shape) == 2 * sum(layer.weight.shape == shape for layer in layers)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])

@@ -11,11 +11,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakSet
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..model.sharding import model_is_sharded
 from ..text.batch import branch_position_ids
@@ -86,6 +88,7 @@ class TokenGraph:
         }
         self.has_run = self.has_failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.weights: dict[nn.Module, torch.Tensor] = {}  # as autocast has them
 
     def extend(self, cache: "SharedPrefixCache", embeds: torch.Tensor) -> torch.Tensor:
         """Adds a slot with embeddings `(B, N, E)` to every branch of the cache. Returns its hidden states, `(B, N, H)`."""
@@ -114,6 +117,9 @@ class TokenGraph:
         if self.graph is not None:
             self.graph.replay()
             return
+        kind = self.embeds.device.type
+        if torch.is_autocast_enabled(kind):
+            self.weights = cast_weights(cache.model, torch.get_autocast_dtype(kind))
         with refused_waits():
             self._forward(cache)
         self.has_run = True
@@ -133,9 +139,35 @@ class TokenGraph:
         )
         kind = self.embeds.device.type
         low, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        # autocast's copies of weights are the process's, and may be gone when a graph that has their addresses is replayed
-        with torch.autocast(kind, dtype=dtype, enabled=low, cache_enabled=False):
+        # autocast's copies of weights are the process's, and may be gone when a graph that has their addresses is replayed. To make them
+        # anew for each token would read and write four times as many bytes as the token itself, so the graph has its own
+        with torch.autocast(kind, dtype=dtype, enabled=low, cache_enabled=False), weights_of(self.weights):
             self.hidden = cache.run(self.embeds[:, :, None], reading)[:, :, 0]
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[nn.Module, torch.Tensor]:
+    """Copies of the float32 weights of a model's linear layers in the type that autocast multiplies in; none of the LM head's, nor of
+    the heads of thoughts, which no token needs."""
+    head = model.get_output_embeddings()
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head and not name.startswith("quietstar.")
+    ]
+    return {layer: layer.weight.detach().to(dtype) for layer in layers if layer.weight.dtype == torch.float32}
+
+
+@contextmanager
+def weights_of(weights: dict[nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Has linear layers multiply by other tensors than their parameters."""
+    kept = {layer: layer._parameters["weight"] for layer in weights}
+    try:
+        for layer, weight in weights.items():
+            layer._parameters["weight"] = cast(nn.Parameter, weight)
+        yield
+    finally:
+        for layer, parameter in kept.items():
+            layer._parameters["weight"] = parameter
 
 
 def _with_room(kept: torch.Tensor, length: int, room: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ def load_mixture(parts: list[dict], streaming: bool = False) -> Dataset | Iterab
                 f"`datasets` has the file {part['path']!r} as a `path`; give `path: {reader}` and `data_files: {part['path']}`."
             )
     try:
-        mixture = DatasetMixtureConfig(datasets=list(parts), streaming=streaming)
+        mixture = DatasetMixtureConfig(datasets=[*parts], streaming=streaming)  # type: ignore[list-item]  # it makes them of mappings
     except TypeError as error:  # of a keyword that `DatasetConfig` does not have
         raise ValueError(f"`datasets` has a part with an unknown field ({error}).") from None
     return get_dataset(mixture)["train"]
