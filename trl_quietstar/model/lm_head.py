@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..text.transfer import to_device
 from .family import cap_, cap_slope, logit_transform, times_
-from .tiles import Head, HeadGradients, OnlineSoftmax, RowGradient, Targets, Tiles, suppress_, tile_elements
+from .tiles import Head, HeadGradients, OnlineSoftmax, RowGradient, Targets, Tiles, scratch, suppress_, tile_elements
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def logits_by_rows(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[tup
         `tuple`: a slice of the rows, and their logits, which may be written to and which the next ones overwrite.
     """
     head = _head(model)
-    V = len(head.weight)
-    size = max(tile_elements(hidden.device) // V, 1)
-    tiles = Tiles(head, _compute_dtype(hidden), min(size, len(hidden)))
-    hidden = hidden.to(tiles.dtype)
+    size = max(tile_elements(hidden.device) // len(head.weight), 1)
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, min(start + size, len(hidden)))
-        yield rows, cap_(tiles.raw(hidden[rows], slice(0, V), "logits"), tiles.softcap)
+        # by the copy of the weight that autocast keeps: tokens are drawn one after another, and each would cast it anew
+        product = nn.functional.linear(hidden[rows], head.weight)
+        product = product if head.bias is None else product.add_(head.bias)
+        exact = torch.promote_types(product.dtype, torch.float32)
+        logits = scratch("logits", *product.shape, exact, product.device).copy_(product)
+        yield rows, cap_(logits if head.scale == 1 else logits.mul_(head.scale), head.softcap)
 
 
 def token_statistics(
