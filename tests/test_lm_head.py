@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_quietstar.model import tiles
 from trl_quietstar.model.family import logit_transform
-from trl_quietstar.model.lm_head import prediction_statistics, token_statistics
+from trl_quietstar.model.lm_head import logits_by_rows, prediction_statistics, token_statistics
 from trl_quietstar.thinking.drawing import BLOCK, SamplingSettings, _invert, draw_tokens, draw_with_statistics
 
 
@@ -220,6 +220,26 @@ def test_the_head_is_cast_once_and_not_tile_by_tile():
         assert not any(len(shape) == 2 and shape[0] <= 8 and shape[1] == H for shape in casts.shapes)
     for low, full in zip(*grads, strict=True):
         torch.testing.assert_close(low, full, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_drawing_tokens_casts_the_head_once(bias):
+    """Under autocast once for all rows; without it never, and states of another type than the head's are multiplied in theirs."""
+    head, hidden = torch.nn.Linear(H, V, bias=bias), torch.randn(9, H)
+    config = SimpleNamespace(model_type="test")
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+    expected = head(hidden)
+    for enabled in (True, False):
+        with torch.no_grad(), _Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = torch.cat([rows.clone() for _, rows in logits_by_rows(model, hidden)])
+        assert casts.shapes.count((V, H)) == (1 if enabled else 0)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 if enabled else 1e-5)
+    head.bfloat16()
+    with torch.no_grad():
+        logits = torch.cat([rows.clone() for _, rows in logits_by_rows(model, hidden)])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
 
 
 def test_tiles_fill_the_device():

@@ -77,12 +77,22 @@ def logits_by_rows(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[tup
     size = max(tile_elements(hidden.device) // len(head.weight), 1)
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, min(start + size, len(hidden)))
-        # by the copy of the weight that autocast keeps: tokens are drawn one after another, and each would cast it anew
-        product = nn.functional.linear(hidden[rows], head.weight)
+        product = _product(head, hidden[rows])
         product = product if head.bias is None else product.add_(head.bias)
         exact = torch.promote_types(product.dtype, torch.float32)
-        logits = scratch("logits", *product.shape, exact, product.device).copy_(product)
+        is_exact = product.dtype == exact
+        logits = product if is_exact else scratch("exact", *product.shape, exact, product.device).copy_(product)
         yield rows, cap_(logits if head.scale == 1 else logits.mul_(head.scale), head.softcap)
+
+
+def _product(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states `(rows, H)` times the head's weight, `(rows, V)`. Under autocast by the copy of the weight that it keeps: tokens are
+    drawn one after another, and each would cast it anew."""
+    dtype, device = _compute_dtype(hidden), hidden.device
+    if torch.is_autocast_enabled(device.type) and dtype != head.weight.dtype:
+        return nn.functional.linear(hidden, head.weight)
+    weight = head.weight.to(dtype)
+    return torch.mm(hidden.to(dtype), weight.T, out=scratch("logits", len(hidden), len(weight), dtype, device))
 
 
 def token_statistics(
