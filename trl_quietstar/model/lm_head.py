@@ -77,11 +77,11 @@ def logits_by_rows(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[tup
     size = max(tile_elements(hidden.device) // len(head.weight), 1)
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, min(start + size, len(hidden)))
-        product = _product(head, hidden[rows])
-        product = product if head.bias is None else product.add_(head.bias)
-        exact = torch.promote_types(product.dtype, torch.float32)
-        is_exact = product.dtype == exact
-        logits = product if is_exact else scratch("exact", *product.shape, exact, product.device).copy_(product)
+        logits = _product(head, hidden[rows])
+        logits = logits if head.bias is None else logits.add_(head.bias)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        if logits.dtype != exact:
+            logits = scratch("exact", len(logits), len(head.weight), exact, logits.device).copy_(logits)
         yield rows, cap_(logits if head.scale == 1 else logits.mul_(head.scale), head.softcap)
 
 
