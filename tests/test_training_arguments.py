@@ -252,7 +252,7 @@ def test_unchanged_fields_are_the_trainers_alone():
 
 @functools.cache
 def trace(folder: Path, options: tuple) -> tuple:
-    """What there is to see of a run of two steps: its log, its weights, its files and its best step."""
+    """What there is to see of a run of two steps: its log, its weights, its files, its best step, and how many batches it evaluated."""
     options = dict(options)
     evaluates = options.pop("evaluates", False)
     out = folder / options.pop("output_dir", "out")
@@ -260,6 +260,10 @@ def trace(folder: Path, options: tuple) -> tuple:
     torch.manual_seed(0)
     short = dict(max_steps=2, thought_length=1, talk_length=1)
     trainer = tiny_trainer(out, data=text_data(10), evaluation=text_data(5, 300), **{**short, **options})
+    batches: list[int] = []
+    counter = TrainerCallback()
+    counter.on_prediction_step = lambda args, state, control, **_: batches.append(state.global_step)
+    trainer.add_callback(counter)
     trainer.train()
     if evaluates:
         trainer.evaluate()
@@ -267,7 +271,7 @@ def trace(folder: Path, options: tuple) -> tuple:
     log = [{k: v for k, v in entry.items() if not any(c in k for c in clock)} for entry in trainer.state.log_history]
     weights = [parameter.detach().double().sum().item() for parameter in trainer.model.parameters()]
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return log, weights, files, trainer.state.best_global_step
+    return log, weights, files, trainer.state.best_global_step, len(batches)
 
 
 def traced(folder: Path, options: dict) -> tuple:
