@@ -208,9 +208,8 @@ class Runs:
     def _rows(self, longest: int) -> Dataset:
         """All problems by their answers; and, after them, those with a written thought of at most `longest` tokens, if any."""
         rows: list[dict] = [{**answered(row), "thought": None} for row in self.train_rows]
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
         fitting = [
-            row for row in self.taught_rows if len(tokenizer(row["thought"] + self.end)["input_ids"]) <= longest
+            row for row in self.taught_rows if len(self.tokenizer(row["thought"] + self.end)["input_ids"]) <= longest
         ]
         return Dataset.from_list(rows + fitting if longest else [answered(row) for row in rows])
 

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_quietstar.model import tiles
 from trl_quietstar.model.family import logit_transform
 from trl_quietstar.model.lm_head import logits_by_rows, prediction_statistics, token_statistics
 from trl_quietstar.thinking.drawing import BLOCK, SamplingSettings, _invert, draw_tokens, draw_with_statistics
+
+from .tiny import Casts
 
 
 V, H = 37, 6
@@ -191,19 +192,6 @@ def test_a_tile_of_inference_mode_is_written_to_outside_of_it():
     assert torch.equal(inside, outside)
 
 
-class _Casts(TorchDispatchMode):
-    """Shapes of the tensors that were cast."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default:
-            self.shapes.append(tuple(args[0].shape))
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_head_is_cast_once_and_not_tile_by_tile():
     """Under autocast: once forward, once backward; the gradient is that of float32 as far as bf16 goes."""
     head, hidden = torch.nn.Linear(H, V, bias=False), torch.randn(9, H, requires_grad=True)
@@ -213,7 +201,7 @@ def test_the_head_is_cast_once_and_not_tile_by_tile():
     targets, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
     grads = []
     for enabled in (True, False):
-        with _Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             logps = token_statistics(model, hidden, targets, mask).logps
             grads.append(torch.autograd.grad(logps.sum(), [hidden, head.weight]))
         assert casts.shapes.count((V, H)) == (2 if enabled else 0)
@@ -231,7 +219,7 @@ def test_drawing_tokens_casts_the_head_once(bias):
     model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
     expected = head(hidden)
     for enabled in (True, False):
-        with torch.no_grad(), _Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.no_grad(), Casts() as casts, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             logits = torch.cat([rows.clone() for _, rows in logits_by_rows(model, hidden)])
         assert casts.shapes.count((V, H)) == (1 if enabled else 0)
         assert logits.dtype == torch.float32

@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from trl_quietstar.branches import cuda_graph
@@ -20,7 +19,7 @@ from trl_quietstar.thinking.check import TOLERANCES, path_difference
 from trl_quietstar.thinking.sampling import ThoughtSampler
 
 from .conformance import tiny_model as family_model
-from .tiny import FAMILIES, exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model
+from .tiny import FAMILIES, Casts, exact_model, generators, mixed_text, positions_of, sampling, think, tiny_model
 
 
 DEVICE = torch.device(os.environ.get("QUIETSTAR_TEST_DEVICE", "cpu"), 0)
@@ -87,19 +86,6 @@ def test_families_with_attention_of_their_own(name, recorded, monkeypatch):
     assert torch.equal(found.token_ids, expected.token_ids)
 
 
-class Casts(TorchDispatchMode):
-    """Counts weights of a size that are cast."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: list[torch.Size] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default and args[0].dim() == 2:
-            self.sizes.append(args[0].shape)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_token_casts_no_weights(name, recorded, monkeypatch):
     """Under autocast linear layers have copies of their own, which give the same thoughts, and their parameters afterwards."""
@@ -116,7 +102,7 @@ def test_a_token_casts_no_weights(name, recorded, monkeypatch):
     for name, parameter in model.named_parameters():
         assert before[name][0] == id(parameter) and torch.equal(before[name][1], parameter), name
     shape = layers[0].weight.shape  # cast once for the text by autocast, and once for the graph
-    assert casts.sizes.count(shape) == 2 * sum(layer.weight.shape == shape for layer in layers)
+    assert casts.shapes.count(shape) == 2 * sum(layer.weight.shape == shape for layer in layers)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])

@@ -1,4 +1,4 @@
-"""Tiny models, a tokenizer and texts.
+"""Tiny models, a tokenizer and texts; and what is cast while they run.
 
 The models are random but peaked, and the attention of every layer matters: a wrong mask, position or head shows as a
 large difference, not as a rounding error. `exact` models are float64 throughout, which Transformers' RMSNorm is not.
@@ -11,6 +11,7 @@ import zlib
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -210,3 +211,16 @@ def divergence_by_hand(model, ids: torch.Tensor, thought: torch.Tensor) -> float
     base = model.lm_head(without).log_softmax(-1)
     mixed = (weight * model.lm_head(thinking) + (1 - weight) * model.lm_head(without)).log_softmax(-1)
     return float((base.exp() * (base - mixed)).sum())
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of the tensors that were cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))

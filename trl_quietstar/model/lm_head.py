@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 
 from ..text.transfer import to_device
 from .family import cap_, cap_slope, logit_transform, times_
-from .tiles import Head, HeadGradients, OnlineSoftmax, RowGradient, Targets, Tiles, scratch, suppress_, tile_elements
+from .tiles import (
+    Head,
+    HeadGradients,
+    OnlineSoftmax,
+    RowGradient,
+    Targets,
+    Tiles,
+    raw_logits,
+    suppress_,
+    tile_elements,
+)
 
 
 @dataclass(frozen=True)
@@ -73,26 +83,21 @@ def logits_by_rows(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[tup
     Yields:
         `tuple`: a slice of the rows, and their logits, which may be written to and which the next ones overwrite.
     """
-    head = _head(model)
-    size = max(tile_elements(hidden.device) // len(head.weight), 1)
+    head, dtype = _head(model), _compute_dtype(hidden)
+    V = len(head.weight)
+    size = max(tile_elements(hidden.device) // V, 1)
+    # tokens are drawn one after another, and each would cast the weight anew: autocast keeps its copy
+    casts = torch.is_autocast_enabled(hidden.device.type) and dtype != head.weight.dtype
+    tiles = None if casts else Tiles(head, dtype, min(size, len(hidden)))
+    hidden = hidden.to(dtype)
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, min(start + size, len(hidden)))
-        logits = _product(head, hidden[rows])
-        logits = logits if head.bias is None else logits.add_(head.bias)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        if logits.dtype != exact:
-            logits = scratch("exact", len(logits), len(head.weight), exact, logits.device).copy_(logits)
-        yield rows, cap_(logits if head.scale == 1 else logits.mul_(head.scale), head.softcap)
-
-
-def _product(head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states `(rows, H)` times the head's weight, `(rows, V)`. Under autocast by the copy of the weight that it keeps: tokens are
-    drawn one after another, and each would cast it anew."""
-    dtype, device = _compute_dtype(hidden), hidden.device
-    if torch.is_autocast_enabled(device.type) and dtype != head.weight.dtype:
-        return nn.functional.linear(hidden, head.weight)
-    weight = head.weight.to(dtype)
-    return torch.mm(hidden.to(dtype), weight.T, out=scratch("logits", len(hidden), len(weight), dtype, device))
+        if tiles is None:
+            product = nn.functional.linear(hidden[rows], head.weight)
+            logits = raw_logits(product, head.bias, head.scale, "logits")
+        else:
+            logits = tiles.raw(hidden[rows], slice(0, V), "logits")
+        yield rows, cap_(logits, head.softcap)
 
 
 def token_statistics(

@@ -73,6 +73,25 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+def raw_logits(product: torch.Tensor, bias: torch.Tensor | None, scale: float, name: str) -> torch.Tensor:
+    """
+    From what a head's weight makes of hidden states to scaled logits before the soft-cap, in at least float32.
+
+    Args:
+        product (`torch.Tensor` of shape `(rows, width)`):
+            The products; overwritten.
+        bias (`torch.Tensor` of shape `(width,)`, *optional*), scale (`float`):
+            Of the head.
+        name (`str`):
+            Of the [`scratch`] that logits of another type than the products' are written to.
+    """
+    logits = product if bias is None else product.add_(bias.to(product.dtype))
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    if logits.dtype != exact:
+        logits = scratch(name, logits.shape[0], logits.shape[1], exact, logits.device).copy_(logits)
+    return logits if scale == 1 else logits.mul_(scale)
+
+
 class RowGradient(NamedTuple):
     """
     A tile's gradient of some rows, on its way to what the tile was computed from.
@@ -130,12 +149,9 @@ class Tiles:
                 Of the [`scratch`] that they are written to.
         """
         weight = self.weight[at]
-        logits = scratch(name, len(hidden), len(weight), self.dtype, hidden.device)
-        torch.mm(hidden, weight.T, out=logits)
-        if self.bias is not None:
-            logits += self.bias[at]
-        logits = logits.to(self.exact)
-        return logits if self.scale == 1 else logits.mul_(self.scale)
+        product = scratch(name, len(hidden), len(weight), self.dtype, hidden.device)
+        torch.mm(hidden, weight.T, out=product)
+        return raw_logits(product, None if self.bias is None else self.bias[at], self.scale, name)
 
     def back(self, heads: "HeadGradients", at: slice, *parts: RowGradient) -> None:
         """From gradients of a tile's logits to those of the hidden states, and of the head, which go to `heads`."""
