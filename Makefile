@@ -24,7 +24,7 @@ GSM8K ?=
 
 help:
 	@echo "make train     teach a real small model to think on generated problems (about 6 minutes on 2 cores)"
-	@echo "make prove     hold thinking against plain and supervised training of equal time, on a real model (about 6 hours)"
+	@echo "make prove     hold thinking against plain and supervised training of equal time, on a real model (about 14 hours)"
 	@echo "make report    look at the thoughts of what was trained: out/report.html"
 	@echo "make picture   take the picture of the README"
 	@echo "make eval      what was trained, with and without thoughts, on tasks of examples/tasks"
@@ -63,7 +63,7 @@ train: demo-data
 	$(OFFLINE) $(BIN)/trl-quietstar train --config recipes/demo.yaml $(TRAIN_FLAGS)
 
 # four arms and two seeds, one after the other; a run that was stopped goes on by the same command
-PROVE_MINUTES ?= 36
+PROVE_MINUTES ?= 85
 PROVE_SEEDS ?= 0 1
 # huge pages, where the kernel has them: a fifth of a step was page faults
 prove: export THP_MEM_ALLOC_ENABLE ?= 1

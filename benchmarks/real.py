@@ -1,6 +1,6 @@
 """Does thinking pay on a real model? A small pretrained model on problems with one right answer, in four ways for equal time.
 
-    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 36 --seeds 0 1 --output out/real
+    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 85 --seeds 0 1 --output out/real
     python -m benchmarks.real --report out/real --plot out/real.png
 
 Each arm has the same minutes for training, of the processor's time or, on a GPU, of the clock; measuring and saving are not counted.
@@ -316,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="chain_sum")
     parser.add_argument("--arm", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=36.0, help="of training, for each arm and seed")
+    parser.add_argument("--minutes", type=float, default=85.0, help="of training, for each arm and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--model", default=MODEL, help="a folder or a name on the Hub")
     parser.add_argument("--data", default="openai/gsm8k", help="GSM8K's JSON-lines file, or its name on the Hub")

@@ -39,18 +39,18 @@ class Settings:
 
     problems: int = 32_000
     written: int = 500
-    held_out: int = 200
+    held_out: int = 500
     watched: int = 64
     terms: int = 4
     fewest_terms: int = 2
     digits: int = 2
     examples: int = 0
-    cold_share: float = 0.3
+    cold_share: float = 0.1
     written_mix: int = 0
     warmup: float = 0.05
-    decay: float = 0.2
-    points: int = 3
-    checkpoint_minutes: float = 6.0
+    decay: float = 0.8
+    points: int = 6
+    checkpoint_minutes: float = 10.0
     stages: dict[str, dict] = field(default_factory=dict)
 
     def changed(self, changes: list[str]) -> "Settings":
