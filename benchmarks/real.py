@@ -1,6 +1,6 @@
 """Does thinking pay on a real model? A small pretrained model on problems with one right answer, in four ways for equal time.
 
-    python -m benchmarks.real --task chain_sum --arm thinking supervised plain no_cold_start --minutes 85 --seeds 0 1 --output out/real
+    python -m benchmarks.real --task chain_sum --output out/real
     python -m benchmarks.real --report out/real --plot out/real.png
 
 Each arm has the same minutes for training, of the processor's time or, on a GPU, of the clock; measuring and saving are not counted.
