@@ -129,6 +129,7 @@ ON_GPU = (
     "reinforcement.per_device_train_batch_size=128",
     "reinforcement.learning_rate=2e-4",
     "plain.per_device_train_batch_size=64",
+    "plain.gradient_accumulation_steps=1",
 )
 # which a model begins to think about by examples in the prompt alone
 SETTINGS["step_sum"] = replace(
@@ -156,6 +157,11 @@ WORD_PROBLEMS = replace(
     SETTINGS["chain_sum"],
     problems=7_000,
     written=7_000,
-    stages={**SETTINGS["chain_sum"].stages, "all": {**COMMON, "max_length": 256, "thought_length": 96}},
+    stages={
+        **SETTINGS["chain_sum"].stages,
+        "all": {**COMMON, "max_length": 256, "thought_length": 96},
+        # all 16 texts at once take 12 GB, which is too much beside another arm
+        "plain": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 3e-4},
+    },
 )
 SETTINGS |= {"gsm_symbolic": WORD_PROBLEMS, "gsm8k": WORD_PROBLEMS}
