@@ -161,7 +161,10 @@ WORD_PROBLEMS = replace(
         **SETTINGS["chain_sum"].stages,
         "all": {**COMMON, "max_length": 256, "thought_length": 96},
         # all 16 texts at once take 12 GB, which is too much beside another arm
-        "plain": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 3e-4},
+        "plain": {
+            **SETTINGS["chain_sum"].stages["plain"],
+            **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        },
     },
 )
 SETTINGS |= {"gsm_symbolic": WORD_PROBLEMS, "gsm8k": WORD_PROBLEMS}
